@@ -1,0 +1,24 @@
+"""Raylight: one picture or video on several GPUs at once, as ComfyUI nodes.
+
+ComfyUI imports this file under a name made from its path. Everything else is imported under one name,
+`comfy_raylight`, here, in the workers and in tests; `workers/import_root` holds what makes that so.
+Nothing of ComfyUI is imported before ComfyUI asks for the mappings.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+_IMPORT_ROOT = str(Path(__file__).resolve().parent / "workers" / "import_root")
+if _IMPORT_ROOT not in sys.path:
+    sys.path.append(_IMPORT_ROOT)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import comfy_raylight.nodes
+
+    return getattr(comfy_raylight.nodes, name)
