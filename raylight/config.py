@@ -1,0 +1,147 @@
+"""Frozen, validated settings: everything that crosses a function or a process as a value."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigError, LoadError
+
+AXES = ("dp", "cfg", "ring", "ulysses")
+"""Mesh axes from outermost to innermost: ulysses ranks are neighbours (design section 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the workers share one model call.
+
+    `world` counts workers. All three degrees 0 means data parallel: every worker is a replica of its
+    own. Otherwise their product must divide `world`; the rest becomes the `dp` axis.
+
+    Raises:
+        ConfigError: the numbers do not fit; the message lists the nearest valid choices.
+    """
+
+    world: int
+    ulysses: int = 0
+    ring: int = 0
+    cfg: int = 0
+    pack_qkv: bool = False
+    sync_ulysses: bool = False
+    attention: str = "TORCH"
+
+    def __post_init__(self) -> None:
+        if self.world < 1:
+            raise ConfigError("The pool needs at least one worker", f"GPU is {self.world}", "Set GPU to 1 or more")
+        degrees = {"ulysses_degree": self.ulysses, "ring_degree": self.ring, "cfg_degree": self.cfg}
+        shown = ", ".join(f"{name}={value}" for name, value in degrees.items())
+        if min(degrees.values()) < 0:
+            raise ConfigError("A parallel degree is negative", shown, "Use 1 for an axis that is off")
+        if any(degrees.values()) and not all(degrees.values()):
+            raise ConfigError(
+                "Some parallel degrees are 0 and some are not",
+                shown,
+                "Use 1 for an axis that is off, or 0 for all three to run data parallel",
+            )
+        product = self.ulysses * self.ring * self.cfg
+        if product and self.world % product:
+            divisors = [str(n) for n in range(1, self.world + 1) if self.world % n == 0]
+            raise ConfigError(
+                "The parallel degrees do not fit the number of workers",
+                f"{shown} multiply to {product}, GPU is {self.world}",
+                f"Make the product one of {', '.join(divisors)} (for example ulysses_degree={self.world}, "
+                f"ring_degree=1, cfg_degree=1), or set GPU to a multiple of {product}",
+            )
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Size of each mesh axis; the product is `world`."""
+        inner = {"cfg": self.cfg or 1, "ring": self.ring or 1, "ulysses": self.ulysses or 1}
+        return {"dp": self.world // (inner["cfg"] * inner["ring"] * inner["ulysses"]), **inner}
+
+    @property
+    def sequence(self) -> int:
+        """P, the number of ranks that share one sequence."""
+        return self.degrees["ring"] * self.degrees["ulysses"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Which pool: equal values mean the same running pool.
+
+    Attributes:
+        parallel: how the workers share a call.
+        address: Ray cluster to join, or "local" for one of our own.
+        namespace: Ray namespace, used when a cluster is joined.
+        devices: physical accelerator indices, one per worker; empty means the first ones. Not used on CPU.
+        object_store_gb: Ray object store size in GiB for a local Ray; 0 means Ray's own small default here.
+        dashboard: "host:port" of Ray's dashboard, or "" for none.
+        rendezvous: "host" or "host:port" rank 0's store listens on; "" means loopback and a free port.
+        check_links: run one all-reduce per axis after the start and log bandwidth.
+    """
+
+    parallel: ParallelConfig
+    address: str = "local"
+    namespace: str = "default"
+    devices: tuple[int, ...] = ()
+    object_store_gb: float = 0.0
+    dashboard: str = ""
+    rendezvous: str = ""
+    check_links: bool = False
+
+    def __post_init__(self) -> None:
+        if self.devices and len(set(self.devices)) != len(self.devices):
+            raise ConfigError("gpu_indices names a device twice", str(list(self.devices)))
+        if self.devices and len(self.devices) < self.parallel.world:
+            raise ConfigError(
+                "gpu_indices names fewer devices than there are workers",
+                f"{list(self.devices)} for GPU={self.parallel.world}",
+                "Name one device per worker, or leave gpu_indices empty",
+            )
+        if any(index < 0 for index in self.devices):
+            raise ConfigError("gpu_indices holds a negative number", str(list(self.devices)))
+        if self.object_store_gb < 0:
+            raise ConfigError("ray_object_store_gb is negative", str(self.object_store_gb), "Use 0 for Ray's default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Content key of a model file plus the options it is loaded with: equal specs are one loaded model.
+
+    `size` is in bytes, `mtime_ns` in nanoseconds since the epoch. `dtype` and `options` mean what
+    ComfyUI's UNETLoader means by `weight_dtype`: a torch dtype name or "", and the names of boolean
+    model options to switch on.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    dtype: str = ""
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], *, dtype: str = "", options: tuple[str, ...] = ()) -> ModelSpec:
+        """Describe the file as it is now.
+
+        Raises:
+            LoadError: the file does not exist or cannot be read.
+        """
+        real = Path(path).resolve()
+        try:
+            stat = real.stat()
+        except OSError as error:
+            raise LoadError(
+                f"The model file {real} cannot be read", str(error), "Check the file name and its permissions"
+            ) from error
+        if not real.is_file():
+            raise LoadError(f"{real} is not a file", "", "Choose a model file")
+        return cls(
+            path=str(real),
+            size=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            inode=stat.st_ino,
+            dtype=dtype,
+            options=options,
+        )
