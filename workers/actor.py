@@ -1,0 +1,95 @@
+"""The Ray actor of one worker: sets its environment, then hands itself over to the runner.
+
+Nothing of torch or ComfyUI may be imported at module level: both read the environment when they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import select
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+if TYPE_CHECKING:
+    from .messages import WorkerPlace
+
+log = logging.getLogger(__name__)
+
+EXIT_DRIVER_GONE = 3
+
+
+class Worker:
+    """One rank. `start` and `serve` run in the main group, `status` beside them in the control group.
+
+    Requests do not come as actor calls but over the connection that `serve` opens to the driver: two
+    calls of an actor cost over a millisecond, two messages a tenth of it.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._runner: Any = None
+
+    def start(self, environment: bytes, variables: dict[str, str]) -> WorkerPlace:
+        """Set the process up and import what the work needs. Runs on all ranks at once.
+
+        `environment` is a pickled HostEnvironment: bytes, since unpickling one imports torch.
+        """
+        begun = time.monotonic()
+        os.environ.update(variables)
+        node = ray.get_runtime_context().get_node_id()
+        from .comfy_host import apply
+
+        apply(pickle.loads(environment))
+        from .runner import Runner
+
+        self._runner = Runner()
+        from comfy import model_management
+
+        from .messages import WorkerPlace
+
+        return WorkerPlace(
+            rank=self._rank,
+            pid=os.getpid(),
+            node=node,
+            host=ray.util.get_node_ip_address(),
+            device=str(model_management.get_torch_device()),
+            start_seconds=time.monotonic() - begun,
+        )
+
+    def follow(self, driver_pid: int) -> None:
+        """End this process as soon as the driver's ends. Only for a driver on the same host.
+
+        Ray takes seconds to notice; a worker in a collective would not notice its closed connection.
+        """
+        if not hasattr(os, "pidfd_open"):
+            return
+
+        def wait() -> None:
+            try:
+                descriptor = os.pidfd_open(driver_pid)
+            except ProcessLookupError:
+                os._exit(EXIT_DRIVER_GONE)
+            select.select([descriptor], [], [])
+            os._exit(EXIT_DRIVER_GONE)
+
+        threading.Thread(target=wait, name="raylight-follow-driver", daemon=True).start()
+
+    def serve(self, address: Any, key: bytes) -> None:
+        """Answer the driver's requests until it hangs up."""
+        from multiprocessing.connection import Client
+
+        from .serve import serve
+
+        connection = Client(address, authkey=key)
+        connection.send_bytes(pickle.dumps(self._rank))
+        serve(connection, self._runner)
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> int:
+        """Sign of life: answered while the main group works. Returns the rank."""
+        return self._rank

@@ -1,0 +1,70 @@
+"""What the ComfyUI process is, as data: taken in the driver, applied in each worker before ComfyUI is imported there."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from .messages import HostEnvironment
+
+FOLDER_ATTRIBUTES = ("base_path", "models_dir", "output_directory", "temp_directory", "input_directory")
+
+
+def describe() -> HostEnvironment:
+    """The running ComfyUI process as a HostEnvironment. Call it in the driver."""
+    import comfy
+    import comfy.cli_args
+    import comfy.model_management
+    import folder_paths
+
+    folders = {name: getattr(folder_paths, name) for name in FOLDER_ATTRIBUTES if hasattr(folder_paths, name)}
+    folders["folder_names_and_paths"] = dict(folder_paths.folder_names_and_paths)
+    root = next(iter(comfy.__path__))
+    return HostEnvironment(
+        comfy_root=os.path.dirname(os.path.abspath(root)),
+        arguments=pickle.dumps(vars(comfy.cli_args.args)),
+        folders=pickle.dumps(folders),
+        device_type=comfy.model_management.get_torch_device().type,
+        driver_pid=os.getpid(),
+    )
+
+
+def apply(environment: HostEnvironment) -> None:
+    """Make this process see ComfyUI as the driver does: command line, folders, modules named by path."""
+    sys.argv = sys.argv[:1]
+    import comfy.cli_args
+
+    arguments = comfy.cli_args.args
+    vars(arguments).update(pickle.loads(environment.arguments))
+    arguments.cpu = environment.device_type == "cpu"
+    import folder_paths
+
+    for name, value in pickle.loads(environment.folders).items():
+        setattr(folder_paths, name, value)
+    if not any(isinstance(finder, PathModules) for finder in sys.meta_path):
+        sys.meta_path.append(PathModules())
+
+
+class PathModules(importlib.abc.MetaPathFinder):
+    """Imports modules by the names ComfyUI gives to node files: their path, dots written as `_x_`.
+
+    A patch that is an instance of a node pack's class is pickled by reference to such a name.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not os.path.isabs(fullname):
+            return None
+        plain = fullname.replace("_x_", ".")
+        for candidate in (plain, plain + ".py", os.path.join(plain, "__init__.py")):
+            if os.path.isfile(candidate):
+                package = [os.path.dirname(candidate)] if candidate.endswith("__init__.py") else None
+                return importlib.util.spec_from_file_location(fullname, candidate, submodule_search_locations=package)
+        return None

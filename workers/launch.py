@@ -1,0 +1,249 @@
+"""Ray itself: start or join it, choose devices, make the actors."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+
+from ..raylight.config import PoolConfig
+from ..raylight.errors import ConfigError, WorkerError
+from . import actor
+from .messages import HostEnvironment
+
+log = logging.getLogger(__name__)
+
+IMPORT_ROOT = Path(__file__).resolve().parent / "import_root"
+LOCAL = "local"
+OBJECT_STORE_BYTES = 256 << 20
+"""Ray's store of a local cluster: payloads do not go through it, so the smallest comfortable size."""
+POLL_S = 0.1
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+"""Which variable hides accelerators of a torch device type. ROCm builds of torch obey CUDA's."""
+EXPECTED = ("Token authentication is enabled", "SIGTERM handler is not set")
+
+
+def ensure_ray(config: PoolConfig) -> None:
+    """Connect to the cluster the config names, else reuse this process's, else start a local one.
+
+    Ray's processes die with the thread that starts them: call it from ComfyUI's prompt thread, which
+    lives as long as ComfyUI.
+
+    Raises:
+        ConfigError: the named cluster cannot be reached, or another one is connected already.
+    """
+    if ray.is_initialized():
+        connected = ray.get_runtime_context().gcs_address
+        if config.address not in (LOCAL, "auto", connected):
+            raise ConfigError(
+                f"This ComfyUI is already connected to the Ray cluster at {connected}",
+                f"ray_cluster_address asks for {config.address}",
+                "Use one address in all workflows, or restart ComfyUI",
+            )
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if config.address != LOCAL:
+        with _environment_kept():
+            try:
+                ray.init(address=config.address, namespace=config.namespace, **options)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"No Ray cluster answers at {config.address}",
+                    str(error),
+                    "Start it with `ray start --head`, or set ray_cluster_address to local",
+                ) from error
+        atexit.register(ray.shutdown)
+        return
+    host, _, port = config.dashboard.rpartition(":")
+    if config.dashboard:
+        options |= {"dashboard_host": host or "127.0.0.1", "dashboard_port": int(port)}
+    folder = tempfile.mkdtemp(prefix="rl_")  # short: a socket path may have 107 bytes
+    atexit.register(_stop_local, folder)
+    with _environment_kept(), _loopback_only(), _expected_messages_hidden():
+        ray.init(
+            address=LOCAL,
+            num_cpus=0,
+            num_gpus=0,
+            object_store_memory=int(config.object_store_gb * (1 << 30)) or OBJECT_STORE_BYTES,
+            include_dashboard=bool(config.dashboard),
+            _temp_dir=folder,
+            **options,
+        )
+
+
+def make_actors(config: PoolConfig, environment: HostEnvironment) -> list[Any]:
+    """Create one actor per rank. Nothing is awaited: they start side by side."""
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(environment)}},
+    }
+    if config.address != LOCAL and environment.device_type == "cuda":
+        options["num_gpus"] = 1  # a shared cluster counts its GPUs; our own does not have to
+    remote = ray.remote(concurrency_groups={"control": 1})(actor.Worker)
+    return [remote.options(**options).remote(rank) for rank in range(config.parallel.world)]
+
+
+def worker_variables(config: PoolConfig, environment: HostEnvironment, rank: int, threads: int) -> dict[str, str]:
+    """Environment variables of one worker, set before it imports torch.
+
+    Raises:
+        ConfigError: fewer devices are visible than the pool has workers.
+    """
+    variables = {}
+    if environment.device_type == "cpu":
+        variables["OMP_NUM_THREADS"] = str(threads)
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    elif config.address == LOCAL or config.devices:
+        name = VISIBLE.get(environment.device_type)
+        if name is None:
+            raise ConfigError(
+                f"Raylight cannot pin workers to {environment.device_type} devices",
+                f"known are {', '.join(VISIBLE)} and cpu",
+                "Start ComfyUI with --cpu to try the pool on the CPU",
+            )
+        chosen = [str(index) for index in config.devices] or _visible_devices(name, environment.device_type)
+        if rank >= len(chosen):
+            raise ConfigError(
+                "There are fewer accelerators than workers",
+                f"GPU is {config.parallel.world}, visible are {', '.join(chosen) or 'none'}",
+                "Lower GPU, or name the devices in gpu_indices",
+            )
+        variables[name] = chosen[rank]
+    if config.address == LOCAL:
+        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+        if loopback:
+            variables["GLOO_SOCKET_IFNAME"] = loopback
+    return variables
+
+
+def kill(actors: list[Any]) -> None:
+    """End actors now. Safe when some, or Ray itself, are gone already."""
+    if not ray.is_initialized():
+        return
+    for handle in actors:
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(handle, no_restart=True)
+
+
+def gather(
+    references: list[Any], *, timeout: float, what: str, interrupted: Callable[[], bool] = lambda: False
+) -> list[Any]:
+    """The results of actor calls, bounded; ends early when the user cancels.
+
+    Raises:
+        WorkerError: an actor died or did not answer in time, or the user cancelled; a Raylight error of an
+            actor passes as it is.
+    """
+    deadline = time.monotonic() + timeout
+    waiting = list(references)
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+            ray.get(done)
+            if waiting and interrupted():
+                raise WorkerError(f"Cancelled while the workers should {what}")
+            if waiting and time.monotonic() > deadline:
+                raise WorkerError(
+                    f"The workers did not {what} within {timeout:.0f} s", "", "Check the load of the machine"
+                )
+        return ray.get(references)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from error
+    except ray.exceptions.RayError as error:
+        raise WorkerError(
+            f"A worker ended while it should {what}", str(error), "See Ray's log for its output"
+        ) from error
+
+
+def ready(references: list[Any]) -> list[Any]:
+    """Which of these calls have ended, without waiting."""
+    if not ray.is_initialized():  # ray.wait would silently start a new Ray
+        return list(references)
+    return ray.wait(references, num_returns=len(references), timeout=0)[0]
+
+
+def host_address() -> str:
+    """The address under which other hosts of the cluster reach this one."""
+    return ray.util.get_node_ip_address()
+
+
+def node_id() -> str:
+    """The Ray node this process is on."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def _python_path(environment: HostEnvironment) -> str:
+    return os.pathsep.join((str(IMPORT_ROOT), environment.comfy_root, "${PYTHONPATH}"))
+
+
+def _visible_devices(name: str, device_type: str) -> list[str]:
+    import torch
+
+    listed = os.environ.get(name)
+    if listed:
+        return [entry.strip() for entry in listed.split(",") if entry.strip()]
+    return [str(index) for index in range(torch.get_device_module(device_type).device_count())]
+
+
+def _stop_local(folder: str) -> None:
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """ray.init writes variables into this process; the driver's environment is ComfyUI's, not ours."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A local Ray otherwise listens on every interface.
+
+    The public switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0) is read when ray is imported, which may have
+    happened before us.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _expected_messages_hidden() -> Iterator[None]:
+    """Two notices of Ray that say nothing to a ComfyUI user."""
+
+    def unexpected(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(EXPECTED)
+
+    loggers = [
+        logging.getLogger(f"ray._private.{name}") for name in ("worker", "authentication.authentication_token_setup")
+    ]
+    for logger in loggers:
+        logger.addFilter(unexpected)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(unexpected)

@@ -1,0 +1,157 @@
+"""What crosses between the driver and a worker: frozen dataclasses of plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..raylight.config import ModelSpec, ParallelConfig
+from ..raylight.errors import RaylightError
+from .transfer import Parcel
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostEnvironment:
+    """What a worker must know of the ComfyUI process it belongs to.
+
+    Attributes:
+        comfy_root: directory ComfyUI is imported from.
+        arguments: pickled `vars()` of ComfyUI's parsed command line; bytes, since unpickling some values
+            imports ComfyUI, which must wait until the environment is right.
+        folders: pickled `folder_paths.folder_names_and_paths` with the directories beside it.
+        device_type: torch device type of the workers, "cpu" or an accelerator's.
+        driver_pid: the ComfyUI process.
+    """
+
+    comfy_root: str
+    arguments: bytes
+    folders: bytes
+    device_type: str
+    driver_pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlace:
+    """Where a worker runs, as it says itself after `start`. `port` is rank 0's rendezvous store."""
+
+    rank: int
+    pid: int
+    node: str
+    host: str
+    device: str
+    start_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """Where the process groups of a pool meet."""
+
+    host: str
+    port: int
+    loopback: bool
+    timeout: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinRequest:
+    """Makes the process groups. `parallel` describes the whole pool."""
+
+    parallel: ParallelConfig
+    rank: int
+    rendezvous: Rendezvous
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a worker says of a model it loaded. dtypes are torch dtype names, "" for none.
+
+    `bytes` is what the weights occupy on `device`, whose `uuid` is "" on a CPU.
+    """
+
+    family: str
+    dtype: str
+    manual_cast: str
+    bytes: int
+    device: str
+    uuid: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchRequest:
+    """The weight and object patches of a model from now on.
+
+    `state` names the patch state; the parcel holds `(patches, object_patches)`.
+    """
+
+    spec: ModelSpec
+    state: str
+    patches: Parcel
+    force_cast: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """One model call.
+
+    The parcel holds `(args, kwargs)` of the method. `define` holds callables by number that the call may
+    name; `random` the driver's generator states (CPU, then accelerator or None) where a patch may draw.
+    """
+
+    spec: ModelSpec
+    method: str
+    call: Parcel
+    random: tuple[Any, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardReply:
+    """A worker's answer: `output` is None on all ranks but the first of the replica.
+
+    `seconds` is the worker's own time in the call, `waiting` the part of it inside collectives.
+    """
+
+    output: Parcel | None
+    random: tuple[Any, Any] | None
+    seconds: float
+    waiting: float
+
+
+@dataclass(frozen=True)
+class FunctionRef:
+    """A callable the workers already hold, by number: its closure's state lives on between calls."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One verb of the runner. `id` is never used twice."""
+
+    id: int
+    verb: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The answer to a request: either `value`, or `failure`."""
+
+    id: int
+    value: Any = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A Python exception of a worker, as data.
+
+    `error` is the exception itself where it is one of ours. `collectives` counts the collectives the
+    rank had entered: equal counts on all ranks of a replica mean that nobody waits for anybody.
+    """
+
+    kind: str
+    message: str
+    traceback: str
+    collectives: int
+    error: RaylightError | None = None

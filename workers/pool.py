@@ -1,0 +1,363 @@
+"""The driver's side of a pool: its life, its calls with bounds, and the registry of live pools."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Listener, wait
+from typing import Any
+
+from ..raylight.config import PoolConfig
+from ..raylight.errors import RaylightError, WorkerError
+from .messages import Failure, HostEnvironment, JoinRequest, Rendezvous, Reply, Request, WorkerPlace
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 180.0
+GROUP_TIMEOUT_S = 1800.0
+"""How long a rank waits in a collective. Long, because compiling or a cold load may hold one rank up; a
+dead rank ends the call long before, since the driver watches."""
+POLL_S = 0.05
+HEARTBEAT_S = 5.0
+SILENCE_S = 60.0
+"""A worker whose process does not answer for so long counts as stopped."""
+GRACE_S = 0.5
+"""After a first failure the others' are collected: the first one seen is often a victim's."""
+CLOSE_GRACE_S = 0.5
+TRANSPORT_SIGNS = ("gloo", "NCCL", "Connection closed", "reset by peer", "Broken pipe", "Timed out waiting")
+
+REGISTRY: dict[PoolConfig, Pool] = {}
+"""The live pools of this process: the pack's only mutable module state."""
+_REGISTRY_LOCK = threading.RLock()
+
+
+@dataclass
+class Member:
+    """One worker as the driver sees it."""
+
+    rank: int
+    actor: Any
+    place: WorkerPlace
+    serving: Any
+    connection: Connection
+    local: bool
+    heartbeat: Any = field(default=None)
+
+
+def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> Pool:
+    """The running pool of this config, or a new one. Pools of other configs are closed first: their
+    devices are needed.
+
+    Args:
+        interrupted: ComfyUI's cancel flag, read while the driver waits.
+    """
+    with _REGISTRY_LOCK:
+        pool = REGISTRY.get(config)
+        if pool is not None and pool.alive():
+            return pool
+        close_all()
+        pool = Pool(config, environment, interrupted)
+        REGISTRY[config] = pool
+        return pool
+
+
+def close_all() -> None:
+    """End every pool of this process."""
+    with _REGISTRY_LOCK:
+        while REGISTRY:
+            REGISTRY.popitem()[1].close()
+
+
+class Pool:
+    """N workers that answer requests together.
+
+    A pool is either alive or closed; it closes itself when a rank died, stopped, or failed in a way that
+    may have left another one inside a collective. `replicas` lists the ranks of each data-parallel replica,
+    `laps` the seconds each part of the start took, `notes` what callers remember per replica while it lives.
+    """
+
+    def __init__(self, config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> None:
+        from . import launch
+
+        self.config = config
+        self.members: list[Member] = []
+        self.laps: dict[str, float] = {}
+        self.notes: dict[int, Any] = {}
+        self._launch = launch
+        self._interrupted = interrupted
+        self._actors: list[Any] = []
+        self._closed = False
+        self._next_id = 0
+        try:
+            self._start(environment)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def replicas(self) -> list[list[int]]:
+        count = self.config.parallel.degrees["dp"]
+        size = self.config.parallel.world // count
+        return [list(range(index * size, (index + 1) * size)) for index in range(count)]
+
+    def alive(self) -> bool:
+        """Whether every worker is still connected."""
+        if self._closed:
+            return False
+        if self._launch.ready([member.serving for member in self.members]):
+            self.close()
+        return not self._closed
+
+    def call(self, verb: str, *arguments: Any, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Send one request to all `ranks` (default: everyone) and wait for every answer, in rank order.
+
+        Raises:
+            RaylightError: every rank refused with the same error of ours; the pool stays alive.
+            WorkerError: a rank failed, died or stopped; the pool is closed unless all ranks failed alike,
+                at the same point.
+        """
+        chosen = [self.members[rank] for rank in (range(len(self.members)) if ranks is None else ranks)]
+        self._next_id += 1
+        request = Request(id=self._next_id, verb=verb, arguments=arguments)
+        return self._exchange(chosen, [pickle.dumps(request)] * len(chosen), request)
+
+    def call_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Like `call`, with arguments of its own for each rank."""
+        self._next_id += 1
+        requests = [Request(id=self._next_id, verb=verb, arguments=own) for own in arguments]
+        return self._exchange(self.members, [pickle.dumps(request) for request in requests], requests[0])
+
+    def close(self) -> None:
+        """End all workers, whatever state they are in."""
+        if self._closed and not self._actors:
+            return
+        self._closed = True
+        REGISTRY.pop(self.config, None)
+        for member in self.members:
+            member.connection.close()
+        self._launch.kill(self._actors)
+        self._kill_survivors()
+        self._actors = []
+        self.members = []
+
+    # ---- start ---------------------------------------------------------------------------------
+
+    def _start(self, environment: HostEnvironment) -> None:
+        begun = time.monotonic()
+        launch, config = self._launch, self.config
+        launch.ensure_ray(config)
+        self._lap("ray", begun)
+        world = config.parallel.world
+        threads = max(1, _usable_cores() // world)
+        variables = [launch.worker_variables(config, environment, rank, threads) for rank in range(world)]
+        self._actors = launch.make_actors(config, environment)
+        packed = pickle.dumps(environment)
+        starting = [actor.start.remote(packed, own) for actor, own in zip(self._actors, variables, strict=True)]
+        places: list[WorkerPlace] = launch.gather(
+            starting, timeout=START_TIMEOUT_S, what="start", interrupted=self._interrupted
+        )
+        begun = self._lap("workers", begun + self.laps["ray"])
+        here = launch.node_id()
+        single = all(place.node == here for place in places)
+        self._connect(places, here, single)
+        store_host, store_port = self._store_address(places[0], single)
+        port = self._exchange_one(0, "open_store", store_host, store_port, GROUP_TIMEOUT_S)
+        meet = Rendezvous(host=store_host, port=port, loopback=single, timeout=GROUP_TIMEOUT_S)
+        self.call_each(
+            "join",
+            [
+                (JoinRequest(parallel=config.parallel, rank=rank, rendezvous=meet, threads=threads),)
+                for rank in range(world)
+            ],
+        )
+        begun = self._lap("groups", begun)
+        if config.check_links:
+            speeds = self.call("check_links")[0]
+            log.info("links: %s", ", ".join(f"{axis} {speed:.2f} GB/s" for axis, speed in speeds.items()) or "none")
+        log.info("pool of %d workers on %s: %s", world, places[0].device, self.laps)
+
+    def _lap(self, name: str, begun: float) -> float:
+        now = time.monotonic()
+        self.laps[name] = round(now - begun, 3)
+        return now
+
+    def _connect(self, places: list[WorkerPlace], here: str, single: bool) -> None:
+        """Have each worker call back on one socket each, so that a death is seen at once."""
+        key = secrets.token_bytes(32)
+        # on one host a socket file that only this user can open; it has no port to collide on
+        private = single and hasattr(socket, "AF_UNIX")
+        where: dict[str, Any] = {"family": "AF_UNIX"} if private else {"address": (self._driver_host(single), 0)}
+        with Listener(backlog=len(places), authkey=key, **where) as listener:
+            serving = [actor.serve.remote(listener.address, key) for actor in self._actors]
+            listener._listener._socket.settimeout(START_TIMEOUT_S)  # type: ignore[attr-defined]
+            connections: dict[int, Connection] = {}
+            while len(connections) < len(places):
+                try:
+                    connection = listener.accept()
+                except TimeoutError as error:
+                    raise WorkerError(
+                        f"A worker did not connect within {START_TIMEOUT_S:.0f} s", "", "Queue the prompt again"
+                    ) from error
+                connections[pickle.loads(connection.recv_bytes())] = connection
+        self.members = [
+            Member(
+                rank=place.rank,
+                actor=self._actors[place.rank],
+                place=place,
+                serving=serving[place.rank],
+                connection=connections[place.rank],
+                local=place.node == here,
+            )
+            for place in places
+        ]
+        for member in self.members:
+            if member.local:
+                member.actor.follow.options(concurrency_group="control").remote(os.getpid())
+
+    def _driver_host(self, single: bool) -> str:
+        return "127.0.0.1" if single else self._launch.host_address()
+
+    def _store_address(self, first: WorkerPlace, single: bool) -> tuple[str, int]:
+        wanted, _, port = self.config.rendezvous.rpartition(":")
+        host = "127.0.0.1" if single else first.host
+        return (wanted if wanted and not single else host), int(port) if port.isdigit() else 0
+
+    def _exchange_one(self, rank: int, verb: str, *arguments: Any) -> Any:
+        return self.call(verb, *arguments, ranks=[rank])[0]
+
+    # ---- calls ---------------------------------------------------------------------------------
+
+    def _exchange(self, chosen: Sequence[Member], payloads: Sequence[bytes], request: Request) -> list[Any]:
+        if self._closed:
+            raise WorkerError("The pool is closed", "", "Queue the prompt again: it starts a new one")
+        try:
+            for member, payload in zip(chosen, payloads, strict=True):
+                try:
+                    member.connection.send_bytes(payload)
+                except OSError as error:
+                    raise self._dead(member, request.verb) from error
+            replies = self._collect(list(chosen), request)
+        except BaseException:
+            # a rank may be left inside a collective, or hold an answer that a later call would read
+            self.close()
+            raise
+        failures = {rank: reply.failure for rank, reply in replies.items() if reply.failure is not None}
+        if failures:
+            self._raise(failures, len(chosen), request.verb)
+        return [replies[member.rank].value for member in chosen]
+
+    def _collect(self, waiting: list[Member], request: Request) -> dict[int, Reply]:
+        """Everyone's replies; ends early when a failure leaves the others without hope."""
+        replies: dict[int, Reply] = {}
+        heard = time.monotonic()
+        deadline: float | None = None
+        while waiting:
+            by_connection = {member.connection: member for member in waiting}
+            for connection in wait(list(by_connection), timeout=POLL_S):
+                member = by_connection[connection]  # type: ignore[index]
+                try:
+                    reply: Reply = pickle.loads(member.connection.recv_bytes())
+                except (EOFError, OSError) as error:
+                    raise self._dead(member, request.verb) from error
+                assert reply.id == request.id
+                replies[member.rank] = reply
+                waiting.remove(member)
+                heard = time.monotonic()
+                if reply.failure is not None and deadline is None:
+                    deadline = heard + GRACE_S
+            now = time.monotonic()
+            if waiting and deadline is not None and now > deadline:
+                failures = {rank: reply.failure for rank, reply in replies.items() if reply.failure}
+                raise self._describe(failures, request.verb)
+            if waiting and now - heard > HEARTBEAT_S:
+                self._check_heartbeats(waiting, now - heard, request.verb)
+        return replies
+
+    def _check_heartbeats(self, waiting: list[Member], silent: float, verb: str) -> None:
+        """Ask the silent ones for a sign of life over Ray; one that gives none in time is stopped."""
+        for member in waiting:
+            if member.heartbeat is None:
+                member.heartbeat = (time.monotonic(), member.actor.status.remote())
+            asked, reference = member.heartbeat
+            if self._launch.ready([reference]):
+                member.heartbeat = None
+                if self._launch.ready([member.serving]):
+                    raise self._dead(member, verb)
+            elif time.monotonic() - asked > SILENCE_S:
+                raise WorkerError(
+                    f"Worker {member.rank} (process {member.place.pid}) has stopped answering",
+                    f"no sign of life for {silent:.0f} s during {verb}",
+                    "It was ended. Queue the prompt again: a new pool starts by itself",
+                )
+
+    def _dead(self, member: Member, verb: str) -> WorkerError:
+        return WorkerError(
+            f"Worker {member.rank} (process {member.place.pid}) died during {verb}",
+            "its process ended; out of memory is the usual cause (see the system log)",
+            "Queue the prompt again: a new pool starts by itself. If it recurs, use a smaller size or fewer workers",
+        )
+
+    def _raise(self, failures: dict[int, Failure], count: int, verb: str) -> None:
+        """Everybody answered, some with failures: decide what it means."""
+        same_point = len({failure.collectives for failure in failures.values()}) == 1
+        if len(failures) < count or not same_point:
+            # someone went on without the others: the groups cannot be trusted any more
+            self.close()
+            raise self._describe(failures, verb)
+        error = failures[min(failures)].error
+        if error is not None:
+            raise error
+        raise self._describe(failures, verb)
+
+    def _describe(self, failures: dict[int, Failure], verb: str) -> RaylightError:
+        rank, failure = min(failures.items(), key=lambda item: (_from_transport(item[1]), item[0]))
+        log.error("worker %d failed during %s:\n%s", rank, verb, failure.traceback)
+        if failure.error is not None:
+            return failure.error
+        remedy = "The worker's traceback is in ComfyUI's log"
+        if "OutOfMemory" in failure.kind:
+            remedy = "Use a smaller size or batch, more workers, or a smaller weight_dtype. " + remedy
+        return WorkerError(
+            f"Worker {rank} failed during {verb}", f"{failure.kind}: {failure.message}", remedy, failure.kind
+        )
+
+    # ---- end -----------------------------------------------------------------------------------
+
+    def _kill_survivors(self) -> None:
+        """SIGKILL local workers that did not obey Ray: a stopped process does not."""
+        deadline = time.monotonic() + CLOSE_GRACE_S
+        for member in self.members:
+            if not member.local:
+                continue
+            while _running(member.place.pid) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if _running(member.place.pid):
+                try:
+                    os.kill(member.place.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+                except ProcessLookupError:
+                    log.debug("worker %d ended by itself", member.rank)
+
+
+def _from_transport(failure: Failure) -> bool:
+    return any(sign in failure.message for sign in TRANSPORT_SIGNS)
+
+
+def _running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,167 @@
+"""What cannot cross to the workers correctly: found before sampling and refused by name, never ignored."""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+
+from ..raylight.errors import UnsupportedError
+
+COMPILE_KEY = "torch.compile"
+"""Wrapper key of `comfy_api.torch_helpers.set_torch_compile_wrapper`."""
+INSIDE = ("patches", "patches_replace", "optimized_attention_override")
+"""Entries of transformer_options whose callables run inside the model."""
+DRIVER_FUNCTIONS = (
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_calc_cond_batch_function",
+    "model_function_wrapper",
+    "denoise_mask_function",
+)
+"""Entries of model_options whose callables run around the model, in the driver."""
+HARMLESS = (
+    types.NoneType,
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    tuple,
+    frozenset,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    torch.dtype,
+    torch.device,
+    torch.Tensor,
+    torch.nn.Module,
+    comfy.model_patcher.ModelPatcher,
+)
+"""Contents of a shared closure cell that the model's side does not change for the driver's side to see."""
+
+
+def is_patch(value: object) -> bool:
+    """Whether a value inside transformer_options is a callable that the workers must hold."""
+    return callable(value) and not isinstance(value, type)
+
+
+def name_of(function: object) -> str:
+    """The node a patch comes from, as far as its code tells."""
+    target = function if hasattr(function, "__qualname__") else type(function)
+    outer = str(getattr(target, "__qualname__", target)).split(".")[0]
+    module = str(getattr(target, "__module__", "")).replace("\\", "/").rsplit("/", 1)[-1]
+    return f"{outer} ({module})" if module else outer
+
+
+def check(patcher: Any) -> None:
+    """Refuse a patcher whose patches would come apart between driver and workers.
+
+    Raises:
+        UnsupportedError: injections, weight wrappers, compiled models, or a patch inside the model that
+            writes what a function around it reads.
+    """
+    if patcher.injections:
+        _refuse(
+            ", ".join(map(str, patcher.injections)),
+            "it replaces modules of the model in this process, whose weights are on the workers",
+        )
+    if getattr(patcher, "weight_wrapper_patches", None):
+        _refuse(
+            ", ".join(patcher.weight_wrapper_patches), "it wraps weights in this process, and they are on the workers"
+        )
+    kinds = comfy.patcher_extension.WrappersMP
+    options = patcher.model_options.get("transformer_options", {})
+    for wrappers in (patcher.wrappers, options.get("wrappers", {})):
+        if COMPILE_KEY in wrappers.get(kinds.APPLY_MODEL, {}):
+            _refuse("TorchCompileModel", "it compiles the model in this process, and the model runs on the workers")
+    inside = list(_functions({key: options[key] for key in INSIDE if key in options}))
+    outside = list(_functions({key: patcher.model_options.get(key) for key in DRIVER_FUNCTIONS}))
+    outside += list(_functions(patcher.wrappers)) + list(_functions(patcher.callbacks))
+    check_shared_state(inside, outside)
+
+
+def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[..., Any]]) -> None:
+    """Refuse functions inside the model that share changing state with functions around it.
+
+    The first run in the workers, the second here: each side would see a copy of its own.
+    """
+    driver_cells = {id(cell): cell for function in outside for cell, _, _ in _cells(function, set())}
+    for function in inside:
+        for cell, holder, name in _cells(function, set()):
+            if id(cell) in driver_cells and (_writes(holder, name) or not _harmless(cell)):
+                _refuse(
+                    name_of(function),
+                    f"its patch inside the model shares {name!r} with a function outside of it, in another process",
+                )
+
+
+def refuse_foreign_model(value: object) -> NoReturn:
+    """A patch that holds a model of its own, such as a ControlNet-like MODEL_PATCH."""
+    model = value.model if isinstance(value, comfy.model_patcher.ModelPatcher) else value
+    _refuse(type(model).__name__, "a patch inside the model holds another model, whose weights would have to be sent")
+
+
+def refuse_saving() -> NoReturn:
+    raise UnsupportedError(
+        "A model on the pool cannot be saved from here",
+        "its weights are on the workers",
+        "Load it with ComfyUI's own loader (Load Diffusion Model) to save it",
+    )
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{name} cannot be used with a model on the Raylight pool",
+        why,
+        "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow",
+    )
+
+
+def _functions(value: Any) -> Iterator[Callable[..., Any]]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _functions(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _functions(item)
+    elif is_patch(value):
+        yield value
+
+
+def _cells(function: Any, seen: set[int]) -> Iterator[tuple[types.CellType, types.FunctionType, str]]:
+    """Every closure cell a function can reach through the functions it closes over."""
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, types.FunctionType) or id(function) in seen:
+        return
+    seen.add(id(function))
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield cell, function, name
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        yield from _cells(content, seen)
+
+
+def _writes(function: types.FunctionType, name: str) -> bool:
+    return any(
+        step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval == name
+        for step in dis.get_instructions(function)
+    )
+
+
+def _harmless(cell: types.CellType) -> bool:
+    try:
+        return isinstance(cell.cell_contents, HARMLESS)
+    except ValueError:
+        return True

@@ -1,0 +1,229 @@
+"""A worker's work, without Ray: a plain class of verbs that runs in an actor or in any process."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy import model_management
+from torch import distributed
+
+from ..raylight.config import ModelSpec
+from ..raylight.errors import WorkerError
+from ..raylight.mesh import Mesh
+from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, ModelFacts, PatchRequest
+from .model import WorkerModel
+from .transfer import ArenaRef, Decoder, Parcel
+
+log = logging.getLogger(__name__)
+
+LINK_TEST_BYTES = 16 << 20
+
+
+class Runner:
+    """Holds the models of one worker and runs calls on them.
+
+    Order of verbs: `open_store` (rank 0), `join`, then any; `close` last. All ranks of a replica receive
+    the same requests in the same order, so the collectives inside them match.
+    """
+
+    def __init__(self) -> None:
+        self._store: Any = None
+        self._listener: socket.socket | None = None
+        self._mesh: Mesh | None = None
+        self._models: dict[ModelSpec, WorkerModel] = {}
+        self._active: tuple[ModelSpec, str] | None = None
+        self._functions: dict[int, Callable[..., Any]] = {}
+        self._decoder = Decoder(self._resolve, model_management.get_torch_device())
+
+    @property
+    def collectives(self) -> int:
+        """Collectives entered since the pool started."""
+        return self._mesh.collectives if self._mesh else 0
+
+    @property
+    def mesh(self) -> Mesh:
+        if self._mesh is None:
+            raise WorkerError("The worker has not joined a pool yet")
+        return self._mesh
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank answers for its replica: its first rank does."""
+        parallel = self.mesh.parallel
+        return self.mesh.rank % (parallel.world // parallel.degrees["dp"]) == 0
+
+    def open_store(self, host: str, port: int, timeout: float) -> int:
+        """Start the rendezvous store on `host`. `port` 0, or a port in use, means any free one. Returns the port."""
+        try:
+            self._listener = socket.create_server((host, port))
+        except OSError:
+            self._listener = socket.create_server((host, 0))
+        chosen = self._listener.getsockname()[1]
+        # a listening socket of ours: TCPStore itself would listen on every interface
+        self._store = distributed.TCPStore(
+            host,
+            chosen,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=timeout),
+            master_listen_fd=self._listener.detach(),
+        )
+        return chosen
+
+    def join(self, request: JoinRequest) -> None:
+        """Make the process groups together with all other ranks."""
+        if model_management.is_device_cpu(model_management.get_torch_device()):
+            torch.set_num_threads(request.threads)
+        meet = request.rendezvous
+        if self._store is None:
+            self._store = distributed.TCPStore(
+                meet.host,
+                meet.port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=datetime.timedelta(seconds=meet.timeout),
+            )
+        backend = distributed.get_default_backend_for_device(model_management.get_torch_device())
+        self._mesh = Mesh.create(
+            request.parallel,
+            rank=request.rank,
+            store=self._store,
+            backend=backend,
+            timeout=datetime.timedelta(seconds=meet.timeout),
+        )
+
+    def share(self, ref: ArenaRef) -> bool:
+        """Whether the driver's shared memory can be opened here."""
+        return self._decoder.share(ref)
+
+    def check_links(self) -> dict[str, float]:
+        """All-reduce once over each axis; GB/s per axis of size > 1.
+
+        Raises:
+            WorkerError: the sum is wrong, so the link does not carry what it is given.
+        """
+        device = model_management.get_torch_device()
+        speeds = {}
+        for axis, size in self.mesh.parallel.degrees.items():
+            if size == 1:
+                continue
+            for _ in range(2):  # the first one sets the connections up
+                payload = torch.ones(LINK_TEST_BYTES // 4, device=device)
+                started = time.perf_counter()
+                total = self.mesh.axis(axis).all_reduce(payload)
+                low, high = total.min().item(), total.max().item()
+                elapsed = time.perf_counter() - started
+            if low != size or high != size:
+                raise WorkerError(
+                    f"The link test over the {axis} axis gave a wrong sum",
+                    f"{low} to {high} instead of {size}",
+                    "Check the GPU links (for example NCCL_P2P_DISABLE=1), then try again",
+                )
+            speeds[axis] = LINK_TEST_BYTES / elapsed / 1e9
+        return speeds
+
+    def load(self, spec: ModelSpec) -> ModelFacts:
+        """Load a model, or say what is known of it where it is already here."""
+        if spec not in self._models:
+            with torch.inference_mode():
+                self._models[spec] = WorkerModel(spec, self.mesh)
+        return self._models[spec].facts()
+
+    def patch(self, request: PatchRequest) -> None:
+        """Replace the weight and object patches of a model."""
+        with torch.inference_mode():
+            patches, objects = self._decoder.decode(request.patches)
+            self._models[request.spec].patch(request.state, patches, objects, force_cast=request.force_cast)
+
+    def define(self, functions: Parcel) -> None:
+        """Learn callables by number."""
+        with torch.inference_mode():
+            self._functions.update(self._decoder.decode(functions))
+
+    def forget(self) -> None:
+        """Drop the callables of the run that ended: their state must not reach the next one."""
+        self._functions.clear()
+
+    def forward(self, request: Forward) -> ForwardReply:
+        """Run one method of the diffusion model."""
+        started = time.perf_counter()
+        waited = self.mesh.seconds
+        model = self._models[request.spec]
+        with torch.inference_mode():
+            args, kwargs = self._restore(self._decoder.decode(request.call))
+            if self._active != (request.spec, model.state):
+                model.make_resident(args)
+                self._active = (request.spec, model.state)
+            if request.random is not None:
+                _set_random(request.random)
+            output = model.run(request.method, args, kwargs)
+            parcel = self._decoder.answer(output, request.call) if self._speaks else None
+        return ForwardReply(
+            output=parcel,
+            random=_get_random() if request.random is not None and self._speaks else None,
+            seconds=time.perf_counter() - started,
+            waiting=self.mesh.seconds - waited,
+        )
+
+    def offload(self) -> None:
+        """Take every model off the device; the next call brings it back."""
+        self._active = None
+        with torch.inference_mode():
+            model_management.unload_all_models()
+            model_management.soft_empty_cache()
+
+    def release(self, spec: ModelSpec) -> None:
+        """Forget a model."""
+        self._active = None
+        model = self._models.pop(spec, None)
+        if model is not None:
+            model.close()
+            del model
+            model_management.cleanup_models_gc()
+            model_management.soft_empty_cache()
+
+    def close(self) -> None:
+        """Leave the process groups. Every rank must be on its way here, or be killed."""
+        self._models.clear()
+        if self._mesh is not None:
+            self._mesh.close()
+            self._mesh = None
+
+    def _resolve(self, name: tuple[Any, ...]) -> Any:
+        kind, spec, *rest = name
+        model = self._models[spec]
+        if kind == "weight":
+            return model.weight(rest[0])
+        return {"base": model.patcher.model, "patcher": model.patcher, "diffusion": model.diffusion}[kind]
+
+    def _restore(self, value: Any) -> Any:
+        if isinstance(value, FunctionRef):
+            return self._functions[value.number]
+        if isinstance(value, dict):
+            return {key: self._restore(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self._restore(item) for item in value)
+        return value
+
+
+def _accelerator() -> Any:
+    device = model_management.get_torch_device()
+    return None if model_management.is_device_cpu(device) else torch.get_device_module(device)
+
+
+def _get_random() -> tuple[Any, Any]:
+    module = _accelerator()
+    return torch.get_rng_state().numpy(), module.get_rng_state().numpy() if module else None
+
+
+def _set_random(states: tuple[Any, Any]) -> None:
+    torch.set_rng_state(torch.from_numpy(states[0].copy()))
+    module = _accelerator()
+    if module and states[1] is not None:
+        module.set_rng_state(torch.from_numpy(states[1].copy()))

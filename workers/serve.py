@@ -1,0 +1,58 @@
+"""The worker's loop: reads requests from its connection, runs the runner's verb, answers."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..raylight.errors import RaylightError
+from .messages import Failure, Reply, Request
+from .runner import Runner
+
+log = logging.getLogger(__name__)
+
+VERBS = frozenset(
+    {"open_store", "join", "share", "check_links", "load", "patch", "define", "forget", "forward", "offload", "release"}
+)
+
+
+def serve(connection: Connection, runner: Runner) -> None:
+    """Answer requests until the driver closes the connection or asks to `close`."""
+    while True:
+        try:
+            request = pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            break
+        if request.verb == "close":
+            break
+        reply = answer(request, runner)
+        try:
+            connection.send_bytes(pickle.dumps(reply))
+        except (BrokenPipeError, ConnectionResetError):
+            break
+    runner.close()
+
+
+def answer(request: Request, runner: Runner) -> Reply:
+    """Run one request. Every exception becomes data: the driver decides what it means for the pool."""
+    try:
+        if request.verb not in VERBS:
+            raise AssertionError(f"unknown verb {request.verb!r}")
+        value: Any = getattr(runner, request.verb)(*request.arguments)
+        return Reply(id=request.id, value=value)
+    except Exception as error:
+        log.debug("verb %s failed", request.verb, exc_info=True)
+        ours = error if isinstance(error, RaylightError) else None
+        return Reply(
+            id=request.id,
+            failure=Failure(
+                kind=type(error).__name__,
+                message=str(error),
+                traceback="".join(traceback.format_exception(error)),
+                collectives=runner.collectives,
+                error=ours,
+            ),
+        )

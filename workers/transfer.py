@@ -1,0 +1,408 @@
+"""Tensors and Python values between the driver and its workers: shared memory on one host, bytes otherwise."""
+
+from __future__ import annotations
+
+import io
+import logging
+import mmap
+import os
+import pickle
+import types
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import torch
+
+from ..raylight.errors import UnsupportedError
+
+log = logging.getLogger(__name__)
+
+COMPARE_FROM = 64 << 10
+"""Bytes from which a tensor is compared with what the workers hold: below, sending is cheaper than looking."""
+HELD_LIMIT = 16
+"""Tensors of earlier calls that the workers keep: a run repeats a handful of contexts."""
+HELD_BYTES = 1 << 30
+"""And how much memory they may take, here and in each worker."""
+ALIGNMENT = 64
+
+Reference = Callable[[object], tuple[Any, ...] | None]
+
+
+@dataclass(frozen=True)
+class ArenaRef:
+    """Names a driver's shared memory: file descriptor `fd` of process `pid`, `size` bytes.
+
+    Descriptors are reused; `name` tells one arena from the next.
+    """
+
+    pid: int
+    fd: int
+    size: int
+    name: str
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor in a parcel's bytes. `key` is the number workers keep it under, None for this call only."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_device: bool
+    key: int | None
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A pickled value whose tensors travel beside it, in the arena or `inline`.
+
+    `reply` is the (offset, length) of the arena that the answer may use; (0, 0) where none is shared.
+    """
+
+    blob: bytes
+    tensors: tuple[TensorRef, ...]
+    arena: ArenaRef | None
+    inline: bytes | None
+    dropped: tuple[int, ...]
+    reply: tuple[int, int]
+
+
+def nbytes(tensor: TensorRef) -> int:
+    """Size of the tensor a ref names, in bytes."""
+    return tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
+
+
+def place(storage: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+    """The view of `storage` (uint8, 1-D) that holds the tensor `ref` names."""
+    count = nbytes(ref)
+    if not count:
+        return torch.empty(ref.shape, dtype=ref.dtype)
+    return storage[ref.offset : ref.offset + count].view(ref.dtype).view(ref.shape)
+
+
+def lay_out(tensors: Iterable[torch.Tensor], keys: Iterable[int | None]) -> tuple[tuple[TensorRef, ...], int]:
+    """Give each tensor an aligned offset. Returns the refs and the bytes needed."""
+    refs, end = [], 0
+    for tensor, key in zip(tensors, keys, strict=True):
+        refs.append(TensorRef(end, tuple(tensor.shape), tensor.dtype, tensor.device.type != "cpu", key))
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(refs), end
+
+
+class Arena:
+    """Anonymous shared memory of the driver; a worker on the same host opens it through /proc.
+
+    It has no name, so nothing is left behind however either process ends. `supported()` is False where
+    the system has no such memory; parcels then carry their bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._fd = os.memfd_create("raylight", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, size)
+        self._map = mmap.mmap(self._fd, size)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.ref = ArenaRef(os.getpid(), self._fd, size, uuid.uuid4().hex)
+        weakref.finalize(self, os.close, self._fd)
+
+    @staticmethod
+    def supported() -> bool:
+        return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+
+
+def open_arena(ref: ArenaRef) -> torch.Tensor:
+    """Map another process's arena: a uint8 tensor of `ref.size` bytes.
+
+    Raises:
+        OSError: the process is not on this host, or its memory may not be opened.
+    """
+    fd = os.open(f"/proc/{ref.pid}/fd/{ref.fd}", os.O_RDWR)
+    try:
+        return torch.frombuffer(mmap.mmap(fd, ref.size), dtype=torch.uint8)
+    finally:
+        os.close(fd)
+
+
+class _Cell:
+    """Contents of a closure cell, pickled apart from the cell so that functions can share it."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        try:
+            self.value = (cell.cell_contents,)
+        except ValueError:  # not filled yet
+            self.value = ()
+
+    @property
+    def cell_contents(self) -> Any:
+        if not self.value:
+            raise ValueError("empty cell")
+        return self.value[0]
+
+
+class _Pickler(cloudpickle.Pickler):
+    """By-value pickling whose tensors are handed to `take` and whose live objects to `refer`.
+
+    cloudpickle gives every function its own copies of its cells; two patches that share a `nonlocal`
+    would come apart in the worker. Cells are therefore pickled empty, once, and filled by each function.
+    """
+
+    def __init__(self, file: io.BytesIO, take: Callable[[torch.Tensor], tuple[str, Any]], refer: Reference) -> None:
+        super().__init__(file, protocol=5)
+        self._take = take
+        self._refer = refer
+
+    def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
+        referred = self._refer(obj)
+        if referred is not None:
+            return ("live", referred)
+        if type(obj) in (torch.Tensor, torch.nn.Parameter) and obj.layout == torch.strided:
+            if obj.is_meta:
+                raise UnsupportedError(
+                    "A weight that only the workers hold was about to be sent to them", f"shape {tuple(obj.shape)}"
+                )
+            return self._take(obj)
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is types.CellType:
+            return types.CellType, ()
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, types.FunctionType) and obj.__closure__ and isinstance(reduced, tuple):
+            make, new_args, (attributes, slots), *rest = reduced
+            slots = {**slots, "__closure__": tuple(_Cell(cell) for cell in obj.__closure__)}
+            reduced = (make, (*new_args[:4], obj.__closure__), (attributes, slots), *rest)
+        return reduced
+
+
+class Encoder:
+    """The driver's side: packs values and remembers which tensors the workers already hold.
+
+    Args:
+        refer: maps a live object to a plain tuple that names it in the workers, None for all others.
+        shared: whether every worker can open this process's arena.
+    """
+
+    def __init__(self, refer: Reference, *, shared: bool) -> None:
+        self._refer = refer
+        self._shared = shared
+        self._arena: Arena | None = None
+        self._next_key = 0
+        self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._kept: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._dropped: list[int] = []
+        self._reply_bytes = 1 << 20
+        self.bytes_sent = 0
+        self.bytes_held = 0
+
+    def expect_reply(self, size: int) -> None:
+        """Leave room for an answer of `size` bytes from the next parcel on."""
+        self._reply_bytes = max(self._reply_bytes, size + ALIGNMENT)
+
+    def encode(self, value: object, *, fresh: Iterable[torch.Tensor] = (), keep: bool = False) -> Parcel:
+        """Pack `value`.
+
+        Tensors from COMPARE_FROM bytes on that equal one the workers hold are named, not sent; identity
+        cannot decide this, since ComfyUI casts and concatenates conditioning anew at every step. `fresh`
+        names tensors that change at each call and are never compared. With `keep` tensors are
+        known by identity and stay in the workers as long as the caller's tensor lives (weight patches).
+
+        Raises:
+            UnsupportedError: something in `value` cannot be pickled.
+        """
+        tensors: list[torch.Tensor] = []
+        keys: list[int | None] = []
+        self._forget_dead()
+        always = {id(tensor): tensor for tensor in fresh}
+        used: set[int] = set()
+        new: list[int] = []
+
+        def take(tensor: torch.Tensor) -> tuple[str, Any]:
+            key = None
+            if keep:
+                known = self._kept.get(id(tensor))
+                if known and known[0]() is tensor:
+                    self.bytes_held += tensor.nbytes
+                    return ("held", known[1])
+                key = self._new_key(new)
+                self._kept[id(tensor)] = (weakref.ref(tensor), key)
+            elif tensor.nbytes >= COMPARE_FROM and always.get(id(tensor)) is not tensor:
+                found = self._find(tensor)
+                if found is not None:
+                    used.add(found)
+                    self._held.move_to_end(found)
+                    self.bytes_held += tensor.nbytes
+                    return ("held", found)
+                key = self._new_key(new)
+                self._held[key] = tensor.detach().clone()
+                used.add(key)
+            tensors.append(tensor.detach())
+            keys.append(key)
+            return ("tensor", len(tensors) - 1)
+
+        file = io.BytesIO()
+        try:
+            _Pickler(file, take, self._refer).dump(value)
+        except BaseException as error:
+            # nothing was sent: the workers do not hold what was taken
+            self._held = OrderedDict((key, value) for key, value in self._held.items() if key not in new)
+            self._kept = {identity: entry for identity, entry in self._kept.items() if entry[1] not in new}
+            if not isinstance(error, (pickle.PicklingError, TypeError, AttributeError)):
+                raise
+            raise UnsupportedError(
+                "Something that has to run on the workers cannot be sent there",
+                str(error),
+                "Remove the node that put it into the model, or sample without the pool",
+            ) from error
+        self._evict(used)
+        dropped, self._dropped = tuple(self._dropped), []
+        return self._parcel(file.getvalue(), tensors, keys, dropped)
+
+    def decode_reply(self, value: Any) -> Any:
+        """The answer of a worker: `Parcel` values become their tensors, copied out of the arena."""
+        if not isinstance(value, Parcel):
+            return value
+        if value.inline is not None:
+            storage = torch.frombuffer(bytearray(value.inline), dtype=torch.uint8) if value.inline else torch.empty(0)
+        else:
+            assert self._arena is not None
+            storage = self._arena.bytes
+        found = [place(storage, ref).clone() for ref in value.tensors]
+        return _Unpickler(io.BytesIO(value.blob), found, {}, None).load()
+
+    def _parcel(
+        self, blob: bytes, tensors: list[torch.Tensor], keys: list[int | None], dropped: tuple[int, ...]
+    ) -> Parcel:
+        refs, size = lay_out(tensors, keys)
+        self.bytes_sent += len(blob) + size
+        if not self._shared:
+            storage = torch.empty(size, dtype=torch.uint8)
+            for ref, tensor in zip(refs, tensors, strict=True):
+                place(storage, ref).copy_(tensor)
+            return Parcel(blob, refs, None, storage.numpy().tobytes(), dropped, (0, 0))
+        if self._arena is None or self._arena.ref.size < size + self._reply_bytes:
+            self._arena = Arena(2 * (size + self._reply_bytes))
+        for ref, tensor in zip(refs, tensors, strict=True):
+            place(self._arena.bytes, ref).copy_(tensor)
+        return Parcel(blob, refs, self._arena.ref, None, dropped, (size, self._arena.ref.size - size))
+
+    def _find(self, tensor: torch.Tensor) -> int | None:
+        for key, held in self._held.items():
+            if held.shape == tensor.shape and held.dtype == tensor.dtype and held.device == tensor.device:
+                if torch.equal(held, tensor):
+                    return key
+        return None
+
+    def _evict(self, used: set[int]) -> None:
+        """Drop the oldest held tensors over the limits; those of the parcel at hand stay."""
+        size = sum(tensor.nbytes for tensor in self._held.values())
+        for key in [key for key in self._held if key not in used]:
+            if len(self._held) <= HELD_LIMIT and size <= HELD_BYTES:
+                break
+            size -= self._held.pop(key).nbytes
+            self._dropped.append(key)
+
+    def _new_key(self, new: list[int]) -> int:
+        self._next_key += 1
+        new.append(self._next_key)
+        return self._next_key
+
+    def _forget_dead(self) -> None:
+        dead = [identity for identity, (ref, _) in self._kept.items() if ref() is None]
+        self._dropped += [self._kept.pop(identity)[1] for identity in dead]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(
+        self,
+        file: io.BytesIO,
+        tensors: list[torch.Tensor],
+        held: dict[int, torch.Tensor],
+        resolve: Callable[[tuple[Any, ...]], Any] | None,
+    ) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._held = held
+        self._resolve = resolve
+
+    def persistent_load(self, pid: tuple[str, Any]) -> Any:
+        kind, value = pid
+        if kind == "tensor":
+            return self._tensors[value]
+        if kind == "held":
+            return self._held[value]
+        assert self._resolve is not None
+        return self._resolve(value)
+
+
+class Decoder:
+    """A worker's side: unpacks parcels onto its device and packs its answers.
+
+    Args:
+        resolve: turns the tuple that names a live object into the worker's own.
+        device: where tensors go that were on the driver's accelerator.
+    """
+
+    def __init__(self, resolve: Callable[[tuple[Any, ...]], Any], device: torch.device) -> None:
+        self._resolve = resolve
+        self._device = device
+        self._arena: tuple[ArenaRef, torch.Tensor] | None = None
+        self._held: dict[int, torch.Tensor] = {}
+
+    def share(self, ref: ArenaRef) -> bool:
+        """Whether this process can open the driver's memory."""
+        try:
+            self._open(ref)
+        except OSError as error:
+            log.info("no shared memory with the driver: %s", error)
+            return False
+        return True
+
+    def decode(self, parcel: Parcel) -> Any:
+        """Unpack. Tensors are copies of this process's own: the arena is written again by the next call."""
+        for key in parcel.dropped:
+            self._held.pop(key, None)
+        if parcel.arena is not None:
+            storage = self._open(parcel.arena)
+        else:
+            inline = parcel.inline or b""
+            storage = torch.frombuffer(bytearray(inline), dtype=torch.uint8) if inline else torch.empty(0)
+        tensors = []
+        for ref in parcel.tensors:
+            target = self._device if ref.on_device else torch.device("cpu")
+            tensor = place(storage, ref).to(target, copy=True)
+            tensors.append(tensor)
+            if ref.key is not None:
+                self._held[ref.key] = tensor
+        return _Unpickler(io.BytesIO(parcel.blob), tensors, self._held, self._resolve).load()
+
+    def answer(self, value: Any, request: Parcel) -> Parcel:
+        """Pack tensors into the room the request left; what does not fit travels inline."""
+        tensors: list[torch.Tensor] = []
+
+        def take(tensor: torch.Tensor) -> tuple[str, Any]:
+            tensors.append(tensor.detach())
+            return ("tensor", len(tensors) - 1)
+
+        file = io.BytesIO()
+        _Pickler(file, take, lambda _: None).dump(value)
+        refs, size = lay_out(tensors, [None] * len(tensors))
+        start, room = request.reply
+        arena = request.arena if size <= room and size else None
+        if arena is not None:
+            refs = tuple(TensorRef(start + r.offset, r.shape, r.dtype, r.on_device, None) for r in refs)
+            for ref, tensor in zip(refs, tensors, strict=True):
+                place(self._open(arena), ref).copy_(tensor)
+            return Parcel(file.getvalue(), refs, arena, None, (), (0, 0))
+        storage = torch.empty(size, dtype=torch.uint8)
+        for ref, tensor in zip(refs, tensors, strict=True):
+            place(storage, ref).copy_(tensor)
+        return Parcel(file.getvalue(), refs, None, storage.numpy().tobytes(), (), (0, 0))
+
+    def _open(self, ref: ArenaRef) -> torch.Tensor:
+        if self._arena is None or self._arena[0] != ref:
+            self._arena = (ref, open_arena(ref))
+        return self._arena[1]
