@@ -1,0 +1,21 @@
+"""ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
+
+from .initializer import RayInitializer, RayInitializerAdvanced
+from .loaders import RayUNETLoader
+from .samplers import XFuserKSamplerAdvanced
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+NODE_CLASS_MAPPINGS = {
+    "RayInitializer": RayInitializer,
+    "RayInitializerAdvanced": RayInitializerAdvanced,
+    "RayUNETLoader": RayUNETLoader,
+    "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "RayInitializer": "Ray Init Actor",
+    "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
+    "RayUNETLoader": "Load Diffusion Model (Ray)",
+    "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
+}

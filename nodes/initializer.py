@@ -1,0 +1,228 @@
+"""RayInitializer: which pool. Starts it, or finds the one that runs already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..raylight.config import ParallelConfig, PoolConfig
+from ..raylight.errors import ConfigError, UnsupportedError
+from ..raylight.kernels import NAMES
+from ..workers import remote
+
+OLD_RENDEZVOUS = "127.0.0.1:29500"
+"""Default of the earlier pack's widget, saved in every file. A fixed port would make two ComfyUIs collide,
+so it means what an empty value means: loopback, any free port."""
+
+CLUSTER: dict[str, Any] = {
+    "ray_cluster_address": (
+        "STRING",
+        {"default": "local", "tooltip": "'local' starts Ray on this machine. Or the address of a running Ray cluster."},
+    ),
+    "ray_cluster_namespace": (
+        "STRING",
+        {"default": "default", "tooltip": "Ray namespace, used when a running cluster is joined."},
+    ),
+}
+OBJECT_STORE: dict[str, Any] = {
+    "ray_object_store_gb": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "tooltip": "Size of Ray's object store in GB; 0 for a small one. Latents do not go through it.",
+        },
+    ),
+}
+ADDRESSES: dict[str, Any] = {
+    "ray_dashboard_address": (
+        "STRING",
+        {"default": "None", "tooltip": "host:port of Ray's dashboard, or None to leave it off."},
+    ),
+    "torch_dist_address": (
+        "STRING",
+        {
+            "default": OLD_RENDEZVOUS,
+            "tooltip": "host:port where the workers meet. The default means any free port on this machine; "
+            "a port that is taken is replaced by a free one.",
+        },
+    ),
+}
+DEGREES: dict[str, Any] = {
+    "GPU": (
+        "INT",
+        {"default": 2, "tooltip": "Number of workers: one per GPU. Without a GPU it counts CPU workers."},
+    ),
+    "ulysses_degree": (
+        "INT",
+        {
+            "default": 2,
+            "tooltip": "Workers that share one picture by splitting its tokens and attention heads. "
+            "0 here and in the other two degrees: data parallel, each worker a model of its own.",
+        },
+    ),
+    "ring_degree": ("INT", {"default": 1, "tooltip": "Ring attention degree. Only 1 for now: use ulysses_degree."}),
+    "cfg_degree": (
+        "INT",
+        {"default": 1, "tooltip": "Groups that compute positive and negative prompt side by side. Only 1 for now."},
+    ),
+    "sync_ulysses": (
+        "BOOLEAN",
+        {"default": False, "tooltip": "Wait for the device after each exchange. Same result; for debugging links."},
+    ),
+    "FSDP": (
+        "BOOLEAN",
+        {"default": False, "tooltip": "Split the weights over the workers. Not available yet: keep it off."},
+    ),
+    "FSDP_CPU_OFFLOAD": (
+        "BOOLEAN",
+        {"default": False, "tooltip": "Stream the weights from host memory. Not available yet: keep it off."},
+    ),
+    "XFuser_attention": (
+        list(NAMES),
+        {
+            "default": "TORCH",
+            "tooltip": "Attention kernel at the parallel attention sites. TORCH is the one ComfyUI itself uses; "
+            "others need their package installed.",
+        },
+    ),
+}
+OPTIONAL: dict[str, Any] = {
+    "gpu_indices": (
+        "STRING",
+        {"default": "", "tooltip": "Physical GPUs to use, comma separated (for example 0,2). Empty: the first ones."},
+    ),
+    "skip_comm_test": (
+        "BOOLEAN",
+        {"default": True, "tooltip": "Off: test every link once after the start and log its bandwidth."},
+    ),
+    "pack_qkv": (
+        "BOOLEAN",
+        {"default": False, "tooltip": "Exchange query, key and value together instead of one by one. Same result."},
+    ),
+    "use_mmap": (
+        "BOOLEAN",
+        {"default": True, "tooltip": "Kept for saved workflows: the workers read files the way ComfyUI does."},
+    ),
+    "mmap_cache_size": (
+        "INT",
+        {"default": 2, "min": 1, "max": 10, "tooltip": "Kept for saved workflows; has no effect yet."},
+    ),
+    "use_fastsafe": (
+        "BOOLEAN",
+        {"default": False, "tooltip": "Read files with fastsafetensors. Not available yet: keep it off."},
+    ),
+}
+
+
+class RayInitializer:
+    """Starts the workers, or returns the running ones where nothing changed."""
+
+    CATEGORY = "Raylight"
+    DESCRIPTION = "Starts one worker per GPU. Connect it to Load Diffusion Model (Ray)."
+    FUNCTION = "start"
+    RETURN_TYPES = ("RAY_ACTORS_INIT",)
+    RETURN_NAMES = ("ray_actors_init",)
+    OUTPUT_TOOLTIPS = ("The pool of workers, for Ray loaders.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {**CLUSTER, **DEGREES, **OBJECT_STORE}, "optional": dict(OPTIONAL)}
+
+    def start(self, **values: Any) -> tuple[PoolConfig]:
+        config = pool_config(**values)
+        remote.start_pool(config)
+        return (config,)
+
+
+class RayInitializerAdvanced(RayInitializer):
+    """The same with addresses."""
+
+    DESCRIPTION = "Starts one worker per GPU, with the addresses of dashboard and rendezvous as inputs."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {**CLUSTER, **OBJECT_STORE, **ADDRESSES, **DEGREES}, "optional": dict(OPTIONAL)}
+
+
+def pool_config(
+    *,
+    ray_cluster_address: str,
+    ray_cluster_namespace: str,
+    GPU: int,
+    ulysses_degree: int,
+    ring_degree: int,
+    cfg_degree: int,
+    sync_ulysses: bool,
+    FSDP: bool,
+    FSDP_CPU_OFFLOAD: bool,
+    XFuser_attention: str,
+    ray_object_store_gb: float = 0.0,
+    ray_dashboard_address: str = "None",
+    torch_dist_address: str = OLD_RENDEZVOUS,
+    gpu_indices: str = "",
+    skip_comm_test: bool = True,
+    pack_qkv: bool = False,
+    use_mmap: bool = True,
+    mmap_cache_size: int = 2,
+    use_fastsafe: bool = False,
+) -> PoolConfig:
+    """Widget values as a checked PoolConfig.
+
+    Raises:
+        ConfigError: values that do not fit together; the message says what to change.
+        UnsupportedError: a switch of the earlier pack that this version does not have yet.
+    """
+    for name, value in (("FSDP", FSDP), ("FSDP_CPU_OFFLOAD", FSDP_CPU_OFFLOAD)):
+        if value:
+            raise UnsupportedError(
+                f"{name} is switched on, and splitting the weights over workers is not available yet",
+                "every worker holds the whole model",
+                f"Switch {name} off; for a model that does not fit, use an fp8 weight_dtype or a smaller model",
+            )
+    if use_fastsafe:
+        raise UnsupportedError(
+            "use_fastsafe is switched on, and fastsafetensors is not supported yet", "", "Switch it off"
+        )
+    for name, value in (("ring_degree", ring_degree), ("cfg_degree", cfg_degree)):
+        if value > 1:
+            raise UnsupportedError(
+                f"{name} is {value}, and only 1 is available yet",
+                "",
+                f"Set {name} to 1 and ulysses_degree to {max(ulysses_degree, 1) * value}",
+            )
+    return PoolConfig(
+        parallel=ParallelConfig(
+            world=GPU,
+            ulysses=ulysses_degree,
+            ring=ring_degree,
+            cfg=cfg_degree,
+            pack_qkv=pack_qkv,
+            sync_ulysses=sync_ulysses,
+            attention=XFuser_attention,
+        ),
+        address=ray_cluster_address.strip() or "local",
+        namespace=ray_cluster_namespace.strip() or "default",
+        devices=_indices(gpu_indices),
+        object_store_gb=ray_object_store_gb,
+        dashboard=_address(ray_dashboard_address, "ray_dashboard_address"),
+        rendezvous=""
+        if torch_dist_address.strip() == OLD_RENDEZVOUS
+        else _address(torch_dist_address, "torch_dist_address"),
+        check_links=not skip_comm_test,
+    )
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(";", ",").split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError("gpu_indices is not a list of numbers", repr(text), "Write for example 0,1") from error
+
+
+def _address(text: str, name: str) -> str:
+    text = text.strip()
+    if text in ("", "None"):
+        return ""
+    _, _, port = text.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{name} is not host:port", repr(text), "Write for example 127.0.0.1:8265, or None")
+    return text
