@@ -1,0 +1,137 @@
+"""Nodes for tests: conditioning and latents without text encoders or VAEs, and results as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from safetensors.torch import save_file
+
+CATEGORY = "raylight/test"
+BIG = 0xFFFFFFFFFFFFFFFF
+
+
+class RLTestConditioning:
+    """Random conditioning with the parts a family needs."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "seed": ("INT", {"default": 1, "min": 0, "max": BIG}),
+                "tokens": ("INT", {"default": 32, "min": 1, "max": 65536}),
+                "width": ("INT", {"default": 4096, "min": 1, "max": 65536}),
+                "pooled": ("INT", {"default": 0, "min": 0, "max": 65536}),
+                "guidance": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 100.0}),
+                "attention_mask": ("BOOLEAN", {"default": False}),
+            }
+        }
+
+    def make(
+        self, *, seed: int, tokens: int, width: int, pooled: int, guidance: float, attention_mask: bool
+    ) -> tuple[list[Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        context = torch.randn(1, tokens, width, generator=generator)
+        options: dict[str, Any] = {}
+        if pooled:
+            options["pooled_output"] = torch.randn(1, pooled, generator=generator)
+        if guidance >= 0:
+            options["guidance"] = guidance
+        if attention_mask:
+            options["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
+        return ([[context, options]],)
+
+
+class RLTestLatent:
+    """An empty or random latent, with frames (5-D) or without (4-D); height and width are the latent's own."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        size = {"default": 16, "min": 1, "max": 4096}
+        return {
+            "required": {
+                "channels": ("INT", {"default": 16, "min": 1, "max": 4096}),
+                "frames": ("INT", {"default": 0, "min": 0, "max": 4096}),
+                "height": ("INT", size),
+                "width": ("INT", size),
+                "batch": ("INT", {"default": 1, "min": 1, "max": 64}),
+                "seed": ("INT", {"default": 1, "min": 0, "max": BIG}),
+                "empty": ("BOOLEAN", {"default": True}),
+            }
+        }
+
+    def make(
+        self, *, channels: int, frames: int, height: int, width: int, batch: int, seed: int, empty: bool
+    ) -> tuple[dict[str, torch.Tensor]]:
+        shape = (batch, channels, *((frames,) if frames else ()), height, width)
+        generator = torch.Generator().manual_seed(seed)
+        return ({"samples": torch.zeros(shape) if empty else torch.randn(shape, generator=generator)},)
+
+
+class RLTestSigmas:
+    """The given sigmas, separated by commas."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("SIGMAS",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"sigmas": ("STRING", {"default": "1.0, 0.5, 0.0"})}}
+
+    def make(self, sigmas: str) -> tuple[torch.Tensor]:
+        return (torch.tensor([float(value) for value in sigmas.split(",")]),)
+
+
+class RLTestSaveLatent:
+    """Writes the latent to NAME.safetensors in the output folder."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"samples": ("LATENT",), "name": ("STRING", {"default": "latent"})}}
+
+    def save(self, samples: dict[str, torch.Tensor], name: str) -> dict[str, Any]:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensor = samples["samples"].detach().cpu().contiguous()
+        save_file({"samples": tensor}, path)
+        return {"ui": {"latents": [{"path": str(path), "shape": list(tensor.shape), "dtype": str(tensor.dtype)}]}}
+
+
+class RLTestLatentImage:
+    """The first three channels as a picture, eight pixels per latent element; frames become the batch."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "show"
+    RETURN_TYPES = ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"samples": ("LATENT",)}}
+
+    def show(self, samples: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+        tensor = samples["samples"].detach().cpu().float()
+        frames = tensor.movedim(2, 1).flatten(0, 1) if tensor.ndim == 5 else tensor
+        frames = frames[:, :3].expand(-1, 3, -1, -1) if frames.shape[1] == 1 else frames[:, :3]
+        low, high = frames.mean() - 2.5 * frames.std(), frames.mean() + 2.5 * frames.std()
+        image = ((frames - low) / (high - low)).clamp(0, 1)
+        return (torch.nn.functional.interpolate(image, scale_factor=8).movedim(1, -1),)
+
+
+NODES = (RLTestConditioning, RLTestLatent, RLTestSigmas, RLTestSaveLatent, RLTestLatentImage)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
