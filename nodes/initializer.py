@@ -182,12 +182,12 @@ def pool_config(
         raise UnsupportedError(
             "use_fastsafe is switched on, and fastsafetensors is not supported yet", "", "Switch it off"
         )
-    for name, value in (("ring_degree", ring_degree), ("cfg_degree", cfg_degree)):
-        if value > 1:
+    for name, degree in (("ring_degree", ring_degree), ("cfg_degree", cfg_degree)):
+        if degree > 1:
             raise UnsupportedError(
-                f"{name} is {value}, and only 1 is available yet",
+                f"{name} is {degree}, and only 1 is available yet",
                 "",
-                f"Set {name} to 1 and ulysses_degree to {max(ulysses_degree, 1) * value}",
+                f"Set {name} to 1 and ulysses_degree to {max(ulysses_degree, 1) * degree}",
             )
     return PoolConfig(
         parallel=ParallelConfig(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import comfy.samplers
 
-import nodes as core
+core: Any = importlib.import_module("nodes")
+"""ComfyUI's own; this folder is `comfy_raylight.nodes`."""
 
 TOOLTIPS = {
     "add_noise": "Add noise to the latent first. Disable it in a second stage that continues a first one.",

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import select
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,15 @@ class Worker:
         self._rank = rank
         self._runner: Any = None
 
-    def start(self, environment: bytes, variables: dict[str, str]) -> WorkerPlace:
+    def start(self, environment: bytes, comfy_root: str, variables: dict[str, str]) -> WorkerPlace:
         """Set the process up and import what the work needs. Runs on all ranks at once.
 
         `environment` is a pickled HostEnvironment: bytes, since unpickling one imports torch.
         """
         begun = time.monotonic()
         os.environ.update(variables)
+        # Ray puts the driver's directories first, and any of them may hold a `nodes` or `utils` of its own
+        sys.path.insert(0, comfy_root)
         node = ray.get_runtime_context().get_node_id()
         from .comfy_host import apply
 

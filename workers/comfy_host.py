@@ -1,4 +1,4 @@
-"""What the ComfyUI process is, as data: taken in the driver, applied in each worker before ComfyUI is imported there."""
+"""What the ComfyUI process is, as data: taken in the driver, applied in a worker before it imports ComfyUI."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -113,16 +114,15 @@ def _safetensors_header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, s
         for key in file.keys():
             part = file.get_slice(key)
             shape, dtype = part.get_shape(), DTYPES[part.get_dtype()]
-            state[key] = _real_or_meta(shape, dtype, lambda key=key: file.get_tensor(key))
+            state[key] = _real_or_meta(shape, dtype, functools.partial(file.get_tensor, key))
         return state, file.metadata()
 
 
 def _whole_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
     """Formats without a header to read on their own: the tensors exist for the length of this call."""
     loaded, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    return {key: _real_or_meta(value.shape, value.dtype, lambda value=value: value) for key, value in loaded.items()}, (
-        metadata
-    )
+    state = {key: _real_or_meta(value.shape, value.dtype, value.clone) for key, value in loaded.items()}
+    return state, metadata
 
 
 def _real_or_meta(shape: Any, dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> torch.Tensor:

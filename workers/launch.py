@@ -92,7 +92,7 @@ def make_actors(config: PoolConfig, environment: HostEnvironment) -> list[Any]:
     }
     if config.address != LOCAL and environment.device_type == "cuda":
         options["num_gpus"] = 1  # a shared cluster counts its GPUs; our own does not have to
-    remote = ray.remote(concurrency_groups={"control": 1})(actor.Worker)
+    remote: Any = ray.remote(concurrency_groups={"control": 1})(actor.Worker)  # type: ignore[call-overload]
     return [remote.options(**options).remote(rank) for rank in range(config.parallel.world)]
 
 

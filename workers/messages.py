@@ -94,8 +94,8 @@ class PatchRequest:
 class Forward:
     """One model call.
 
-    The parcel holds `(args, kwargs)` of the method. `define` holds callables by number that the call may
-    name; `random` the driver's generator states (CPU, then accelerator or None) where a patch may draw.
+    The parcel holds `(args, kwargs)` of the method, callables in it as FunctionRef. `random` holds the
+    driver's generator states (CPU, then accelerator or None) where a patch may draw.
     """
 
     spec: ModelSpec
@@ -108,7 +108,7 @@ class Forward:
 class ForwardReply:
     """A worker's answer: `output` is None on all ranks but the first of the replica.
 
-    `seconds` is the worker's own time in the call, `waiting` the part of it inside collectives.
+    `seconds` is the model's own time in the call, `waiting` the part of it inside collectives.
     """
 
     output: Parcel | None

@@ -160,7 +160,10 @@ class Pool:
         variables = [launch.worker_variables(config, environment, rank, threads) for rank in range(world)]
         self._actors = launch.make_actors(config, environment)
         packed = pickle.dumps(environment)
-        starting = [actor.start.remote(packed, own) for actor, own in zip(self._actors, variables, strict=True)]
+        starting = [
+            actor.start.remote(packed, environment.comfy_root, own)
+            for actor, own in zip(self._actors, variables, strict=True)
+        ]
         places: list[WorkerPlace] = launch.gather(
             starting, timeout=START_TIMEOUT_S, what="start", interrupted=self._interrupted
         )

@@ -249,7 +249,7 @@ class _RemoteModule(torch.nn.Module):
 
 def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: torch.dtype) -> torch.nn.Module:
     """The diffusion model of `base`: of the ghost's class, its weights on the pool."""
-    family = type(shadow)
+    family: Any = type(shadow)
     cut = "_forward" if hasattr(family, "_forward") else "forward"
     base_ref = weakref.ref(base)
 
@@ -277,8 +277,8 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
         # families without `_forward` ignore these wrappers in plain ComfyUI too, unless their forward looks itself
         methods["forward"] = inner if not _handles_wrappers(family) else forward
     names = {"__module__": family.__module__, "__qualname__": family.__qualname__}
-    module = type(family.__name__, (_RemoteModule, family), {**methods, **names})
-    instance = module.__new__(module)
+    module: Any = type(family.__name__, (_RemoteModule, family), {**methods, **names})
+    instance: torch.nn.Module = module.__new__(module)
     torch.nn.Module.__init__(instance)
     instance.__dict__.update(_ghost=shadow, link=link, dtype=dtype)
     for key, parameter in shadow.state_dict(keep_vars=True).items():
@@ -286,7 +286,7 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     return instance.eval()
 
 
-def _handles_wrappers(family: type) -> bool:
+def _handles_wrappers(family: Any) -> bool:
     return "DIFFUSION_MODEL" in inspect.getsource(family.forward)
 
 

@@ -152,8 +152,6 @@ class Runner:
 
     def forward(self, request: Forward) -> ForwardReply:
         """Run one method of the diffusion model."""
-        started = time.perf_counter()
-        waited = self.mesh.seconds
         model = self._models[request.spec]
         with torch.inference_mode():
             args, kwargs = self._restore(self._decoder.decode(request.call))
@@ -162,13 +160,15 @@ class Runner:
                 self._active = (request.spec, model.state)
             if request.random is not None:
                 _set_random(request.random)
+            started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs)
+            seconds, waited = time.perf_counter() - started, self.mesh.seconds - waited
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         return ForwardReply(
             output=parcel,
             random=_get_random() if request.random is not None and self._speaks else None,
-            seconds=time.perf_counter() - started,
-            waiting=self.mesh.seconds - waited,
+            seconds=seconds,
+            waiting=waited,
         )
 
     def offload(self) -> None:

@@ -30,6 +30,8 @@ HELD_BYTES = 1 << 30
 """And how much memory they may take, here and in each worker."""
 ALIGNMENT = 64
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 Reference = Callable[[object], tuple[Any, ...] | None]
 
 
@@ -131,6 +133,7 @@ class _Cell:
     """Contents of a closure cell, pickled apart from the cell so that functions can share it."""
 
     def __init__(self, cell: types.CellType) -> None:
+        self.value: tuple[Any, ...]
         try:
             self.value = (cell.cell_contents,)
         except ValueError:  # not filled yet
@@ -159,7 +162,8 @@ class _Pickler(cloudpickle.Pickler):
         referred = self._refer(obj)
         if referred is not None:
             return ("live", referred)
-        if type(obj) in (torch.Tensor, torch.nn.Parameter) and obj.layout == torch.strided:
+        # subclasses, such as quantised tensors, know themselves how to be pickled
+        if isinstance(obj, torch.Tensor) and type(obj) in PLAIN and obj.layout == torch.strided:
             if obj.is_meta:
                 raise UnsupportedError(
                     "A weight that only the workers hold was about to be sent to them", f"shape {tuple(obj.shape)}"

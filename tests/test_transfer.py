@@ -1,0 +1,151 @@
+"""Values between processes: what crosses, what is only named, and what stays shared."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from comfy_raylight.raylight.errors import UnsupportedError
+from comfy_raylight.workers.transfer import HELD_LIMIT, Arena, Decoder, Encoder
+
+
+def pair(*, shared: bool) -> tuple[Encoder, Decoder]:
+    return Encoder(lambda _: None, shared=shared), Decoder(lambda name: name, torch.device("cpu"))
+
+
+@pytest.fixture(params=[True, False], ids=["shared memory", "bytes"])
+def ends(request: pytest.FixtureRequest) -> tuple[Encoder, Decoder]:
+    if request.param and not Arena.supported():
+        pytest.skip("this system has no anonymous shared memory")
+    return pair(shared=request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
+def test_every_dtype_and_shape(ends: tuple[Encoder, Decoder], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    encoder, decoder = ends
+    value = torch.rand(shape).mul(4).to(dtype)
+    back = decoder.decode(encoder.encode({"x": [value, 1, "a"]}))["x"]
+    assert back[1:] == [1, "a"]
+    assert back[0].dtype == dtype and back[0].shape == value.shape
+    assert torch.equal(back[0].double(), value.double())
+
+
+def test_non_contiguous(ends: tuple[Encoder, Decoder]) -> None:
+    encoder, decoder = ends
+    value = torch.randn(6, 8)[::2, 1::3].t()
+    assert torch.equal(decoder.decode(encoder.encode(value)), value)
+
+
+def test_equal_content_crosses_once(ends: tuple[Encoder, Decoder]) -> None:
+    encoder, decoder = ends
+    context = torch.randn(256, 256)
+    decoder.decode(encoder.encode(context))
+    first = encoder.bytes_sent
+    again = decoder.decode(encoder.encode(context.clone()))
+    assert encoder.bytes_sent - first < 1024
+    assert torch.equal(again, context)
+    changed = context.clone()
+    changed[3, 4] += 1
+    assert torch.equal(decoder.decode(encoder.encode(changed)), changed)
+
+
+def test_writing_into_a_sent_tensor_is_seen(ends: tuple[Encoder, Decoder]) -> None:
+    """The comparison is with a copy: the caller may write into its tensor between calls."""
+    encoder, decoder = ends
+    context = torch.randn(256, 256)
+    decoder.decode(encoder.encode(context))
+    context.add_(1)
+    assert torch.equal(decoder.decode(encoder.encode(context)), context)
+
+
+def test_fresh_tensors_are_not_kept(ends: tuple[Encoder, Decoder]) -> None:
+    encoder, decoder = ends
+    x = torch.randn(256, 256)
+    decoder.decode(encoder.encode(x, fresh=[x]))
+    assert not encoder._held and not decoder._held
+
+
+def test_both_ends_forget_alike(ends: tuple[Encoder, Decoder]) -> None:
+    encoder, decoder = ends
+    for _ in range(2):  # more new tensors in one call than may be held
+        values = [torch.randn(256, 65) for _ in range(HELD_LIMIT + 5)]
+        for value, back in zip(values, decoder.decode(encoder.encode(values)), strict=True):
+            assert torch.equal(back, value)
+    decoder.decode(encoder.encode(torch.randn(256, 65)))
+    decoder.decode(encoder.encode(0))
+    assert set(encoder._held) == set(decoder._held)
+    assert len(decoder._held) <= HELD_LIMIT
+
+
+def test_kept_tensors_live_as_long_as_the_callers(ends: tuple[Encoder, Decoder]) -> None:
+    encoder, decoder = ends
+    weight = torch.randn(300, 300)
+    decoder.decode(encoder.encode(weight, keep=True))
+    sent = encoder.bytes_sent
+    assert torch.equal(decoder.decode(encoder.encode([weight], keep=True))[0], weight)
+    assert encoder.bytes_sent - sent < 1024
+    del weight
+    gc.collect()
+    decoder.decode(encoder.encode(0))
+    assert not decoder._held
+
+
+def test_failed_encoding_leaves_nothing_behind(ends: tuple[Encoder, Decoder]) -> None:
+    encoder, decoder = ends
+    context = torch.randn(256, 256)
+    with pytest.raises(UnsupportedError, match="cannot be sent"):
+        encoder.encode([context, (value for value in [1])])
+    assert torch.equal(decoder.decode(encoder.encode(context)), context)
+
+
+def test_weights_without_data_are_refused(ends: tuple[Encoder, Decoder]) -> None:
+    with pytest.raises(UnsupportedError, match="only the workers hold"):
+        ends[0].encode(torch.empty(3, device="meta"))
+
+
+def test_functions_keep_sharing_their_closure(ends: tuple[Encoder, Decoder]) -> None:
+    encoder, decoder = ends
+    count = 0
+
+    def up() -> None:
+        nonlocal count
+        count += 1
+
+    def read() -> int:
+        return count
+
+    def recurse(n: int) -> int:
+        return 0 if n == 0 else 1 + recurse(n - 1)
+
+    far_up, far_read, far_recurse = decoder.decode(encoder.encode([up, read, recurse]))
+    far_up()
+    far_up()
+    assert (far_read(), read()) == (2, 0)
+    assert far_recurse(3) == 3
+
+
+def test_live_objects_are_named(ends: tuple[Encoder, Decoder]) -> None:
+    class Live:
+        pass
+
+    live = Live()
+    encoder = Encoder(lambda value: ("live object",) if value is live else None, shared=False)
+    assert ends[1].decode(encoder.encode({"a": [live]})) == {"a": [("live object",)]}
+
+
+@pytest.mark.parametrize("size", [10, 3 << 20])
+def test_answers(ends: tuple[Encoder, Decoder], size: int) -> None:
+    """A small answer uses the room the request left, a large one travels along with the message."""
+    encoder, decoder = ends
+    request = encoder.encode(0)
+    output: Any = [torch.randn(size), (torch.arange(3), "text")]
+    reply = decoder.answer(output, request)
+    back = encoder.decode_reply(reply)
+    assert torch.equal(back[0], output[0]) and torch.equal(back[1][0], output[1][0]) and back[1][1] == "text"
+    if request.arena is not None:
+        assert (reply.inline is None) == (size == 10)
+        encoder.expect_reply(len(reply.inline or b""))
+        assert decoder.answer(output, encoder.encode(0)).inline is None

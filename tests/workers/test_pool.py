@@ -1,0 +1,203 @@
+"""The pool's life on real Ray actors: start, calls, failures, reuse."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_raylight.raylight.config import ModelSpec
+from comfy_raylight.raylight.errors import LoadError, WorkerError
+from comfy_raylight.tests.workers.faults import die, fail, on_rank
+from comfy_raylight.workers import pool as pools
+from comfy_raylight.workers.replica import Replica
+
+Acquire = Callable[..., pools.Pool]
+
+
+def pids(pool: pools.Pool) -> list[int]:
+    return [member.place.pid for member in pool.members]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def all_gone(processes: list[int]) -> bool:
+    end = time.monotonic() + 5
+    while any(map(running, processes)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(running, processes))
+
+
+class Model:
+    """A Wan model on a pool, called below ComfyUI's sampling code."""
+
+    def __init__(self, pool: pools.Pool, file: Path) -> None:
+        self.pool = pool
+        self.replica = Replica(pool, pool.replicas[0], lambda _: None)
+        self.spec = ModelSpec.of(file)
+        self.replica.load(self.spec)
+
+    def forward(self, patch: Callable[..., Any] | None = None) -> torch.Tensor:
+        """One call; `patch` runs in every self-attention of every rank, with the rank as keyword."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 16, 3, 10, 12, generator=generator)
+        context = torch.randn(1, 40, 4096, generator=generator)
+        options: dict[str, Any] = {"sigmas": torch.ones(1), "cond_or_uncond": [0]}
+        if patch is not None:
+            references = self.replica.define([patch])
+            options["optimized_attention_override"] = references[id(patch)]
+        arguments = (x, torch.tensor([500.0]), context)
+        output, _ = self.replica.forward(
+            self.spec, "_forward", arguments, {"transformer_options": options}, fresh=[x], random=None
+        )
+        return output
+
+
+@pytest.fixture
+def model(acquire: Acquire, tiny_wan: Path) -> Model:
+    return Model(acquire(), tiny_wan)
+
+
+def test_two_workers_equal_one(acquire: Acquire, tiny_wan: Path) -> None:
+    alone = Model(acquire(1), tiny_wan).forward()
+    together = Model(acquire(2), tiny_wan).forward()
+    three = Model(acquire(3), tiny_wan).forward()
+    scale = alone.abs().max()
+    assert scale > 0 and alone.isfinite().all()
+    assert (together - alone).abs().max() <= 1e-6 * scale
+    assert (three - alone).abs().max() <= 1e-6 * scale
+
+
+def test_equal_config_is_the_running_pool(acquire: Acquire, model: Model) -> None:
+    assert acquire() is model.pool
+    assert acquire().members[0].place.pid in pids(model.pool)
+
+
+def test_another_config_closes_the_old_pool_first(acquire: Acquire, model: Model) -> None:
+    old = pids(model.pool)
+    new = acquire(1)
+    assert not model.pool.alive() and all_gone(old)
+    assert new.alive() and {new.config: new} == pools.REGISTRY
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_dead_worker(acquire: Acquire, model: Model, rank: int) -> None:
+    before = model.forward()
+    processes = pids(model.pool)
+    with pytest.raises(WorkerError, match=f"Worker {rank} .*died") as caught:
+        model.forward(on_rank(rank, die))
+    assert "Queue the prompt again" in str(caught.value)
+    assert all_gone(processes) and not pools.REGISTRY
+    again = Model(acquire(), Path(model.spec.path))
+    assert torch.equal(again.forward(), before)
+
+
+def test_worker_killed_between_calls(acquire: Acquire, model: Model) -> None:
+    before = model.forward()
+    os.kill(pids(model.pool)[1], signal.SIGKILL)
+    time.sleep(0.5)
+    with pytest.raises(WorkerError, match="Worker 1 .*died"):
+        model.forward()
+    assert torch.equal(Model(acquire(), Path(model.spec.path)).forward(), before)
+
+
+def test_one_rank_raises(acquire: Acquire, model: Model) -> None:
+    processes = pids(model.pool)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="Worker 1 failed.*ValueError: a patch went wrong") as caught:
+        model.forward(on_rank(1, fail))
+    assert caught.value.cause_type == "ValueError"
+    assert time.monotonic() - began < 20
+    assert all_gone(processes) and not model.pool.alive()
+
+
+def test_all_ranks_raise_and_the_pool_lives(model: Model) -> None:
+    before = model.forward()
+    with pytest.raises(WorkerError, match="ValueError: a patch went wrong"):
+        model.forward(on_rank(-1, fail))
+    model.replica.forget()
+    assert model.pool.alive()
+    assert torch.equal(model.forward(), before)
+
+
+def test_bad_file_leaves_the_pool_alive(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(b"this is not a model" * 10)
+    with pytest.raises(WorkerError, match="failed during load"):
+        model.replica.load(ModelSpec.of(path))
+    spec = ModelSpec.of(path)
+    path.write_bytes(b"and it changed")
+    with pytest.raises(LoadError, match="changed while"):
+        model.replica.load(spec)
+    assert model.pool.alive()
+    assert model.forward().isfinite().all()
+
+
+def test_cancel_while_starting(acquire: Acquire) -> None:
+    pools.close_all()
+    flag = threading.Event()
+    timer = threading.Timer(0.5, flag.set)
+    timer.start()
+    with pytest.raises(WorkerError, match="Cancelled"):
+        acquire(2, interrupted=flag.is_set)
+    assert not pools.REGISTRY
+    assert acquire(2).alive()
+
+
+def test_link_test(acquire: Acquire, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="comfy_raylight"):
+        pool = acquire(2, check_links=True)
+    assert pool.alive()
+    assert any("ulysses" in record.getMessage() and "GB/s" in record.getMessage() for record in caplog.records)
+
+
+def test_everything_is_the_same_pack_in_a_worker(acquire: Acquire, comfy_root: Path) -> None:
+    """Classes, results and exceptions round-trip, and `nodes` is ComfyUI's in a worker too."""
+    import ray
+
+    pool = acquire()
+
+    def look(worker: Any) -> dict[str, Any]:
+        import sys
+
+        import nodes
+
+        return {
+            "class": type(worker).__module__,
+            "nodes": nodes.__file__,
+            "ours": [name for name in sys.modules if "raylight" in name and ("/" in name or "\\" in name)],
+        }
+
+    actor = pool.members[0].actor
+    found = ray.get(actor.__ray_call__.options(concurrency_group="control").remote(look), timeout=120)
+    assert found["class"] == "comfy_raylight.workers.actor"
+    assert Path(found["nodes"]).parent == comfy_root
+    assert found["ours"] == []
+    assert type(pool.members[0].place).__module__ == "comfy_raylight.workers.messages"
+
+
+def test_nothing_listens_beyond_this_host(acquire: Acquire) -> None:
+    """Sockets in LISTEN state of the workers and of Ray's own processes are bound to loopback."""
+    import psutil
+
+    pool = acquire()
+    family = [psutil.Process(pid) for pid in pids(pool)] + psutil.Process().children(recursive=True)
+    listening = {
+        (process.name(), connection.laddr.ip)
+        for process in family
+        if process.is_running()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {address for _, address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
