@@ -1,0 +1,127 @@
+"""Which tokens of a sequence each rank holds: pure arithmetic, and the cuts and joins that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .comm import Comm
+
+
+def share(total: int, *, rank: int, size: int) -> tuple[int, int]:
+    """Span (start, stop) of rank `rank` when `total` things are dealt to `size` ranks, the first ones getting one more.
+
+    Used for tokens and for heads; the span is empty where there are fewer things than ranks.
+    """
+    each, more = divmod(total, size)
+    start = rank * each + min(rank, more)
+    return start, start + each + (rank < more)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A named stretch of tokens, `length` of them over all ranks."""
+
+    name: str
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the segments of one region lie on `size` ranks, seen from `rank`.
+
+    Each segment is cut by itself, unevenly where it must be. One that is shorter than `size` is
+    replicated: a rank without a single row of a segment would break models that infer sizes from it.
+    In every method `over` names the segments that a tensor's token dim concatenates, in that order.
+    """
+
+    segments: tuple[Segment, ...]
+    rank: int
+    size: int
+
+    def __post_init__(self) -> None:
+        names = [segment.name for segment in self.segments]
+        assert len(set(names)) == len(names), names
+        assert 0 <= self.rank < self.size, (self.rank, self.size)
+
+    def length(self, name: str) -> int:
+        """Tokens of a segment over all ranks."""
+        return next(segment.length for segment in self.segments if segment.name == name)
+
+    def replicated(self, name: str) -> bool:
+        """Whether every rank holds the whole segment."""
+        return self.length(name) < self.size
+
+    def span(self, name: str, *, rank: int | None = None) -> tuple[int, int]:
+        """(start, stop) within the segment of what `rank` (default: this one) holds."""
+        length = self.length(name)
+        if length < self.size:
+            return 0, length
+        return share(length, rank=self.rank if rank is None else rank, size=self.size)
+
+    def total(self, over: Sequence[str]) -> int:
+        """Tokens of the whole."""
+        return sum(self.length(name) for name in over)
+
+    def local(self, over: Sequence[str], *, rank: int | None = None) -> int:
+        """Tokens that `rank` (default: this one) holds."""
+        return sum(stop - start for start, stop in (self.span(name, rank=rank) for name in over))
+
+    def boundary(self, position: int, *, over: Sequence[str]) -> int:
+        """How many of this rank's tokens lie before a global position: the local form of a boundary."""
+        before = offset = 0
+        for name in over:
+            start, stop = self.span(name)
+            before += min(max(position - offset - start, 0), stop - start)
+            offset += self.length(name)
+        return before
+
+    def positions(self, over: Sequence[str], *, device: torch.device) -> torch.Tensor:
+        """Global positions of this rank's tokens, int64 [local]."""
+        parts, offset = [], 0
+        for name in over:
+            start, stop = self.span(name)
+            parts.append(torch.arange(offset + start, offset + stop, device=device))
+            offset += self.length(name)
+        return torch.cat(parts)
+
+    def split(self, x: torch.Tensor, *, dim: int, over: Sequence[str]) -> torch.Tensor:
+        """This rank's part of a whole tensor, of any dtype, as a tensor that owns its memory.
+
+        Blocks write into what they are given, and a view would keep the whole activation alive.
+        """
+        assert x.shape[dim] == self.total(over), (tuple(x.shape), dim, self)
+        parts, offset = [], 0
+        for name in over:
+            start, stop = self.span(name)
+            parts.append(x.narrow(dim, offset + start, stop - start))
+            offset += self.length(name)
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+    def join(self, chunks: Sequence[torch.Tensor], *, dim: int, over: Sequence[str]) -> torch.Tensor:
+        """The whole tensor from every rank's part, in rank order.
+
+        A replicated segment is taken from rank 0, so that all ranks get the same bytes.
+        """
+        offsets = [0] * self.size
+        parts = []
+        for name in over:
+            for rank, chunk in enumerate(chunks):
+                start, stop = self.span(name, rank=rank)
+                if rank == 0 or not self.replicated(name):
+                    parts.append(chunk.narrow(dim, offsets[rank], stop - start))
+                offsets[rank] += stop - start
+        return torch.cat(parts, dim)
+
+
+def gather(x: torch.Tensor, *, dim: int, over: Sequence[str], layout: Layout, comm: Comm) -> torch.Tensor:
+    """The whole tensor from this rank's part `x`: a collective of the ranks of `comm`; equal bytes on all of them."""
+    assert x.shape[dim] == layout.local(over), (tuple(x.shape), dim, layout)
+    if all(layout.replicated(name) for name in over):
+        return comm.broadcast(x)
+    sizes = [layout.local(over, rank=rank) for rank in range(layout.size)]
+    return layout.join(comm.all_gather(x, dim=dim, sizes=sizes), dim=dim, over=over)

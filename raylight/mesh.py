@@ -1,0 +1,112 @@
+"""Ranks arranged by axis, and the process groups between them: the only place where groups are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from types import MappingProxyType
+
+import torch
+import torch.distributed as dist
+
+from .comm import Comm, Meter
+from .config import AXES, ParallelConfig
+
+
+class Mesh:
+    """This process's rank, how the ranks are arranged, and one `Comm` per axis.
+
+    Ranks are numbered row by row over the axes dp, cfg, ring, ulysses, so ulysses ranks are neighbours.
+    Make one with `create` or `single`; `close` it when done.
+
+    Attributes:
+        rank: this process's rank in the world.
+        parallel: sizes of the axes and the engine's switches.
+        control: all ranks, always on gloo and on its own connections, for small agreements on CPU
+            tensors. It does not count into `collectives`.
+    """
+
+    def __init__(
+        self, parallel: ParallelConfig, *, rank: int, comms: Mapping[str, Comm], control: Comm, meter: Meter
+    ) -> None:
+        self.parallel = parallel
+        self.rank = rank
+        self.control = control
+        self._comms = MappingProxyType(dict(comms))
+        self._meter = meter
+
+    @classmethod
+    def create(
+        cls, parallel: ParallelConfig, *, rank: int, store: dist.Store, backend: str, timeout: timedelta
+    ) -> Mesh:
+        """Join the other ranks; every rank of the world must call this with the same arguments but its rank.
+
+        Args:
+            parallel: `parallel.world` ranks take part.
+            rank: this process's rank.
+            store: where the ranks find each other; not used by another mesh.
+            backend: "nccl" on CUDA (the process has chosen its device before), "gloo" on CPU.
+            timeout: bound of every collective, and of the meeting itself.
+
+        Raises:
+            RuntimeError or torch.distributed.DistError: the ranks did not meet in time.
+        """
+        world = parallel.world
+        assert 0 <= rank < world, (rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        meter = Meter()
+        everyone = tuple(range(world))
+        comms = {"world": cls._comm(everyone, rank=rank, group=dist.group.WORLD, meter=meter)}
+        sizes = [parallel.degrees[axis] for axis in AXES]
+        grid = torch.arange(world).view(sizes)
+        for dim, axis in enumerate(AXES):
+            # every rank makes every group, in this order, also those it is not in
+            for row in grid.movedim(dim, -1).reshape(-1, sizes[dim]).tolist():
+                group: dist.ProcessGroup | None = None
+                if len(row) == world:
+                    group = dist.group.WORLD
+                elif len(row) > 1:
+                    group = dist.new_group(row, timeout=timeout, backend=backend)
+                if rank in row:
+                    comms[axis] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
+        group = dist.new_group(list(everyone), timeout=timeout, backend="gloo")
+        control = cls._comm(everyone, rank=rank, group=group, meter=Meter())
+        return cls(parallel, rank=rank, comms=comms, control=control, meter=meter)
+
+    @classmethod
+    def single(cls, parallel: ParallelConfig | None = None) -> Mesh:
+        """A mesh of this process alone, without torch.distributed.
+
+        Args:
+            parallel: the engine's switches, with a world of one; None takes the defaults.
+        """
+        parallel = parallel or ParallelConfig(world=1)
+        assert parallel.world == 1, parallel
+        meter = Meter()
+        comms = {axis: cls._comm((0,), rank=0, group=None, meter=meter) for axis in ("world", *AXES)}
+        return cls(
+            parallel, rank=0, comms=comms, control=cls._comm((0,), rank=0, group=None, meter=Meter()), meter=meter
+        )
+
+    @staticmethod
+    def _comm(ranks: tuple[int, ...], *, rank: int, group: dist.ProcessGroup | None, meter: Meter) -> Comm:
+        return Comm(group if len(ranks) > 1 else None, ranks=ranks, rank=ranks.index(rank), meter=meter)
+
+    def axis(self, name: str) -> Comm:
+        """The ranks that differ from this one only on axis `name` ("dp", "cfg", "ring", "ulysses"), or "world"."""
+        return self._comms[name]
+
+    @property
+    def collectives(self) -> int:
+        """Collectives entered so far on this rank, `control`'s not counted."""
+        return self._meter.count
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock spent inside those collectives."""
+        return self._meter.seconds
+
+    def close(self) -> None:
+        """Leave the groups; harmless when there are none (any more)."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
