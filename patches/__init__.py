@@ -1,0 +1,1 @@
+"""One plan per model family: where its tokens are, and nothing else."""
