@@ -29,6 +29,7 @@ LOCAL = "local"
 OBJECT_STORE_BYTES = 256 << 20
 """Ray's store of a local cluster: payloads do not go through it, so the smallest comfortable size."""
 POLL_S = 0.1
+KNOCK_S = 5.0
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 """Which variable hides accelerators of a torch device type. ROCm builds of torch obey CUDA's."""
 EXPECTED = ("Token authentication is enabled", "SIGTERM handler is not set")
@@ -54,6 +55,7 @@ def ensure_ray(config: PoolConfig) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if config.address != LOCAL:
+        _check_reachable(config.address)
         with _environment_kept():
             try:
                 ray.init(address=config.address, namespace=config.namespace, **options)
@@ -183,6 +185,21 @@ def host_address() -> str:
 def node_id() -> str:
     """The Ray node this process is on."""
     return ray.get_runtime_context().get_node_id()
+
+
+def _check_reachable(address: str) -> None:
+    """Knock first: Ray itself retries for a minute and then may end the process, ComfyUI."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"No Ray cluster answers at {address}",
+            str(error),
+            "Start it with `ray start --head`, or set ray_cluster_address to local",
+        ) from error
 
 
 def _python_path(environment: HostEnvironment) -> str:

@@ -119,6 +119,14 @@ def refuse_saving() -> NoReturn:
     )
 
 
+def refuse_training() -> NoReturn:
+    raise UnsupportedError(
+        "A model on the pool cannot be trained",
+        "its weights are on the workers, without gradients",
+        "Load it with ComfyUI's own loader (Load Diffusion Model) to train a LoRA",
+    )
+
+
 def _refuse(name: str, why: str) -> NoReturn:
     raise UnsupportedError(
         f"{name} cannot be used with a model on the Raylight pool",

@@ -92,7 +92,7 @@ class ModelLink:
         with self._lock:
             model_management.throw_exception_if_processing_interrupted()
             try:
-                self._facts = self._replica().load(self.spec)
+                self._facts = self._replica().load(self.spec, self)
             finally:
                 # an interrupt outranks the error that ending the wait caused
                 model_management.throw_exception_if_processing_interrupted()
@@ -236,6 +236,13 @@ class _RemoteModule(torch.nn.Module):
     Mixed in before the family's own class, so that the family's `forward` (its wrapper handling and argument
     order) and its weightless helpers run here unchanged, and `isinstance` holds. Attributes come from the ghost.
     """
+
+    weight_function = ()
+    """With it, ComfyUI's training node takes this for a layer, asks for its `weight`, and is refused by name."""
+
+    @property
+    def weight(self) -> Any:
+        refusals.refuse_training()
 
     def __getattr__(self, name: str) -> Any:
         if name == "_ghost":  # not set yet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,20 +48,23 @@ class Replica:
         self._ranks = tuple(ranks)
         self._encoder = Encoder(refer, shared=self._can_share())
         self._facts: dict[ModelSpec, ModelFacts] = {}
+        self._holders: dict[ModelSpec, weakref.WeakSet[Any]] = {}
         self._states: dict[ModelSpec, str] = {}
         self._functions: dict[int, tuple[int, Callable[..., Any]]] = {}
         self._next_function = 0
 
-    def load(self, spec: ModelSpec) -> ModelFacts:
-        """Have the model loaded on every rank; the first rank's facts."""
+    def load(self, spec: ModelSpec, holder: object) -> ModelFacts:
+        """Have the model loaded on every rank; the first rank's facts.
+
+        It stays loaded as long as one of its holders lives: another load makes room by releasing the others.
+        """
+        self._holders.setdefault(spec, weakref.WeakSet()).add(holder)
         if spec not in self._facts:
+            for unused in [known for known in self._facts if not self._holders[known]]:
+                self._release(unused)
             self._facts[spec] = self._call("load", spec)[0]
             self._states[spec] = NO_PATCHES
         return self._facts[spec]
-
-    def loaded(self, spec: ModelSpec) -> bool:
-        """Whether `load` of this spec has succeeded here."""
-        return spec in self._facts
 
     def patch(
         self, spec: ModelSpec, state: str, patches: dict[str, Any], objects: dict[str, Any], *, force_cast: bool
@@ -128,11 +132,9 @@ class Replica:
         if self.pool.alive():
             self._call("offload")
 
-    def release(self, spec: ModelSpec) -> None:
-        """Forget a model."""
-        if self.pool.alive() and self._facts.pop(spec, None) is not None:
-            self._states.pop(spec, None)
-            self._call("release", spec)
+    def _release(self, spec: ModelSpec) -> None:
+        del self._facts[spec], self._states[spec], self._holders[spec]
+        self._call("release", spec)
 
     def _call(self, verb: str, *arguments: Any) -> list[Any]:
         return self.pool.call(verb, *arguments, ranks=self._ranks)

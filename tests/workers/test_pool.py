@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from comfy_raylight.raylight.config import ModelSpec
 from comfy_raylight.raylight.errors import LoadError, WorkerError
 from comfy_raylight.tests.workers.faults import die, fail, on_rank
 from comfy_raylight.workers import pool as pools
+from comfy_raylight.workers.messages import PatchRequest
 from comfy_raylight.workers.replica import Replica
 
 Acquire = Callable[..., pools.Pool]
@@ -46,7 +48,7 @@ class Model:
         self.pool = pool
         self.replica = Replica(pool, pool.replicas[0], lambda _: None)
         self.spec = ModelSpec.of(file)
-        self.replica.load(self.spec)
+        self.replica.load(self.spec, self)
 
     def forward(self, patch: Callable[..., Any] | None = None) -> torch.Tensor:
         """One call; `patch` runs in every self-attention of every rank, with the rank as keyword."""
@@ -135,13 +137,38 @@ def test_bad_file_leaves_the_pool_alive(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(b"this is not a model" * 10)
     with pytest.raises(WorkerError, match="failed during load"):
-        model.replica.load(ModelSpec.of(path))
+        model.replica.load(ModelSpec.of(path), model)
     spec = ModelSpec.of(path)
     path.write_bytes(b"and it changed")
     with pytest.raises(LoadError, match="changed while"):
-        model.replica.load(spec)
+        model.replica.load(spec, model)
     assert model.pool.alive()
     assert model.forward().isfinite().all()
+
+
+def test_a_model_nobody_holds_is_released(acquire: Acquire, model: Model, tmp_path: Path) -> None:
+    first = tmp_path / "first.safetensors"
+    second = tmp_path / "second.safetensors"
+    for path in (first, second):
+        path.write_bytes(Path(model.spec.path).read_bytes())
+    specs = [ModelSpec.of(first), ModelSpec.of(second)]
+
+    class Holder:
+        pass
+
+    holders = [Holder(), Holder()]
+    model.replica.load(specs[0], holders[0])
+    del holders[0]
+    gc.collect()
+    model.replica.load(specs[1], holders[0])
+    assert set(model.replica._facts) == {model.spec, specs[1]}
+    with pytest.raises(WorkerError, match="KeyError"):  # the workers let go of it too
+        model.replica._call("patch", _empty_patch(model, specs[0]))
+    assert model.forward().isfinite().all()
+
+
+def _empty_patch(model: Model, spec: ModelSpec) -> PatchRequest:
+    return PatchRequest(spec=spec, state="x", patches=model.replica._encoder.encode(({}, {})), force_cast=False)
 
 
 def test_cancel_while_starting(acquire: Acquire) -> None:

@@ -1,0 +1,38 @@
+"""A real ComfyUI server per version, with the pack in its custom_nodes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.client import ComfyClient
+from comfy_raylight.tests.host.server import ComfyServer
+
+FAMILIES = ("wan", "flux", "zimage", "unet")
+
+
+@pytest.fixture(scope="session")
+def server(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("comfy")
+    previews = ("--preview-method", "latent2rgb")
+    server = ComfyServer(comfy_root, base=base, python=Path(sys.executable), threads=1, args=previews)
+    models = server.models
+    models.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(family=family, path=models / f"{family}.safetensors") for family in FAMILIES]
+    write(jobs, comfy_root=comfy_root, python=Path(sys.executable))
+    (models / "text.safetensors").write_text("this is a text file, whatever its name says\n" * 100)
+    server.start()
+    try:
+        yield server
+    finally:
+        stubborn = server.stop()
+    assert stubborn == [], "ComfyUI and all workers end when they are asked to"
+
+
+@pytest.fixture(scope="session")
+def client(server: ComfyServer) -> Iterator[ComfyClient]:
+    with server.client() as client:
+        yield client

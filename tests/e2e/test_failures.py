@@ -1,0 +1,150 @@
+"""What goes wrong ends in one clear error, ComfyUI keeps serving, and the next good prompt works."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comfy_raylight.tests.host import processes
+from comfy_raylight.tests.host.client import ComfyClient, PromptError
+from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, Case, PoolCase, pool
+from comfy_raylight.tests.host.server import ComfyServer
+
+from .test_sampling import latent
+
+GOOD = Case(file="wan.safetensors", inputs=FAMILIES["wan"])
+LONG = dataclasses.replace(GOOD, steps=400, name="long")
+
+
+@pytest.fixture
+def good(server: ComfyServer, client: ComfyClient) -> Callable[[], torch.Tensor]:
+    """Runs the good prompt anew and returns its latent."""
+    seeds = iter(range(1, 1000))
+
+    def run() -> torch.Tensor:
+        # ComfyUI would answer an equal prompt from its cache; the name is no part of the sampling
+        sampling = dataclasses.replace(GOOD, name=f"good{next(seeds)}")
+        prompt = pool(sampling)
+        prompt[SAMPLER]["inputs"]["end_at_step"] = 10000 - int(sampling.name.removeprefix("good"))
+        client.run(prompt)
+        return latent(server, sampling.name)
+
+    return run
+
+
+BAD_POOLS = [
+    pytest.param({"GPU": 2, "ulysses_degree": 4}, ("multiply to 4", "GPU is 2"), id="product too large"),
+    pytest.param({"GPU": 0, "ulysses_degree": 1}, ("at least one worker", "GPU is 0"), id="no worker"),
+    pytest.param({"GPU": -1, "ulysses_degree": 1}, ("GPU is -1",), id="negative workers"),
+    pytest.param({"GPU": 2, "ulysses_degree": -2}, ("negative", "ulysses_degree=-2"), id="negative degree"),
+    pytest.param({"GPU": 2, "ulysses_degree": 2, "cfg_degree": 0}, ("cfg_degree=0",), id="one degree zero"),
+    pytest.param({"GPU": 2, "ulysses_degree": 1, "ring_degree": 2}, ("ring_degree is 2", "Set ring_degree to 1"), id="ring"),
+    pytest.param({"GPU": 2, "FSDP": True}, ("FSDP is switched on", "Switch FSDP off"), id="FSDP"),
+    pytest.param({"GPU": 2, "FSDP_CPU_OFFLOAD": True}, ("FSDP_CPU_OFFLOAD", "off"), id="FSDP offload"),
+    pytest.param({"GPU": 2, "gpu_indices": "0,x"}, ("gpu_indices",), id="indices"),
+    pytest.param({"ray_cluster_address": "127.0.0.1:1"}, ("127.0.0.1:1", "ray_cluster_address"), id="no such cluster"),
+]
+
+
+@pytest.mark.parametrize("values,words", BAD_POOLS)
+def test_bad_pool(client: ComfyClient, good: Callable[[], torch.Tensor], values: dict[str, Any], words: tuple[str, ...]) -> None:
+    prompt = pool(GOOD)
+    prompt[INIT]["inputs"].update(values)
+    with pytest.raises(PromptError) as caught:
+        client.run(prompt)
+    for word in words:
+        assert word in caught.value.text
+    assert caught.value.node == INIT
+
+
+BAD_FILES = [
+    pytest.param("text.safetensors", ("text.safetensors cannot be read as a model file",), id="text file"),
+    pytest.param("unet.safetensors", ("UNetModel", "WanModel", "Flux", "NextDiT", "ulysses_degree"), id="no plan"),
+    pytest.param("missing.safetensors", ("not in list",), id="missing"),
+]
+
+
+@pytest.mark.parametrize("file,words", BAD_FILES)
+def test_bad_file(client: ComfyClient, good: Callable[[], torch.Tensor], file: str, words: tuple[str, ...]) -> None:
+    before = good()
+    with pytest.raises(PromptError) as caught:
+        client.run(pool(dataclasses.replace(GOOD, file=file)))
+    for word in words:
+        assert word in caught.value.text
+    assert caught.value.node == LOADER
+    assert torch.equal(good(), before)
+
+
+def test_unplanned_family_on_one_worker(server: ComfyServer, client: ComfyClient) -> None:
+    """No plan is needed where nothing is divided."""
+    sampling = Case(file="unet.safetensors", inputs=FAMILIES["unet"], name="unet")
+    client.run(pool(sampling, PoolCase(workers=1)))
+    assert latent(server, "unet").isfinite().all()
+
+
+def test_killed_worker(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor]) -> None:
+    before = good()
+    victim = workers(server)[-1]
+    prompt_id = client.queue(pool(LONG))
+    wait_for_progress(client, prompt_id)
+    os.kill(victim.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(PromptError) as caught:
+        client.wait(prompt_id, timeout=60)
+    assert time.monotonic() - began < 30
+    assert caught.value.node == SAMPLER
+    assert f"process {victim.pid}) died" in caught.value.text and "Queue the prompt again" in caught.value.text
+    assert torch.equal(good(), before)
+    assert len(workers(server)) == 2
+
+
+def test_interrupt(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor]) -> None:
+    before = good()
+    alive = [worker.pid for worker in workers(server)]
+    prompt_id = client.queue(pool(dataclasses.replace(LONG, seed=11)))
+    wait_for_progress(client, prompt_id)
+    client.interrupt()
+    with pytest.raises(PromptError) as caught:
+        client.wait(prompt_id, timeout=60)
+    assert caught.value.kind == "interrupted"
+    assert torch.equal(good(), before)
+    assert [worker.pid for worker in workers(server)] == alive
+
+
+def test_unload_button(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor]) -> None:
+    before = good()
+    alive = [worker.pid for worker in workers(server)]
+    client.free(unload_models=True, free_memory=False)
+    time.sleep(2)  # ComfyUI's prompt thread looks at the flag once a second
+    assert torch.equal(good(), before)
+    assert [worker.pid for worker in workers(server)] == alive
+
+
+def test_pool_survives_a_changed_graph(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor]) -> None:
+    """An edit elsewhere in the graph keeps pool and model."""
+    good()
+    alive = [worker.pid for worker in workers(server)]
+    client.run(pool(dataclasses.replace(GOOD, seed=123, sampler="heun", name="edited")))
+    assert [worker.pid for worker in workers(server)] == alive
+
+
+def workers(server: ComfyServer) -> list[processes.Process]:
+    return [process for process in processes.tree(server.pid) if process.command.startswith("ray::Worker")]
+
+
+def wait_for_progress(client: ComfyClient, prompt_id: str, *, steps: int = 2, timeout: float = 90) -> None:
+    end = time.monotonic() + timeout
+    pause = threading.Event()
+    while time.monotonic() < end:
+        seen = [event for event in client.events_of(prompt_id) if event.kind == "progress"]
+        if any(int(event.data["value"]) >= steps for event in seen):
+            return
+        pause.wait(0.05)
+    raise AssertionError("sampling did not begin")

@@ -1,0 +1,101 @@
+"""The nodes as ComfyUI publishes them: ids, sockets, widget order and defaults that saved files depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from comfy_raylight.tests.host.client import ComfyClient
+
+SEED_MAX = 0xFFFFFFFFFFFFFFFF
+CLUSTER = {"ray_cluster_address": "local", "ray_cluster_namespace": "default"}
+DEGREES = {
+    "GPU": 2,
+    "ulysses_degree": 2,
+    "ring_degree": 1,
+    "cfg_degree": 1,
+    "sync_ulysses": False,
+    "FSDP": False,
+    "FSDP_CPU_OFFLOAD": False,
+    "XFuser_attention": "TORCH",
+}
+STORE = {"ray_object_store_gb": 0.0}
+ADDRESSES = {"ray_dashboard_address": "None", "torch_dist_address": "127.0.0.1:29500"}
+OPTIONAL = {
+    "gpu_indices": "",
+    "skip_comm_test": True,
+    "pack_qkv": False,
+    "use_mmap": True,
+    "mmap_cache_size": 2,
+    "use_fastsafe": False,
+}
+REQUIRED = {
+    "RayInitializer": {**CLUSTER, **DEGREES, **STORE},
+    "RayInitializerAdvanced": {**CLUSTER, **STORE, **ADDRESSES, **DEGREES},
+    "RayUNETLoader": {"unet_name": None, "weight_dtype": None, "ray_actors_init": None},
+    "XFuserKSamplerAdvanced": {
+        "add_noise": None,
+        "noise_seed": 0,
+        "steps": 20,
+        "cfg": 8.0,
+        "sampler_name": None,
+        "scheduler": None,
+        "ray_actors": None,
+        "positive": None,
+        "negative": None,
+        "latent_image": None,
+        "start_at_step": 0,
+        "end_at_step": 10000,
+        "return_with_leftover_noise": None,
+    },
+}
+OUTPUTS = {
+    "RayInitializer": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
+    "RayInitializerAdvanced": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
+    "RayUNETLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
+    "XFuserKSamplerAdvanced": (["LATENT"], ["LATENT"]),
+}
+DISPLAY = {
+    "RayInitializer": "Ray Init Actor",
+    "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
+    "RayUNETLoader": "Load Diffusion Model (Ray)",
+    "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
+}
+
+
+def options(entry: list[Any]) -> dict[str, Any]:
+    return entry[1] if len(entry) > 1 else {}
+
+
+@pytest.mark.parametrize("node", REQUIRED)
+def test_node(client: ComfyClient, node: str) -> None:
+    info = client.object_info(node)[node]
+    assert info["display_name"] == DISPLAY[node] and info["category"] == "Raylight"
+    assert (info["output"], info["output_name"]) == OUTPUTS[node]
+    required = info["input"]["required"]
+    assert list(required) == info["input_order"]["required"] == list(REQUIRED[node])
+    for name, default in REQUIRED[node].items():
+        if default is not None:
+            assert options(required[name])["default"] == default
+    optional = {"XFuserKSamplerAdvanced": {"sigmas": None}, "RayUNETLoader": {}}.get(node, OPTIONAL)
+    assert list(info["input"].get("optional", {})) == list(optional)
+    for name, default in optional.items():
+        if default is not None:
+            assert options(info["input"]["optional"][name])["default"] == default
+    for kind in ("required", "optional"):
+        for name, entry in info["input"].get(kind, {}).items():
+            assert options(entry).get("tooltip"), f"{name} has no tooltip"
+
+
+def test_choices(client: ComfyClient) -> None:
+    loader = client.object_info("RayUNETLoader")["RayUNETLoader"]["input"]["required"]
+    assert loader["weight_dtype"][0] == ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16"]
+    assert loader["ray_actors_init"][0] == "RAY_ACTORS_INIT"
+    sampler = client.object_info("XFuserKSamplerAdvanced")["XFuserKSamplerAdvanced"]["input"]["required"]
+    assert sampler["add_noise"][0] == ["enable", "disable"]
+    assert sampler["return_with_leftover_noise"][0] == ["disable", "enable"]
+    assert options(sampler["noise_seed"])["max"] == SEED_MAX and options(sampler["noise_seed"])["control_after_generate"]
+    assert sampler["ray_actors"][0] == "RAY_ACTORS"
+    names = client.object_info("RayInitializer")["RayInitializer"]["input"]["required"]["XFuser_attention"][0]
+    old = {"TORCH", "FLASH_ATTN", "FLASH_ATTN_3", "SAGE_AUTO_DETECT", "SAGE_FP16_TRITON", "SAGE_FP16_CUDA"}
+    assert old | {"SAGE_FP8_CUDA", "SAGE_FP8_SM90", "AITER_ROCM", "FA", "TORCH_FLASH"} <= set(names)
