@@ -113,7 +113,7 @@ def _wan(size: Mapping[str, int], **more: Any) -> torch.nn.Module:
         ffn_dim=size["ffn"],
         num_heads=size["dim"] // 128,
         num_layers=size["layers"],
-        **{"model_type": "t2v", "in_dim": 16, "out_dim": 16, **more},
+        **{"model_type": "t2v", "in_dim": size["channels"], "out_dim": size["channels"], **more},
         **_meta(),
     )
     return model
@@ -206,8 +206,8 @@ def _unet(size: Mapping[str, int]) -> torch.nn.Module:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "wan": Recipe(_wan, "WAN21_T2V", "float32", {"dim": 256, "ffn": 512, "layers": 2}),
-    "wan_i2v": Recipe(_wan_i2v, "WAN21_I2V", "float32", {"dim": 256, "ffn": 512, "layers": 2}),
+    "wan": Recipe(_wan, "WAN21_T2V", "float32", {"dim": 256, "ffn": 512, "layers": 2, "channels": 16}),
+    "wan_i2v": Recipe(_wan_i2v, "WAN21_I2V", "float32", {"dim": 256, "ffn": 512, "layers": 2, "channels": 16}),
     "flux": Recipe(_flux, "Flux", "bfloat16", {"dim": 256, "double": 1, "single": 1, "context": 4096, "pooled": 768}),
     "zimage": Recipe(_zimage, "ZImage", "bfloat16", {"layers": 1, "context": 64}),
     "lumina2": Recipe(_lumina2, "Lumina2", "bfloat16", {"layers": 1, "context": 64}),
