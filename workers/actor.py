@@ -5,6 +5,7 @@ Nothing of torch or ComfyUI may be imported at module level: both read the envir
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -45,14 +46,18 @@ class Worker:
         # Ray puts the driver's directories first, and any of them may hold a `nodes` or `utils` of its own
         sys.path.insert(0, comfy_root)
         node = ray.get_runtime_context().get_node_id()
-        from .comfy_host import apply
+        gc.disable()  # thousands of new objects that live for ever: collecting costs a tenth of the imports
+        try:
+            from .comfy_host import apply
 
-        apply(pickle.loads(environment))
-        from .runner import Runner
+            apply(pickle.loads(environment))
+            from comfy import model_management
 
+            from .runner import Runner
+        finally:
+            gc.enable()
+            gc.freeze()
         self._runner = Runner()
-        from comfy import model_management
-
         from .messages import WorkerPlace
 
         return WorkerPlace(

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
@@ -49,7 +49,8 @@ class Member:
     serving: Any
     connection: Connection
     local: bool
-    heartbeat: Any = field(default=None)
+    heartbeat: Any = None
+    busy: bool = False
 
 
 def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> Pool:
@@ -110,9 +111,8 @@ class Pool:
 
     def alive(self) -> bool:
         """Whether every worker is still connected."""
-        if self._closed:
-            return False
-        if self._launch.ready([member.serving for member in self.members]):
+        # an idle worker says nothing: what can be read from its connection is the end of it
+        if not self._closed and any(not member.busy and member.connection.poll() for member in self.members):
             self.close()
         return not self._closed
 
@@ -243,6 +243,7 @@ class Pool:
             raise WorkerError("The pool is closed", "", "Queue the prompt again: it starts a new one")
         try:
             for member, payload in zip(chosen, payloads, strict=True):
+                member.busy = True
                 try:
                     member.connection.send_bytes(payload)
                 except OSError as error:
@@ -272,6 +273,7 @@ class Pool:
                     raise self._dead(member, request.verb) from error
                 assert reply.id == request.id
                 replies[member.rank] = reply
+                member.busy = False
                 waiting.remove(member)
                 heard = time.monotonic()
                 if reply.failure is not None and deadline is None:

@@ -79,6 +79,12 @@ def nbytes(tensor: TensorRef) -> int:
     return tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
 
 
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes as integers: equal means the same bits, and comparing eight at a time is twice as fast."""
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(torch.uint8 if flat.nbytes % 8 else torch.int64)
+
+
 def place(storage: torch.Tensor, ref: TensorRef) -> torch.Tensor:
     """The view of `storage` (uint8, 1-D) that holds the tensor `ref` names."""
     count = nbytes(ref)
@@ -241,7 +247,7 @@ class Encoder:
                     self.bytes_held += tensor.nbytes
                     return ("held", found)
                 key = self._new_key(new)
-                self._held[key] = tensor.detach().clone()
+                self._held[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
                 used.add(key)
             tensors.append(tensor.detach())
             keys.append(key)
@@ -295,9 +301,9 @@ class Encoder:
 
     def _find(self, tensor: torch.Tensor) -> int | None:
         for key, held in self._held.items():
-            if held.shape == tensor.shape and held.dtype == tensor.dtype and held.device == tensor.device:
-                if torch.equal(held, tensor):
-                    return key
+            same_kind = held.shape == tensor.shape and held.dtype == tensor.dtype and held.device == tensor.device
+            if same_kind and torch.equal(_words(held), _words(tensor)):
+                return key
         return None
 
     def _evict(self, used: set[int]) -> None:

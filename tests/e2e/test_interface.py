@@ -29,7 +29,7 @@ OPTIONAL = {
     "mmap_cache_size": 2,
     "use_fastsafe": False,
 }
-REQUIRED = {
+REQUIRED: dict[str, dict[str, Any]] = {
     "RayInitializer": {**CLUSTER, **DEGREES, **STORE},
     "RayInitializerAdvanced": {**CLUSTER, **STORE, **ADDRESSES, **DEGREES},
     "RayUNETLoader": {"unet_name": None, "weight_dtype": None, "ray_actors_init": None},
@@ -77,7 +77,7 @@ def test_node(client: ComfyClient, node: str) -> None:
     for name, default in REQUIRED[node].items():
         if default is not None:
             assert options(required[name])["default"] == default
-    optional = {"XFuserKSamplerAdvanced": {"sigmas": None}, "RayUNETLoader": {}}.get(node, OPTIONAL)
+    optional: dict[str, Any] = {"XFuserKSamplerAdvanced": {"sigmas": None}, "RayUNETLoader": {}}.get(node, OPTIONAL)
     assert list(info["input"].get("optional", {})) == list(optional)
     for name, default in optional.items():
         if default is not None:
@@ -94,7 +94,8 @@ def test_choices(client: ComfyClient) -> None:
     sampler = client.object_info("XFuserKSamplerAdvanced")["XFuserKSamplerAdvanced"]["input"]["required"]
     assert sampler["add_noise"][0] == ["enable", "disable"]
     assert sampler["return_with_leftover_noise"][0] == ["disable", "enable"]
-    assert options(sampler["noise_seed"])["max"] == SEED_MAX and options(sampler["noise_seed"])["control_after_generate"]
+    seed = options(sampler["noise_seed"])
+    assert seed["max"] == SEED_MAX and seed["control_after_generate"]
     assert sampler["ray_actors"][0] == "RAY_ACTORS"
     names = client.object_info("RayInitializer")["RayInitializer"]["input"]["required"]["XFuser_attention"][0]
     old = {"TORCH", "FLASH_ATTN", "FLASH_ATTN_3", "SAGE_AUTO_DETECT", "SAGE_FP16_TRITON", "SAGE_FP16_CUDA"}

@@ -34,7 +34,7 @@ CASES = [
     pytest.param(case("wan", **ANCESTRAL), NODE, id="wan ancestral"),
     pytest.param(case("wan", **SDE), NODE, id="wan sde"),
     pytest.param(case("wan", batch=2), NODE, id="wan batch 2"),
-    pytest.param(case("wan", add_noise=False, random_latent=True, start=1, steps=3), NODE, id="wan no noise, late start"),
+    pytest.param(case("wan", add_noise=False, random_latent=True, start=1, steps=3), NODE, id="wan late start"),
     pytest.param(case("wan", leftover=True, end=2, steps=4), NODE, id="wan leftover noise"),
     pytest.param(case("wan", sigmas="1.0, 0.8, 0.3, 0.0"), NODE, id="wan sigmas"),
     pytest.param(case("wan", sampling="KSampler"), MODEL, id="wan KSampler"),

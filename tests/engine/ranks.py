@@ -150,7 +150,7 @@ def main(result: str, root: str) -> None:
     everything: dict[str, Any] = {}
     if root:
         enter_comfy(root)
-        prepared = []
+        prepared: list[tuple[Any, Any, Any]] = []
         with torch.no_grad():
             for case in cases.available():
                 model = case.model()

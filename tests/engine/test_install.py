@@ -57,8 +57,8 @@ class Model(nn.Module):
 
     def __init__(self, run: int = 2) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Identity()
+        self.blocks: Any = nn.ModuleList([Block(), Block()])
+        self.head: Any = nn.Identity()
         self.run = run
 
     def _forward(self, x: torch.Tensor, control: Any = None, transformer_options: Any = None) -> torch.Tensor:
@@ -157,7 +157,7 @@ def test_a_failed_forward_leaves_no_state(granularity: Any) -> None:
 def test_a_region_that_is_not_left_raises() -> None:
     model = Model(run=1)
     model.head = nn.Module()
-    model.head.forward = lambda x: x  # type: ignore[method-assign]
+    model.head.forward = lambda x: x
     installation = install(model, Plan(Region(BLOCKS)), mesh())
     with pytest.raises(PlanError, match="not left"):
         installation.wrapper(model._forward, torch.zeros(1, 6, 2))
