@@ -65,6 +65,11 @@ class ParallelConfig:
         """P, the number of ranks that share one sequence."""
         return self.degrees["ring"] * self.degrees["ulysses"]
 
+    @property
+    def needs_plan(self) -> bool:
+        """Whether a model must be one whose attention sites are known."""
+        return self.sequence > 1 or self.attention != "TORCH"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:

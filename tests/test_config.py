@@ -49,6 +49,14 @@ def test_bad_devices(devices: tuple[int, ...]) -> None:
         PoolConfig(parallel=ParallelConfig(world=2), devices=devices)
 
 
+@pytest.mark.parametrize(
+    "world,ulysses,attention,needed", [(1, 1, "TORCH", False), (1, 1, "FA", True), (2, 2, "TORCH", True)]
+)
+def test_when_a_plan_is_needed(world: int, ulysses: int, attention: str, needed: bool) -> None:
+    config = ParallelConfig(world=world, ulysses=ulysses, ring=1, cfg=1, attention=attention)
+    assert config.needs_plan is needed
+
+
 def test_equal_configs_are_one_pool() -> None:
     first = PoolConfig(parallel=ParallelConfig(world=2, ulysses=2, ring=1, cfg=1))
     assert {first: 1}[pickle.loads(pickle.dumps(first))] == 1

@@ -10,6 +10,7 @@ import pickle
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from .messages import HostEnvironment
 
@@ -31,8 +32,17 @@ def describe() -> HostEnvironment:
         arguments=pickle.dumps(vars(comfy.cli_args.args)),
         folders=pickle.dumps(folders),
         device_type=comfy.model_management.get_torch_device().type,
-        driver_pid=os.getpid(),
     )
+
+
+def device_uuid(device: Any) -> str:
+    """What tells one physical accelerator from another in all processes; "" for a CPU or where torch does not say."""
+    if device.type == "cpu":
+        return ""
+    import torch
+
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return str(getattr(properties, "uuid", ""))
 
 
 def apply(environment: HostEnvironment) -> None:

@@ -20,14 +20,12 @@ class HostEnvironment:
             imports ComfyUI, which must wait until the environment is right.
         folders: pickled `folder_paths.folder_names_and_paths` with the directories beside it.
         device_type: torch device type of the workers, "cpu" or an accelerator's.
-        driver_pid: the ComfyUI process.
     """
 
     comfy_root: str
     arguments: bytes
     folders: bytes
     device_type: str
-    driver_pid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,6 @@ class Rendezvous:
 
     host: str
     port: int
-    loopback: bool
     timeout: float
 
 
@@ -108,7 +105,8 @@ class Forward:
 class ForwardReply:
     """A worker's answer: `output` is None on all ranks but the first of the replica.
 
-    `seconds` is the model's own time in the call, `waiting` the part of it inside collectives.
+    `seconds` is the model's own time in the call, `waiting` the part of it inside collectives; on an
+    accelerator, the time to queue its work.
     """
 
     output: Parcel | None

@@ -17,6 +17,7 @@ from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
 from ..raylight.hooks import install
 from ..raylight.mesh import Mesh
+from .comfy_host import device_uuid
 from .loading import load_options
 from .messages import ModelFacts
 
@@ -50,7 +51,7 @@ class WorkerModel:
         self.state = ""
         self._base = patcher
         self._installation = None
-        if mesh.parallel.sequence > 1:
+        if mesh.parallel.needs_plan:
             self._installation = install(self.diffusion, plan_for(type(self.diffusion)), mesh)
 
     @property
@@ -61,7 +62,6 @@ class WorkerModel:
         """What the driver must know of this copy."""
         model = self._base.model
         device = model_management.get_torch_device()
-        name = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
         cast = model.manual_cast_dtype
         return ModelFacts(
             family=type(self.diffusion).__name__,
@@ -69,7 +69,7 @@ class WorkerModel:
             manual_cast="" if cast is None else str(cast).removeprefix("torch."),
             bytes=self._base.model_size(),
             device=str(device),
-            uuid=name,
+            uuid=device_uuid(device),
         )
 
     def patch(self, state: str, patches: dict[str, Any], objects: dict[str, Any], *, force_cast: bool) -> None:

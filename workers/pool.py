@@ -173,7 +173,7 @@ class Pool:
         self._connect(places, here, single)
         store_host, store_port = self._store_address(places[0], single)
         port = self._exchange_one(0, "open_store", store_host, store_port, GROUP_TIMEOUT_S)
-        meet = Rendezvous(host=store_host, port=port, loopback=single, timeout=GROUP_TIMEOUT_S)
+        meet = Rendezvous(host=store_host, port=port, timeout=GROUP_TIMEOUT_S)
         self.call_each(
             "join",
             [

@@ -19,7 +19,7 @@ from comfy import model_management
 from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from . import ghost, refusals
-from .comfy_host import describe
+from .comfy_host import describe, device_uuid
 from .messages import ModelFacts
 from .pool import REGISTRY, Pool, acquire
 from .replica import NO_PATCHES, Replica
@@ -45,10 +45,10 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
         WorkerError: the pool did not start, or a worker failed while loading.
     """
     model, state = ghost.build(spec)
-    if config.parallel.sequence > 1:
+    if config.parallel.needs_plan:
         plan_for(type(model.diffusion_model))
     link = ModelLink(config, spec)
-    facts = link.load()
+    facts = link.load()[0]
     base = ghost.without_weights(
         model, state, getattr(torch, facts.dtype), getattr(torch, facts.manual_cast) if facts.manual_cast else None
     )
@@ -82,12 +82,12 @@ class ModelLink:
         self.config = config
         self.spec = spec
         self._environment = describe()
-        self._facts: ModelFacts | None = None
+        self._facts: list[ModelFacts] = []
         self._resident = False
         self._last_state: tuple[tuple[Any, ...], str] = ((), NO_PATCHES)
         self._lock = threading.RLock()
 
-    def load(self) -> ModelFacts:
+    def load(self) -> list[ModelFacts]:
         """Have the weights on the workers, starting the pool where needed."""
         with self._lock:
             model_management.throw_exception_if_processing_interrupted()
@@ -100,13 +100,10 @@ class ModelLink:
 
     def share(self) -> int:
         """Bytes the pool's copy occupies on the device of this process."""
-        if self._facts is None or not self._resident or not self._facts.uuid:
+        mine = device_uuid(model_management.get_torch_device())
+        if not self._resident or not mine:
             return 0
-        device = model_management.get_torch_device()
-        if device.type != "cuda":
-            return 0
-        mine = str(torch.cuda.get_device_properties(device).uuid)
-        return self._facts.bytes if mine == self._facts.uuid else 0
+        return sum(facts.bytes for facts in self._facts if facts.uuid == mine)
 
     def call(self, patcher: RemotePatcher | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the diffusion model on the pool and return its output on the input's device."""

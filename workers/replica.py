@@ -47,14 +47,14 @@ class Replica:
         self.traffic = Traffic()
         self._ranks = tuple(ranks)
         self._encoder = Encoder(refer, shared=self._can_share())
-        self._facts: dict[ModelSpec, ModelFacts] = {}
+        self._facts: dict[ModelSpec, list[ModelFacts]] = {}
         self._holders: dict[ModelSpec, weakref.WeakSet[Any]] = {}
         self._states: dict[ModelSpec, str] = {}
         self._functions: dict[int, tuple[int, Callable[..., Any]]] = {}
         self._next_function = 0
 
-    def load(self, spec: ModelSpec, holder: object) -> ModelFacts:
-        """Have the model loaded on every rank; the first rank's facts.
+    def load(self, spec: ModelSpec, holder: object) -> list[ModelFacts]:
+        """Have the model loaded on every rank; what each says of its copy.
 
         It stays loaded as long as one of its holders lives: another load makes room by releasing the others.
         """
@@ -62,7 +62,7 @@ class Replica:
         if spec not in self._facts:
             for unused in [known for known in self._facts if not self._holders[known]]:
                 self._release(unused)
-            self._facts[spec] = self._call("load", spec)[0]
+            self._facts[spec] = self._call("load", spec)
             self._states[spec] = NO_PATCHES
         return self._facts[spec]
 

@@ -71,6 +71,13 @@ BAD_FILES = [
 ]
 
 
+def test_kernel_that_cannot_run_here(client: ComfyClient) -> None:
+    prompt = pool(GOOD)
+    prompt[INIT]["inputs"]["XFuser_attention"] = "FLASH_ATTN"
+    with pytest.raises(PromptError, match="FLASH_ATTN.*XFuser_attention to TORCH"):
+        client.run(prompt)
+
+
 @pytest.mark.parametrize("file,words", BAD_FILES)
 def test_bad_file(client: ComfyClient, good: Callable[[], torch.Tensor], file: str, words: tuple[str, ...]) -> None:
     before = good()

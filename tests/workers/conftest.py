@@ -21,14 +21,11 @@ def config(world: int, **more: object) -> PoolConfig:
 
 @pytest.fixture(scope="module")
 def environment(comfy_root: Path) -> HostEnvironment:
-    import os
-
     return HostEnvironment(
         comfy_root=str(comfy_root),
         arguments=pickle.dumps({"cpu": True}),
         folders=pickle.dumps({}),
         device_type="cpu",
-        driver_pid=os.getpid(),
     )
 
 
