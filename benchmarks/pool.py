@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from host import setup  # noqa: E402  (tests/ is on the path now)
 
-ROUNDS = 5
+ROUNDS = 3
 CALLS = 25
 STEPS = 2
 

@@ -83,7 +83,6 @@ class ModelLink:
         self.spec = spec
         self._environment = describe()
         self._facts: list[ModelFacts] = []
-        self._resident = False
         self._last_state: tuple[tuple[Any, ...], str] = ((), NO_PATCHES)
         self._lock = threading.RLock()
 
@@ -101,7 +100,8 @@ class ModelLink:
     def share(self) -> int:
         """Bytes the pool's copy occupies on the device of this process."""
         mine = device_uuid(model_management.get_torch_device())
-        if not self._resident or not mine:
+        replica = self._live_replica()
+        if not mine or replica is None or self.spec not in replica.resident:
             return 0
         return sum(facts.bytes for facts in self._facts if facts.uuid == mine)
 
@@ -117,7 +117,6 @@ class ModelLink:
             random = _random_states() if functions or objects else None
             inputs = _tensors(args[:1])
             try:
-                self._resident = True
                 output, after = replica.forward(self.spec, method, args, kwargs, fresh=inputs, random=random)
             finally:
                 model_management.throw_exception_if_processing_interrupted()
@@ -130,9 +129,8 @@ class ModelLink:
         """Free the workers' devices; the next call brings the weights back."""
         with self._lock:
             replica = self._live_replica()
-            if replica is not None and self._resident:
+            if replica is not None:
                 replica.offload()
-            self._resident = False
 
     def forget(self) -> None:
         """A sampling run has ended."""

@@ -37,6 +37,7 @@ class Replica:
     """Sends model calls to one data-parallel replica of a pool.
 
     It lives as long as the pool does: a new pool gets new replicas, so nothing is assumed to be held there.
+    `resident` names the models whose weights may be on the workers' devices.
 
     Args:
         refer: names live objects that the workers have their own of (see transfer.Encoder).
@@ -45,6 +46,7 @@ class Replica:
     def __init__(self, pool: Pool, ranks: Sequence[int], refer: Reference) -> None:
         self.pool = pool
         self.traffic = Traffic()
+        self.resident: set[ModelSpec] = set()
         self._ranks = tuple(ranks)
         self._encoder = Encoder(refer, shared=self._can_share())
         self._facts: dict[ModelSpec, list[ModelFacts]] = {}
@@ -113,6 +115,7 @@ class Replica:
     ) -> tuple[Any, tuple[Any, Any] | None]:
         """Run a method of the diffusion model on all ranks. Returns its output (CPU tensors) and generator states."""
         started = time.perf_counter()
+        self.resident.add(spec)
         call = self._encoder.encode((args, kwargs), fresh=fresh)
         replies: list[ForwardReply] = self._call("forward", Forward(spec=spec, method=method, call=call, random=random))
         first = replies[0]
@@ -129,11 +132,13 @@ class Replica:
 
     def offload(self) -> None:
         """Take the weights off the workers' devices."""
-        if self.pool.alive():
+        if self.resident and self.pool.alive():
             self._call("offload")
+            self.resident.clear()
 
     def _release(self, spec: ModelSpec) -> None:
         del self._facts[spec], self._states[spec], self._holders[spec]
+        self.resident.discard(spec)
         self._call("release", spec)
 
     def _call(self, verb: str, *arguments: Any) -> list[Any]:
