@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dis
+import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import comfy.model_base
@@ -96,13 +97,21 @@ def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[
     The first run in the workers, the second here: each side would see a copy of its own.
     """
     driver_cells = {id(cell): cell for function in outside for cell, _, _ in _cells(function, set())}
+    driver_states = {id(state) for function in outside for state, _ in _states(function, "", set())}
     for function in inside:
+        for state, name in _states(function, "", set()):
+            if id(state) in driver_states:
+                _refuse_shared(function, name)
         for cell, holder, name in _cells(function, set()):
             if id(cell) in driver_cells and (_writes(holder, name) or not _harmless(cell)):
-                _refuse(
-                    name_of(function),
-                    f"its patch inside the model shares {name!r} with a function outside of it, in another process",
-                )
+                _refuse_shared(function, name)
+
+
+def _refuse_shared(function: object, name: str) -> NoReturn:
+    _refuse(
+        name_of(function),
+        f"its patch inside the model shares {name!r} with a function outside of it, in another process",
+    )
 
 
 def refuse_foreign_model(value: object) -> NoReturn:
@@ -159,6 +168,35 @@ def _cells(function: Any, seen: set[int]) -> Iterator[tuple[types.CellType, type
         except ValueError:  # not filled yet
             continue
         yield from _cells(content, seen)
+
+
+def _states(value: Any, name: str, seen: set[int]) -> Iterator[tuple[object, str]]:
+    """Changeable objects a callable can reach, with the names it has for them: what its cells hold, the object
+    of a method, a callable object and its attributes, the arguments of a partial."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, types.MethodType):
+        parts = [("self", value.__self__), (name, value.__func__)]
+    elif isinstance(value, functools.partial):
+        parts = [(name, value.func), *((name, item) for item in value.args), *value.keywords.items()]
+    elif isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        parts = [(key, cell.cell_contents) for key, cell in cells if not _empty(cell)]
+    elif not isinstance(value, HARMLESS):
+        yield value, name or type(value).__name__
+        parts = getattr(value, "__dict__", {}).items()
+    for key, part in parts:
+        yield from _states(part, key, seen)
+
+
+def _empty(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return True
+    return False
 
 
 def _writes(function: types.FunctionType, name: str) -> bool:

@@ -258,7 +258,7 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     def remote(method: str) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             owner = base_ref()
-            return link.call(owner.current_patcher if owner else None, method, args, kwargs)
+            return self.link.call(owner.current_patcher if owner else None, method, args, kwargs)
 
         return call
 
