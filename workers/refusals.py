@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
@@ -42,6 +43,7 @@ HARMLESS = (
     types.FunctionType,
     types.BuiltinFunctionType,
     types.ModuleType,
+    logging.Logger,
     torch.dtype,
     torch.device,
     torch.Tensor,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import gc
 import inspect
 import json
 import logging
@@ -578,7 +577,6 @@ def unused_model_is_released_at_the_next_load(bench: Bench) -> None:
     must("release" not in verbs, "a model in use was released")
     del kept
     del unused
-    gc.collect()  # as ComfyUI's main loop does
     with bench.requests() as verbs:
         third = bench.load(bench.files[1], dtype="bfloat16")
     must(verbs.count("release") == 2, f"loading another model sent {verbs}")
