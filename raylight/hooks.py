@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import kernels
+from . import kernels, overrides
 from .attention import Ulysses
 from .comm import Comm
 from .errors import ConfigError, PlanError
@@ -349,27 +349,9 @@ class _SiteHook:
             )
             if "img_slice" in whole:
                 local["img_slice"] = [layout.boundary(at, over=self._order) for at in whole["img_slice"]]
-        local["optimized_attention_override"] = _override(ulysses, self._owner.kernel, whole)
+        local["optimized_attention_override"] = overrides.compose(ulysses, self._owner.kernel, whole)
         self._options.write(args, kwargs, local)
         return tuple(args), kwargs
-
-
-def _override(ulysses: Ulysses | None, kernel: kernels.Override | None, options: Mapping[str, Any]) -> kernels.Override:
-    """The override for one call of a site: Ulysses around the user's own override, around the kernel."""
-    user = options.get("optimized_attention_override")
-
-    def override(func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        def base(*a: Any, **k: Any) -> torch.Tensor:
-            return func(*a, **k) if kernel is None else kernel(func, *a, **k)
-
-        def local(*a: Any, **k: Any) -> torch.Tensor:
-            return base(*a, **k) if user is None else user(base, *a, **k)
-
-        # the local kernel sees all tokens, so the options it may look at are those of the whole
-        kwargs["transformer_options"] = options
-        return local(*args, **kwargs) if ulysses is None else ulysses(local, *args, **kwargs)
-
-    return override
 
 
 def _whole(

@@ -108,6 +108,14 @@ def override() -> dict[str, Any]:
     return {"optimized_attention_override": user}
 
 
+def draws() -> dict[str, Any]:
+    def user(func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = func(*args, **kwargs)
+        return out + torch.rand_like(out)
+
+    return {"optimized_attention_override": user}
+
+
 def looks_across() -> dict[str, Any]:
     def attn1(data: dict[str, Any]) -> torch.Tensor:
         weight = torch.softmax((data["q"] + data["k"]).flatten(2).mean(-1), 1)
@@ -338,6 +346,14 @@ CASES = (
         make=partial(patched, image, longer_keys),
         base=image,
         needs=FLUX_ATTN,
+        raises="UnsupportedError",
+    ),
+    Case(
+        name="wan_random_override",
+        model=wan,
+        make=partial(patched, video, draws),
+        base=video,
+        ranks=(2, 3),  # more ranks than heads: one without heads would not draw, and wait for the others
         raises="UnsupportedError",
     ),
     Case(

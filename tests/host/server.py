@@ -132,7 +132,14 @@ class ComfyServer:
         command += ["--database-url", "sqlite:///:memory:", *self.args]
         self._log = (self.base / "comfyui.log").open("wb")
         self._process = subprocess.Popen(
-            command, cwd=self.comfy, env=self._env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=self.comfy,
+            env=self._env,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # a job in the background inherits "ignore", and then Ctrl-C, which `stop` sends, would do nothing
+            preexec_fn=_obey_interrupts if os.name == "posix" else None,  # noqa: PLW1509
         )
         try:
             self._wait()
@@ -203,6 +210,10 @@ class ComfyServer:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)
         raise ServerError(f"ComfyUI does not answer after {self.timeout:.0f} s. The end of its log:\n{self.tail()}")
+
+
+def _obey_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _free_port() -> int:
