@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.raylight.errors import UnsupportedError
-from comfy_raylight.workers.transfer import HELD_LIMIT, Arena, Decoder, Encoder
+from comfy_raylight.workers.arena import Arena
+from comfy_raylight.workers.transfer import HELD_LIMIT, Decoder, Encoder
 
 
 def pair(*, shared: bool) -> tuple[Encoder, Decoder]:

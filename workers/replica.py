@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..raylight.config import ModelSpec
+from .arena import Arena
 from .messages import Forward, ForwardReply, FunctionRef, ModelFacts, PatchRequest
 from .pool import Pool
-from .transfer import Arena, Encoder, Reference
+from .transfer import Encoder, Reference
 
 log = logging.getLogger(__name__)
 

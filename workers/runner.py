@@ -16,9 +16,10 @@ from torch import distributed
 from ..raylight.config import ModelSpec
 from ..raylight.errors import WorkerError
 from ..raylight.mesh import Mesh
+from .arena import ArenaRef
 from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, ModelFacts, PatchRequest
 from .model import WorkerModel
-from .transfer import ArenaRef, Decoder, Parcel
+from .transfer import Decoder, Parcel
 
 log = logging.getLogger(__name__)
 

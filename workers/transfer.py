@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import mmap
-import os
 import pickle
 import types
-import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -19,6 +16,7 @@ import cloudpickle
 import torch
 
 from ..raylight.errors import UnsupportedError
+from .arena import Arena, ArenaRef, open_arena
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +31,6 @@ ALIGNMENT = 64
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 Reference = Callable[[object], tuple[Any, ...] | None]
-
-
-@dataclass(frozen=True)
-class ArenaRef:
-    """Names a driver's shared memory: file descriptor `fd` of process `pid`, `size` bytes.
-
-    Descriptors are reused; `name` tells one arena from the next.
-    """
-
-    pid: int
-    fd: int
-    size: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -100,39 +85,6 @@ def lay_out(tensors: Iterable[torch.Tensor], keys: Iterable[int | None]) -> tupl
         refs.append(TensorRef(end, tuple(tensor.shape), tensor.dtype, tensor.device.type != "cpu", key))
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return tuple(refs), end
-
-
-class Arena:
-    """Anonymous shared memory of the driver; a worker on the same host opens it through /proc.
-
-    It has no name, so nothing is left behind however either process ends. `supported()` is False where
-    the system has no such memory; parcels then carry their bytes.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._fd = os.memfd_create("raylight", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, size)
-        self._map = mmap.mmap(self._fd, size)
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.ref = ArenaRef(os.getpid(), self._fd, size, uuid.uuid4().hex)
-        weakref.finalize(self, os.close, self._fd)
-
-    @staticmethod
-    def supported() -> bool:
-        return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
-
-
-def open_arena(ref: ArenaRef) -> torch.Tensor:
-    """Map another process's arena: a uint8 tensor of `ref.size` bytes.
-
-    Raises:
-        OSError: the process is not on this host, or its memory may not be opened.
-    """
-    fd = os.open(f"/proc/{ref.pid}/fd/{ref.fd}", os.O_RDWR)
-    try:
-        return torch.frombuffer(mmap.mmap(fd, ref.size), dtype=torch.uint8)
-    finally:
-        os.close(fd)
 
 
 class _Cell:
