@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.workers.arena import Arena
+from comfy_raylight.workers.path_modules import resolve
 from comfy_raylight.workers.transfer import HELD_LIMIT, Decoder, Encoder
 
 
@@ -150,3 +153,23 @@ def test_answers(ends: tuple[Encoder, Decoder], size: int) -> None:
         assert (reply.inline is None) == (size == 10)
         encoder.expect_reply(len(reply.inline or b""))
         assert decoder.answer(output, encoder.encode(0)).inline is None
+
+
+def test_functions_of_modules_named_by_path(ends: tuple[Encoder, Decoder], tmp_path: Path) -> None:
+    """ComfyUI names a node file by its path, in which there may be dots."""
+    file = tmp_path / "comfy-0.3" / "nodes_x.py"
+    file.parent.mkdir()
+    file.write_text("class Node:\n    value = 7\n\ndef twice(x):\n    return 2 * x\n")
+    name = str(file.with_suffix(""))
+    resolve(name, "twice")
+    module = sys.modules[name]
+
+    encoder, decoder = ends
+    parcel = encoder.encode([module.twice, module.Node, module.Node()])
+    try:
+        assert [decoder.decode(parcel)[0](3), decoder.decode(parcel)[1].value] == [6, 7]
+        del sys.modules[name]  # as in a worker, which has not loaded it
+        function, cls, instance = decoder.decode(parcel)
+        assert function(3) == 6 and isinstance(instance, cls) and cls is not module.Node
+    finally:
+        sys.modules.pop(name, None)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import pickle
 import sys
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 from .messages import HostEnvironment
+from .path_modules import PathModules
 
 FOLDER_ATTRIBUTES = ("base_path", "models_dir", "output_directory", "temp_directory", "input_directory")
 
@@ -59,22 +55,3 @@ def apply(environment: HostEnvironment) -> None:
         setattr(folder_paths, name, value)
     if not any(isinstance(finder, PathModules) for finder in sys.meta_path):
         sys.meta_path.append(PathModules())
-
-
-class PathModules(importlib.abc.MetaPathFinder):
-    """Imports modules by the names ComfyUI gives to node files: their path, dots written as `_x_`.
-
-    A patch that is an instance of a node pack's class is pickled by reference to such a name.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not os.path.isabs(fullname):
-            return None
-        plain = fullname.replace("_x_", ".")
-        for candidate in (plain, plain + ".py", os.path.join(plain, "__init__.py")):
-            if os.path.isfile(candidate):
-                package = [os.path.dirname(candidate)] if candidate.endswith("__init__.py") else None
-                return importlib.util.spec_from_file_location(fullname, candidate, submodule_search_locations=package)
-        return None

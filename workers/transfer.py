@@ -16,6 +16,7 @@ import cloudpickle
 import torch
 
 from ..raylight.errors import UnsupportedError
+from . import path_modules
 from .arena import Arena, ArenaRef, open_arena
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,9 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is types.CellType:
             return types.CellType, ()
+        named = path_modules.reference(obj)
+        if named is not None:
+            return named
         reduced = super().reducer_override(obj)
         if isinstance(obj, types.FunctionType) and obj.__closure__ and isinstance(reduced, tuple):
             make, new_args, (attributes, slots), *rest = reduced
