@@ -6,7 +6,6 @@ Nothing of torch or ComfyUI may be imported at module level: both read the envir
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import pickle
 import select
@@ -19,8 +18,6 @@ import ray
 
 if TYPE_CHECKING:
     from .messages import WorkerPlace
-
-log = logging.getLogger(__name__)
 
 EXIT_DRIVER_GONE = 3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -19,8 +18,6 @@ import torch
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
 from .loading import load_options
-
-log = logging.getLogger(__name__)
 
 REAL_BYTES = 4 << 10
 REAL_VECTOR_BYTES = 64 << 10

@@ -22,8 +22,6 @@ from ..raylight.errors import ConfigError, WorkerError
 from . import actor
 from .messages import HostEnvironment
 
-log = logging.getLogger(__name__)
-
 IMPORT_ROOT = Path(__file__).resolve().parent / "import_root"
 LOCAL = "local"
 OBJECT_STORE_BYTES = 256 << 20

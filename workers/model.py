@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from typing import Any
 
@@ -20,8 +19,6 @@ from ..raylight.mesh import Mesh
 from .comfy_host import device_uuid
 from .loading import load_options
 from .messages import ModelFacts
-
-log = logging.getLogger(__name__)
 
 
 class WorkerModel:

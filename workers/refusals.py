@@ -87,9 +87,9 @@ def check(patcher: Any) -> None:
     for wrappers in (patcher.wrappers, options.get("wrappers", {})):
         if COMPILE_KEY in wrappers.get(kinds.APPLY_MODEL, {}):
             _refuse("TorchCompileModel", "it compiles the model in this process, and the model runs on the workers")
-    inside = list(_functions({key: options[key] for key in INSIDE if key in options}))
-    outside = list(_functions({key: patcher.model_options.get(key) for key in DRIVER_FUNCTIONS}))
-    outside += list(_functions(patcher.wrappers)) + list(_functions(patcher.callbacks))
+    inside = list(functions({key: options[key] for key in INSIDE if key in options}))
+    outside = list(functions({key: patcher.model_options.get(key) for key in DRIVER_FUNCTIONS}))
+    outside += list(functions(patcher.wrappers)) + list(functions(patcher.callbacks))
     check_shared_state(inside, outside)
 
 
@@ -98,7 +98,7 @@ def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[
 
     The first run in the workers, the second here: each side would see a copy of its own.
     """
-    driver_cells = {id(cell): cell for function in outside for cell, _, _ in _cells(function, set())}
+    driver_cells = {id(cell) for function in outside for cell, _, _ in _cells(function, set())}
     driver_states = {id(state) for function in outside for state, _ in _states(function, "", set())}
     for function in inside:
         for state, name in _states(function, "", set()):
@@ -146,13 +146,14 @@ def _refuse(name: str, why: str) -> NoReturn:
     )
 
 
-def _functions(value: Any) -> Iterator[Callable[..., Any]]:
+def functions(value: Any) -> Iterator[Callable[..., Any]]:
+    """The callables in nested dicts, lists and tuples."""
     if isinstance(value, dict):
         for item in value.values():
-            yield from _functions(item)
+            yield from functions(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _functions(item)
+            yield from functions(item)
     elif is_patch(value):
         yield value
 
@@ -165,11 +166,8 @@ def _cells(function: Any, seen: set[int]) -> Iterator[tuple[types.CellType, type
     seen.add(id(function))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         yield cell, function, name
-        try:
-            content = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        yield from _cells(content, seen)
+        if not _empty(cell):
+            yield from _cells(cell.cell_contents, seen)
 
 
 def _states(value: Any, name: str, seen: set[int]) -> Iterator[tuple[object, str]]:
@@ -209,7 +207,4 @@ def _writes(function: types.FunctionType, name: str) -> bool:
 
 
 def _harmless(cell: types.CellType) -> bool:
-    try:
-        return isinstance(cell.cell_contents, HARMLESS)
-    except ValueError:
-        return True
+    return _empty(cell) or isinstance(cell.cell_contents, HARMLESS)

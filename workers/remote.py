@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import logging
 import threading
 import uuid
 import weakref
@@ -23,8 +23,6 @@ from .comfy_host import describe, device_uuid
 from .messages import ModelFacts
 from .pool import REGISTRY, Pool, acquire
 from .replica import NO_PATCHES, Replica
-
-log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
 DRIVER_ONLY = frozenset({"wrappers", "callbacks", "easycache", "lazycache"})
@@ -64,11 +62,17 @@ def start_pool(config: PoolConfig) -> Pool:
     Raises:
         WorkerError: it did not start in time, or a worker died while starting.
     """
+    with _interruptible():
+        return acquire(config, describe(), model_management.processing_interrupted)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise ComfyUI's interrupt before and after: it outranks an error that ending a wait caused."""
     model_management.throw_exception_if_processing_interrupted()
     try:
-        return acquire(config, describe(), model_management.processing_interrupted)
+        yield
     finally:
-        # an interrupt outranks the error that ending the wait caused
         model_management.throw_exception_if_processing_interrupted()
 
 
@@ -89,12 +93,7 @@ class ModelLink:
     def load(self) -> list[ModelFacts]:
         """Have the weights on the workers, starting the pool where needed."""
         with self._lock:
-            model_management.throw_exception_if_processing_interrupted()
-            try:
-                self._facts = self._replica().load(self.spec, self)
-            finally:
-                # an interrupt outranks the error that ending the wait caused
-                model_management.throw_exception_if_processing_interrupted()
+            self._loaded()
             return self._facts
 
     def share(self) -> int:
@@ -108,18 +107,15 @@ class ModelLink:
     def call(self, patcher: RemotePatcher | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the diffusion model on the pool and return its output on the input's device."""
         with self._lock:
-            self.load()
-            replica = self._replica()
+            replica = self._loaded()
             objects: dict[str, Any] = {}
             if patcher is not None:
                 objects = self._bring_patches(replica, patcher)
             args, kwargs, functions = self._replace_functions(replica, args, kwargs)
             random = _random_states() if functions or objects else None
             inputs = _tensors(args[:1])
-            try:
+            with _interruptible():
                 output, after = replica.forward(self.spec, method, args, kwargs, fresh=inputs, random=random)
-            finally:
-                model_management.throw_exception_if_processing_interrupted()
             if after is not None:
                 _set_random_states(after)
             device = inputs[0].device if inputs else torch.device("cpu")
@@ -153,6 +149,12 @@ class ModelLink:
         replica: Replica = pool.notes[index]
         return replica
 
+    def _loaded(self) -> Replica:
+        with _interruptible():
+            replica = self._replica()
+            self._facts = replica.load(self.spec, self)
+            return replica
+
     def _live_replica(self) -> Replica | None:
         pool = REGISTRY.get(self.config)
         return pool.notes.get(0) if pool is not None and pool.alive() else None
@@ -185,32 +187,20 @@ class ModelLink:
         self, replica: Replica, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
         """Take driver-only entries out of transformer_options and name the callables in it by number."""
+
+        def on_options(change: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            """The arguments with `change` applied to transformer_options, wherever the family passes them."""
+            changed = {key: change(value) if key == "transformer_options" else value for key, value in kwargs.items()}
+            return tuple(change(value) if _is_options(value) else value for value in args), changed
+
         found: list[Callable[..., Any]] = []
 
-        def collect(value: Any) -> None:
-            if isinstance(value, dict):
-                for item in value.values():
-                    collect(item)
-            elif type(value) in (list, tuple):
-                for item in value:
-                    collect(item)
-            elif refusals.is_patch(value):
-                found.append(value)
-
-        def strip(options: dict[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in options.items() if key not in DRIVER_ONLY}
-
-        is_options = [isinstance(value, dict) and ("cond_or_uncond" in value or "sigmas" in value) for value in args]
-        args = tuple(strip(value) if options else value for value, options in zip(args, is_options, strict=True))
-        if isinstance(kwargs.get("transformer_options"), dict):
-            kwargs = {**kwargs, "transformer_options": strip(kwargs["transformer_options"])}
-        options = [value for value, known in zip(args, is_options, strict=True) if known]
-        options += [kwargs["transformer_options"]] if "transformer_options" in kwargs else []
-        for value in options:
-            collect(value)
-        if not found:
-            return args, kwargs, False
-        references = replica.define(found)
+        def strip(options: Any) -> Any:
+            if not isinstance(options, dict):
+                return options
+            kept = {key: value for key, value in options.items() if key not in DRIVER_ONLY}
+            found.extend(refusals.functions(kept))
+            return kept
 
         def replace(value: Any) -> Any:
             if isinstance(value, dict):
@@ -219,10 +209,16 @@ class ModelLink:
                 return type(value)(replace(item) for item in value)
             return references[id(value)] if refusals.is_patch(value) else value
 
-        args = tuple(replace(value) if known else value for value, known in zip(args, is_options, strict=True))
-        if "transformer_options" in kwargs:
-            kwargs = {**kwargs, "transformer_options": replace(kwargs["transformer_options"])}
-        return args, kwargs, True
+        args, kwargs = on_options(strip)
+        if found:
+            references = replica.define(found)
+            args, kwargs = on_options(replace)
+        return args, kwargs, bool(found)
+
+
+def _is_options(value: Any) -> bool:
+    """Whether a positional argument is transformer_options: ComfyUI's sampling always puts these in."""
+    return isinstance(value, dict) and ("cond_or_uncond" in value or "sigmas" in value)
 
 
 class _RemoteModule(torch.nn.Module):

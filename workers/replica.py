@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,8 +15,6 @@ from .arena import Arena
 from .messages import Forward, ForwardReply, FunctionRef, ModelFacts, PatchRequest
 from .pool import Pool
 from .transfer import Encoder, Reference
-
-log = logging.getLogger(__name__)
 
 NO_PATCHES = ""
 

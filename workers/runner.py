@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import socket
 import time
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from .arena import ArenaRef
 from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, ModelFacts, PatchRequest
 from .model import WorkerModel
 from .transfer import Decoder, Parcel
-
-log = logging.getLogger(__name__)
 
 LINK_TEST_BYTES = 16 << 20
 
