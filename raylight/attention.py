@@ -1,4 +1,4 @@
-"""Ulysses attention: tokens are traded for heads around a local kernel that sees every token of its heads."""
+"""Attention over a sequence that is cut over ranks: tokens for heads (Ulysses), and around a ring what remains."""
 
 from __future__ import annotations
 
@@ -7,32 +7,55 @@ from typing import Any
 
 import torch
 
-from .comm import Comm
-from .errors import UnsupportedError
+from . import ring
+from .errors import PlanError, UnsupportedError
+from .kernels import LocalKernel, scale_of
 from .layout import Layout, gather, share
+from .mesh import Mesh
+from .ulysses import Ulysses
 
 Kernel = Callable[..., torch.Tensor]
 """ComfyUI's attention signature: (q, k, v, heads, mask=None, skip_reshape=False, ...) -> [B, L, heads * D]."""
 
 
-class Ulysses:
-    """Self-attention over a sequence that is cut over the ranks of `comm`.
+class SequenceAttention:
+    """Attention over a sequence that is cut over the ranks of `mesh.sequence`.
+
+    Each ring index holds a stretch of every segment, its ulysses ranks a part of that stretch. Tokens are
+    traded for heads between the ulysses ranks; then keys and values travel between the ring indices.
 
     Args:
-        comm: the ranks that share the sequence.
-        layout: how its segments are cut.
-        order: how the segments are concatenated in q, k and v.
-        pack: move q, k and v in one exchange where their shapes and dtypes agree; the same result.
-        sync: synchronise the device after each exchange.
+        mesh: its ranks, and how they exchange (`pack_qkv`, `sync_ulysses`).
+        layout: how the segments are cut over `mesh.sequence`.
+        order: how the segments are concatenated in k and v, and in q.
+        kernel: computes the parts of a ring; not used without one.
+        replicated_query: q is whole and equal on all ranks, whatever its length; so is the result.
     """
 
-    def __init__(self, comm: Comm, *, layout: Layout, order: tuple[str, ...], pack: bool, sync: bool) -> None:
-        self._comm = comm
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        layout: Layout,
+        order: tuple[str, ...],
+        kernel: LocalKernel | None,
+        replicated_query: bool = False,
+    ) -> None:
+        self._sequence = mesh.sequence
+        self._comm = mesh.axis("ulysses")
+        self._ring = mesh.axis("ring")
         self._layout = layout
         self._order = order
-        self._cut = tuple(name for name in order if not layout.replicated(name))
-        self._pack = pack
-        self._sync = sync
+        self._kernel = kernel
+        self._whole_query = replicated_query
+        self._ulysses = Ulysses(
+            self._comm,
+            layout=layout,
+            order=order,
+            pack=mesh.parallel.pack_qkv,
+            sync=mesh.parallel.sync_ulysses,
+            first=self._ring.rank * self._comm.size,
+        )
 
     def __call__(  # noqa: PLR0917, the signature is ComfyUI's
         self,
@@ -50,9 +73,11 @@ class Ulysses:
         """Attention of this rank's queries over the keys and values of all ranks.
 
         Args:
-            local: computes attention for some heads and all tokens; called in the form the caller uses.
-            q, k, v: this rank's tokens, [B, local, heads * D], or [B, heads, local, D] with `skip_reshape`.
-            heads: heads over all ranks, any number; a rank may get none.
+            local: computes attention for some heads and all tokens, called in the form the caller uses; not
+                called with a ring.
+            q, k, v: this rank's tokens, [B, local, heads * D], or [B, heads, local, D] with `skip_reshape`;
+                k and v of fewer heads with `enable_gqa`.
+            heads: of q, over all ranks, any number; a rank may get none.
             mask: whole, or as long as this rank's tokens in its last dim: then it is gathered.
             skip_output_reshape: return [B, heads, local, D].
             attn_precision, kwargs: passed on.
@@ -61,38 +86,47 @@ class Ulysses:
             [B, local, heads * D] in v's dtype.
 
         Raises:
-            UnsupportedError: token counts that are not the region's, fewer key than query heads, or a
-                mask per head.
+            UnsupportedError: token or head counts that are not the region's, a mask that fits no tokens, or with
+                a ring an override of the user's. All ranks raise alike.
         """
-        layout, comm = self._layout, self._comm
-        if not skip_reshape:
-            # [B, L, H, D] is the form that travels
-            q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        else:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        around = self._ring.size > 1
+        user = "optimized_attention_override" in (kwargs.get("transformer_options") or ())
+        if around and user:
+            raise UnsupportedError(
+                "An attention override cannot be used with ring attention",
+                "the workers merge parts of the attention, and an override computes all of it",
+                "Set ring_degree to 1 and ulysses_degree higher, or remove the node that sets it",
+            )
+        grouped = kwargs.pop("enable_gqa", False)
+        q, k, v = _by_head(q, k, v, heads=heads, skip_reshape=skip_reshape, grouped=grouped)
         self._check(q, k, v, heads)
-        mask = self._whole_mask(mask)
-        start, stop = share(heads, rank=comm.rank, size=comm.size)
+        mask = self._whole_mask(mask, heads=heads, queries=q.shape[1] if self._whole_query else None)
+        start, stop = share(heads, rank=self._comm.rank, size=self._comm.size)
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, start:stop]
         width = v.shape[-1]
-        q, k, v = self._to_heads((q, k, v), heads=heads)
-        if stop > start:
+        if self._whole_query:
+            q = q[:, :, start:stop]
+            k, v = self._ulysses.to_heads((k, v), heads=heads)
+        else:
+            q, k, v = self._ulysses.to_heads((q, k, v), heads=heads)
+        if around:
+            out = self._around(q, k, v, mask, kwargs)
+        else:
             if attn_precision is not None:
                 kwargs["attn_precision"] = attn_precision
-            if skip_reshape:
-                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            else:
-                q, k, v = (t.flatten(2) for t in (q, k, v))
-            out = local(q, k, v, stop - start, mask=mask, skip_reshape=skip_reshape, **kwargs)
-            # ranks without heads cannot know another dtype, and byte counts must agree
-            out = out.to(v.dtype)
+            # a user's override can fail where it is called, which a rank without heads would not see
+            agree = user and heads < self._comm.size
+            out = self._here(local, q, k, v, mask, agree=agree, skip_reshape=skip_reshape, kwargs=kwargs)
+        if self._whole_query:
+            out = self._ulysses.join_heads(out, heads=heads, width=width)
         else:
-            out = v.new_empty(v.shape[0], layout.total(self._order), 0)
-        out = self._to_tokens(out, heads=heads, width=width)
+            out = self._ulysses.to_tokens(out, heads=heads, width=width)
         return out.unflatten(-1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
         expected = self._layout.local(self._order)
-        if {q.shape[1], k.shape[1], v.shape[1]} != {expected}:
+        if {expected if self._whole_query else q.shape[1], k.shape[1], v.shape[1]} != {expected}:
             raise UnsupportedError(
                 "A patch changes the number of tokens inside attention",
                 f"q, k and v have {q.shape[1]}, {k.shape[1]} and {v.shape[1]} tokens, this worker holds {expected}",
@@ -102,103 +136,144 @@ class Ulysses:
             raise UnsupportedError(
                 "Attention with fewer key than query heads cannot be split",
                 f"q, k and v have {q.shape[2]}, {k.shape[2]} and {v.shape[2]} heads, {heads} were announced",
-                "Set ulysses_degree to 1 for this model",
+                "Set ulysses_degree and ring_degree to 1 for this model",
             )
 
-    def _whole_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask for all keys; a rank keeps some heads and all tokens, so what is whole passes as it is."""
+    def _whole_mask(self, mask: torch.Tensor | None, *, heads: int, queries: int | None) -> torch.Tensor | None:
+        """The mask for all queries and keys."""
         if mask is None:
             return None
-        if mask.ndim == 4 and mask.shape[1] > 1:
-            raise UnsupportedError(
-                "An attention mask per head cannot be split",
-                f"the mask's shape is {list(mask.shape)}",
-                "Remove the node that makes it, or set ulysses_degree to 1",
-            )
         layout, order = self._layout, self._order
         total, local = layout.total(order), layout.local(order)
-        if mask.shape[-1] in (1, total):
+        rows = 1 if mask.ndim == 1 else mask.shape[-2]
+        of_heads = mask.ndim < 4 or mask.shape[1] in (1, heads)
+        if of_heads and mask.shape[-1] in (1, total) and rows in (1, total if queries is None else queries):
             return mask
         # a block builds its own mask on every rank, so all of them come here or none does
-        if mask.shape[-1] == local and (mask.ndim == 1 or mask.shape[-2] == 1):
-            return gather(mask, dim=mask.ndim - 1, over=order, layout=layout, comm=self._comm)
+        if of_heads and mask.shape[-1] == local and rows == 1:
+            return gather(mask, dim=mask.ndim - 1, over=order, layout=layout, comm=self._sequence)
         raise UnsupportedError(
             "An attention mask fits neither all tokens nor this worker's",
-            f"its shape is {list(mask.shape)}, with {total} tokens, {local} of them here",
+            f"its shape is {list(mask.shape)}, with {heads} heads and {total} tokens, {local} of them here",
             "Remove the node that makes it",
         )
 
-    def _to_heads(self, tensors: Sequence[torch.Tensor], *, heads: int) -> list[torch.Tensor]:
-        """[B, local, H, D] each -> [B, total, this rank's heads, D] each, tokens in the model's own order."""
-        first = tensors[0]
-        if self._pack and all(t.shape == first.shape and t.dtype == first.dtype for t in tensors):
-            return self._trade(tensors, heads=heads)
-        return [whole for t in tensors for whole in self._trade([t], heads=heads)]
+    def _here(
+        self,
+        local: Kernel,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        agree: bool,
+        skip_reshape: bool,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """`local` on [B, L, some heads, D], as it is used to be called -> [B, Lq, those heads * D] in v's dtype.
 
-    def _trade(self, tensors: Sequence[torch.Tensor], *, heads: int) -> list[torch.Tensor]:
-        layout, comm = self._layout, self._comm
-        batch, _, _, width = tensors[0].shape
-        spans = [share(heads, rank=rank, size=comm.size) for rank in range(comm.size)]
-        start, stop = spans[comm.rank]
-        mine = stop - start
-        segments = [self._segments(t) for t in tensors]
-        if len(self._cut) == len(self._order):
-            travelling = list(tensors)
-        else:
-            travelling = [torch.cat([s[name] for name in self._cut], 1) for s in segments] if self._cut else []
-        counts = [layout.local(self._cut, rank=rank) for rank in range(comm.size)]
-        chunks: list[torch.Tensor] = []
-        if self._cut:
-            flat = torch.cat([t[:, :, a:b].reshape(-1) for a, b in spans for t in travelling])
-            send = [len(tensors) * batch * counts[comm.rank] * (b - a) * width for a, b in spans]
-            receive = [len(tensors) * batch * count * mine * width for count in counts]
-            got = comm.exchange(flat, send=send, receive=receive)
-            self._synchronise(got)
-            if batch == len(tensors) == len(self._order) == 1:
-                # what arrives is already in order
-                return [got.view(1, sum(counts), mine, width)]
-            chunks = [
-                chunk.view(len(tensors), batch, count, mine, width)
-                for chunk, count in zip(got.split(receive), counts, strict=True)
-            ]
-        whole = []
-        for index in range(len(tensors)):
-            parts, offsets = [], [0] * comm.size
-            for name in self._order:
-                if name not in self._cut:
-                    parts.append(segments[index][name][:, :, start:stop])
-                    continue
-                for rank, chunk in enumerate(chunks):
-                    a, b = layout.span(name, rank=rank)
-                    parts.append(chunk[index].narrow(1, offsets[rank], b - a))
-                    offsets[rank] += b - a
-            whole.append(torch.cat(parts, 1))
-        return whole
-
-    def _segments(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self._order, t.split([self._layout.local((name,)) for name in self._order], 1), strict=True))
-
-    def _to_tokens(self, out: torch.Tensor, *, heads: int, width: int) -> torch.Tensor:
-        """[B, total, this rank's heads * D] -> [B, local, H * D].
-
-        Replicated tokens go to every rank from the ranks that own their heads, so their bytes agree.
+        With `agree` all ranks fail where one does.
         """
-        layout, comm = self._layout, self._comm
-        pieces = []
-        parts = out.split([layout.length(name) for name in self._order], 1)
-        for rank in range(comm.size):
-            spans = [layout.span(name, rank=rank) for name in self._order]
-            cut = [part[:, a:b] for part, (a, b) in zip(parts, spans, strict=True)]
-            pieces.append(torch.cat(cut, 1) if len(cut) > 1 else cut[0])
-        local = layout.local(self._order)
-        shapes = []
-        for rank in range(comm.size):
-            a, b = share(heads, rank=rank, size=comm.size)
-            shapes.append((out.shape[0], local, (b - a) * width))
-        got = comm.all_to_all(pieces, shapes=shapes)
-        self._synchronise(out)
-        return torch.cat(got, 2)
+        problem = None
+        out = v.new_empty(v.shape[0], q.shape[1], 0)
+        if mine := q.shape[2]:
+            try:
+                q, k, v = (t.transpose(1, 2) if skip_reshape else t.flatten(2) for t in (q, k, v))
+                # ranks without heads cannot know another dtype, and byte counts must agree
+                out = local(q, k, v, mine, mask=mask, skip_reshape=skip_reshape, **kwargs).to(v.dtype)
+            except Exception as error:
+                if not agree:
+                    raise
+                problem = error
+        if agree:
+            failed = self._comm.all_reduce(torch.tensor(int(problem is not None), device=v.device), op="max")
+            if problem is not None:
+                raise problem
+            if failed.item():
+                raise UnsupportedError(
+                    "An attention override failed on another worker",
+                    "this one has no head, so it cannot tell why; the override may draw random numbers",
+                    "Remove the node that sets it, or set ulysses_degree to 1",
+                )
+        return out
 
-    def _synchronise(self, t: torch.Tensor) -> None:
-        if self._sync and t.device.type != "cpu":
-            torch.get_device_module(t.device).synchronize()
+    def _around(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Ring attention of [B, L, some heads, D] -> [B, Lq, those heads * D] in v's dtype."""
+        assert self._kernel is not None
+        comm, exchange, order = self._ring, self._ulysses, self._order
+        index = comm.rank
+        allowed = None
+        if mask is not None:
+            mask = _four_dims(mask)
+            if mask.shape[2] > 1 and not self._whole_query:
+                mask = torch.cat([mask[:, :, a:b] for a, b in exchange.positions(order)], 2)
+            allowed = ring.BlockMask(mask, keys=self._layout.total(order), dtype=q.dtype)
+        common: dict[str, Any] = {
+            "comm": comm,
+            "kernel": self._kernel,
+            "mask": allowed,
+            "scale": scale_of(q, kwargs),
+            "exact": kwargs.get("low_precision_attention", True) is False,
+        }
+        if self._whole_query:
+            # keys that every rank has count once
+            names = order if index == 0 else exchange.cut
+            keys = [exchange.select(t, names) for t in (k, v)]
+            out = ring.attend_whole(q, keys, pieces=exchange.positions(names), **common)
+            return out.transpose(1, 2).flatten(2).to(v.dtype)
+        out = ring.attend(
+            q,
+            (k, v),
+            [exchange.select(t, exchange.cut) for t in (k, v)],
+            lengths=[exchange.length(exchange.cut, index=i) for i in range(comm.size)],
+            own_pieces=exchange.positions(order),
+            pieces=[exchange.positions(exchange.cut, index=i) for i in range(comm.size)],
+            **common,
+        )
+        out = out.transpose(1, 2).flatten(2).to(v.dtype)
+        kept = tuple(name for name in order if name not in exchange.cut)
+        if not kept:
+            return out
+        # each ring index merges in an order of its own
+        parts = exchange.parts(out)
+        same = comm.broadcast(torch.cat([parts[name] for name in kept], 1))
+        parts.update(zip(kept, same.split([self._layout.length(name) for name in kept], 1), strict=True))
+        return torch.cat([parts[name] for name in order], 1)
+
+
+class ByLength:
+    """One of several attentions, by the number of this rank's query tokens: no two orders have the same."""
+
+    def __init__(self, attentions: Sequence[SequenceAttention], lengths: Sequence[int]) -> None:
+        self._by_length = dict(zip(lengths, attentions, strict=True))
+
+    def __call__(self, local: Callable[..., Any], q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        length = q.shape[2 if kwargs.get("skip_reshape") else 1]
+        if length not in self._by_length:
+            raise PlanError("An attention call spans other tokens than the plan says", f"{length} of them")
+        return self._by_length[length](local, q, *args, **kwargs)
+
+
+def _by_head(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int, skip_reshape: bool, grouped: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v in the form that travels, [B, L, heads, D]; `grouped` ones are repeated for the heads of q."""
+    if skip_reshape:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    else:
+        q = q.unflatten(-1, (heads, -1))
+        fewer = k.shape[-1] // q.shape[-1] if grouped else heads
+        # SD3 hands over v by head already
+        k, v = (t.flatten(2).unflatten(-1, (fewer, -1)) for t in (k, v))
+    if grouped and heads % k.shape[2] == 0:
+        k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
+    return q, k, v
+
+
+def _four_dims(mask: torch.Tensor) -> torch.Tensor:
+    """A mask as ComfyUI's attention reads it, [B or 1, H or 1, Lq or 1, Lk or 1]."""
+    if mask.ndim == 1:
+        return mask[None, None, None]
+    return mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask

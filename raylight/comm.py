@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,16 +21,27 @@ class Meter:
             nobody left waiting.
         seconds: wall clock spent inside collectives. On an accelerator that is the time to queue them,
             unless each is synchronised.
+        bytes_sent: payload that this rank has given to other ranks, by kind: "all_to_all" and "ring" what
+            goes to others, "all_gather" and "all_reduce" its own part times size - 1, "broadcast" the
+            same on the rank that gives it. Padding does not count.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.seconds = 0.0
+        self.bytes_sent: Counter[str] = Counter()
 
     @contextmanager
-    def collective(self) -> Iterator[None]:
-        """Count one collective, before it starts, and time it."""
+    def collective(self, kind: str, sent: int) -> Iterator[None]:
+        """Count one collective and the bytes it sends, before it starts, and time it."""
         self.count += 1
+        self.bytes_sent[kind] += sent
+        with self.waiting():
+            yield
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time what belongs to a collective that has been counted."""
         start = time.perf_counter()
         try:
             yield
@@ -80,7 +92,7 @@ class Comm:
             return flat
         width = flat.element_size()
         out = flat.new_empty(sum(receive))
-        with self.meter.collective():
+        with self.meter.collective("all_to_all", (sum(send) - send[self.rank]) * width):
             dist.all_to_all_single(
                 out.view(torch.uint8),
                 flat.view(torch.uint8),
@@ -105,6 +117,7 @@ class Comm:
             return [x]
         assert x.shape[dim] == sizes[self.rank], (tuple(x.shape), dim, sizes)
         most = max(sizes)
+        sent = x.nbytes * (self.size - 1)
         mine = x.movedim(dim, 0).contiguous()
         if mine.shape[0] < most:
             # equal counts are the one form that gloo and NCCL share, and the padding is at most a row
@@ -112,10 +125,11 @@ class Comm:
             padded[: mine.shape[0]] = mine
             mine = padded
         out = mine.new_empty(self.size, *mine.shape)
-        with self.meter.collective():
-            dist.all_gather_into_tensor(
-                out.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8), group=self._group
-            )
+        with self.meter.collective("all_gather", sent):
+            if out.numel():
+                dist.all_gather_into_tensor(
+                    out.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8), group=self._group
+                )
         return [chunk[:size].movedim(0, dim) for chunk, size in zip(out.unbind(0), sizes, strict=True)]
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
@@ -123,8 +137,9 @@ class Comm:
         if self.size == 1:
             return x
         out = x.clone(memory_format=torch.contiguous_format)
-        with self.meter.collective():
-            dist.broadcast(out.view(-1).view(torch.uint8), src=self.ranks[0], group=self._group)
+        with self.meter.collective("broadcast", 0 if self.rank else x.nbytes * (self.size - 1)):
+            if out.numel():
+                dist.broadcast(out.view(-1).view(torch.uint8), src=self.ranks[0], group=self._group)
         return out
 
     def all_reduce(self, x: torch.Tensor, *, op: Literal["sum", "max"] = "sum") -> torch.Tensor:
@@ -132,6 +147,47 @@ class Comm:
         if self.size == 1:
             return x
         out = x.clone(memory_format=torch.contiguous_format)
-        with self.meter.collective():
+        with self.meter.collective("all_reduce", x.nbytes * (self.size - 1)):
             dist.all_reduce(out, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self._group)
         return out
+
+    def pass_on(self, tensors: Sequence[torch.Tensor], *, shapes: Sequence[Sequence[int]]) -> Passing:
+        """Start giving `tensors` to the next rank and taking tensors of `shapes` from the one before.
+
+        Counts as one collective, also where there is nothing to give; what is empty is not sent.
+
+        Args:
+            tensors: contiguous, not written to until the passing is over.
+            shapes: of what comes, one for each of `tensors`, in the same dtypes.
+        """
+        coming = [t.new_empty(list(shape)) for t, shape in zip(tensors, shapes, strict=True)]
+        assert self.size > 1
+        after, before = self.ranks[(self.rank + 1) % self.size], self.ranks[self.rank - 1]
+        with self.meter.collective("ring", sum(t.nbytes for t in tensors)):
+            steps = [self._step(dist.isend, t, after) for t in tensors if t.numel()]
+            steps += [self._step(dist.irecv, t, before) for t in coming if t.numel()]
+            works = dist.batch_isend_irecv(steps) if steps else []
+        return Passing(tensors, coming, works, self.meter)
+
+    def _step(self, verb: Callable[..., Any], t: torch.Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(verb, t.view(-1).view(torch.uint8), peer, group=self._group)
+
+
+class Passing:
+    """Tensors on their way around a ring; `wait` for them also before giving up on an error."""
+
+    def __init__(
+        self, going: Sequence[torch.Tensor], coming: list[torch.Tensor], works: Sequence[Any], meter: Meter
+    ) -> None:
+        # kept, since a transfer in flight does not keep its memory
+        self._going = going
+        self._coming = coming
+        self._works = works
+        self._meter = meter
+
+    def wait(self) -> list[torch.Tensor]:
+        """What came, when it is there; on an accelerator, when work that is queued from here on may use it."""
+        with self._meter.waiting():
+            for work in self._works:
+                work.wait()
+        return self._coming

@@ -1,4 +1,4 @@
-"""Local attention kernels by name, other than ComfyUI's own; yunchang is imported here and nowhere else."""
+"""Local attention kernels by name; yunchang and xfuser are imported here and nowhere else."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 
+from . import torch_kernels
 from .errors import ConfigError
+from .torch_kernels import Part
 
 logger = logging.getLogger(__name__)
 
 Override = Callable[..., torch.Tensor]
 """ComfyUI's `optimized_attention_override`: (func, q, k, v, heads, mask=None, ...) -> [B, L, heads * D]."""
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, Any]]
+"""(q, k, v, scale), each [B, H, L, D] -> (output [B, H, L, D], log-sum-exp [B, H, at least L] or None)."""
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
@@ -47,11 +52,8 @@ MEMBERS = (
 )
 """Members of `yunchang.kernels.AttnType`, here so that a menu needs no yunchang."""
 
-NAMES = ("TORCH", *MEMBERS, *ALIASES)
-"""Every name `resolve` knows."""
-
 # what each kernel cannot run without, as yunchang.globals calls it
-_NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+_YUNCHANG: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "AITER": ("HAS_AITER", "aiter"),
         "FA": ("HAS_FLASH_ATTN", "flash-attn"),
@@ -66,60 +68,50 @@ _NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
+# the same for xfuser's dense kernels that yunchang lacks, as its package checker calls it
+_XFUSER: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "FLASH_4": ("has_flash_attn_4", "flash-attn 4 (flash_attn.cute)"),
+        "FLASH_4_FP4": ("has_flash_attn_4_fp4", "flash-attn 4 with FP4 (flash_attn.cute)"),
+        "FLASH_3_FP8": ("has_flash_attn_3", "flash-attn 3 (hopper)"),
+        "NVTE_FP8": ("has_transformer_engine", "transformer-engine"),
+        "AITER_BF16": ("has_aiter", "aiter"),
+        "AITER_BF16FP8": ("has_aiter", "aiter"),
+        "AITER_FP8": ("has_aiter", "aiter"),
+        "AITER_I8FP8": ("has_aiter", "aiter"),
+        "AITER_MXFP8": ("has_aiter", "aiter"),
+        "AITER_F8F6": ("has_aiter", "aiter"),
+        "AITER_MXFP6": ("has_aiter", "aiter"),
+        "AITER_F6F4": ("has_aiter", "aiter"),
+        "AITER_MXFP4": ("has_aiter", "aiter"),
+        "AITER_F4F4": ("has_aiter", "aiter"),
+        "AITER_FLYDSL": ("has_aiter", "aiter"),
+        "AITER_FLYDSL_FP8": ("has_aiter", "aiter"),
+    }
+)
 
-def resolve(name: str) -> Override | None:
-    """The kernel called `name` as an attention override, or None for "TORCH", which is ComfyUI's own.
+_XFUSER_LSE = ("FLASH_3_FP8",)
+_FULL_PRECISION = ("TORCH", "TORCH_MATH", "TORCH_EFFICIENT")
+_EXACT = (*_FULL_PRECISION, "TORCH_FLASH", "TORCH_CUDNN", "FA", "FA3", "FLASHINFER", "AITER", "NPU", "FLASH_4")
 
-    The override computes [B, L, heads * D] from q, k, v as ComfyUI's attention functions take them. What the
-    kernel cannot take (a mask, and for most of them another dtype than fp16 and bf16) goes to the function
-    that the model called.
+NAMES = ("TORCH", *MEMBERS, *ALIASES, *_XFUSER)
+"""Every name `resolve` knows."""
 
-    Raises:
-        ConfigError: the name is unknown, its package is not installed, or this machine cannot run it.
+
+class LocalKernel:
+    """Attention over what one rank holds: ComfyUI's override signature, and a form that ring attention can merge.
+
+    What the named kernel cannot take (a mask, most of them another dtype than fp16 and bf16, a call that asks
+    for no low precision) goes to the function that the model called, or under ring attention to PyTorch's own.
+
+    Attributes:
+        name: as in `NAMES`.
     """
-    member = ALIASES.get(name, name)
-    if member == "TORCH":
-        return None
-    if member not in MEMBERS:
-        raise ConfigError(
-            f"There is no attention kernel {name}", "", f"Set XFuser_attention to one of {', '.join(NAMES)}"
-        )
-    if member == "SPARSE_SAGE":
-        raise ConfigError(
-            f"The attention kernel {name} cannot run",
-            "it needs a tuned sparsity pattern",
-            "Set XFuser_attention to TORCH",
-        )
-    if member != "TORCH_MATH" and not torch.accelerator.is_available():
-        raise ConfigError(
-            f"The attention kernel {name} cannot run here", "it needs an accelerator", "Set XFuser_attention to TORCH"
-        )
-    try:
-        from yunchang import globals as installed
-        from yunchang.kernels import AttnType, select_flash_attn_impl
-    except ImportError as error:
-        raise ConfigError(
-            f"The attention kernel {name} is not installed",
-            str(error),
-            "Set XFuser_attention to TORCH or install yunchang",
-        ) from error
-    flag, package = _NEEDS.get(member, ("", ""))
-    if flag and not getattr(installed, flag):
-        raise ConfigError(
-            f"The attention kernel {name} is not installed",
-            f"{package} cannot be imported",
-            f"Set XFuser_attention to TORCH or install {package}",
-        )
-    return _Named(member, select_flash_attn_impl(AttnType[member], stage="fwd-only"))
 
-
-class _Named:
-    """A yunchang forward, [B, L, H, D] -> ([B, L, H, D], log-sum-exp), behind ComfyUI's signature."""
-
-    def __init__(self, member: str, forward: Callable[..., Any]) -> None:
-        self._member = member
+    def __init__(self, name: str, forward: Forward) -> None:
+        self.name = name
         self._forward = forward
-        self._told = False
+        self._told: set[str] = set()
 
     def __call__(  # noqa: PLR0917, the signature is ComfyUI's
         self,
@@ -134,12 +126,7 @@ class _Named:
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        if mask is not None or not (half or self._member in ("TORCH_MATH", "TORCH_EFFICIENT")):
-            if not self._told:
-                self._told = True
-                reason = f"{q.dtype} tensors" if mask is None else "an attention mask"
-                logger.info("%s does not take %s; ComfyUI's attention computes these calls", self._member, reason)
+        if not self._takes(q, mask, "ComfyUI's", exact=kwargs.get("low_precision_attention", True) is False):
             return func(
                 q,
                 k,
@@ -151,31 +138,219 @@ class _Named:
                 skip_output_reshape=skip_output_reshape,
                 **kwargs,
             )
-        if skip_reshape:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        else:
-            q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        out = self._compute(q, k, v, kwargs.get("scale") or q.shape[-1] ** -0.5)
-        return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
+        if not skip_reshape:
+            q, k, v = (t.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if k.shape[1] != heads and kwargs.get("enable_gqa"):
+            k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
+        out = self._forward(q, k, v, scale_of(q, kwargs))[0]
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
-    def _compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        if self._member.startswith("SAGE"):
-            return self._forward(q, k, v, is_causal=False, sm_scale=scale)[0]
-        if self._member == "NPU":
-            return self._forward(q, k, v, head_num=q.shape[2], input_layout="BSND", scale=scale)[0]
-        # flashinfer takes one sequence at a time
-        batches = zip(*(t.split(1) for t in (q, k, v)), strict=True) if self._member == "FLASHINFER" else [(q, k, v)]
-        outs = [
-            self._forward(
-                *batch,
-                dropout_p=0.0,
-                softmax_scale=scale,
-                causal=False,
-                window_size=(-1, -1),
-                softcap=0.0,
-                alibi_slopes=None,
-                return_softmax=False,
-            )[0]
-            for batch in batches
-        ]
-        return torch.cat(outs) if len(outs) > 1 else outs[0]
+    def with_lse(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float,
+        exact: bool = False,
+    ) -> Part:
+        """Attention over some keys, and the log-sum-exp of the scores, for merging with other keys.
+
+        Args:
+            q, k, v: [B, H, Lq, D] and [B, H, Lk, D].
+            mask: added to the scores; finite, in q's dtype, and of 4 dims that broadcast.
+            scale: factor of the scores.
+            exact: the caller asks for no low precision.
+
+        Returns:
+            The output [B, H, Lq, D] and the log-sum-exp [B, H, Lq], fp32 or wider.
+        """
+        if not self._takes(q, mask, "PyTorch's", exact=exact):
+            return torch_kernels.with_lse(q, k, v, mask=mask, scale=scale)
+        out, lse = self._forward(q, k, v, scale)
+        return out, lse[..., : q.shape[2]].to(torch.promote_types(lse.dtype, torch.float32))
+
+    def _takes(self, q: torch.Tensor, mask: torch.Tensor | None, other: str, *, exact: bool) -> bool:
+        reason = ""
+        if mask is not None:
+            reason = "an attention mask"
+        elif q.dtype not in (torch.float16, torch.bfloat16) and self.name not in _FULL_PRECISION:
+            reason = f"{q.dtype} tensors"
+        elif exact and self.name not in _EXACT:
+            reason = "calls that ask for full precision"
+        if reason and self.name != "TORCH" and reason not in self._told:
+            self._told.add(reason)
+            logger.info("%s does not take %s; %s attention computes these calls", self.name, reason, other)
+        return not reason
+
+
+def scale_of(q: torch.Tensor, kwargs: Mapping[str, Any]) -> float:
+    """The factor of the scores that a call asks for, or the usual one."""
+    scale = kwargs.get("scale")
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def resolve(name: str, *, ring: bool = False, device: torch.device | None = None) -> LocalKernel | None:
+    """The kernel called `name`, or None for "TORCH" without a ring, which is ComfyUI's own.
+
+    Runs it once on a few numbers, so that what cannot run is found here.
+
+    Args:
+        ring: its partial results will be merged, so it must give their log-sum-exp.
+        device: where it will run; None means the current accelerator, or the CPU where there is none.
+
+    Raises:
+        ConfigError: the name is unknown, its package is not installed, this machine cannot run it, or `ring`
+            and it gives no log-sum-exp.
+    """
+    member = ALIASES.get(name, name)
+    if member == "TORCH":
+        return LocalKernel("TORCH", _torch("TORCH")) if ring else None
+    if member not in NAMES:
+        raise ConfigError(
+            f"There is no attention kernel {name}", "", f"Set XFuser_attention to one of {', '.join(NAMES)}"
+        )
+    if member == "SPARSE_SAGE":
+        raise ConfigError(
+            f"The attention kernel {name} cannot run",
+            "it needs a tuned sparsity pattern",
+            "Set XFuser_attention to TORCH",
+        )
+    if ring and member in _XFUSER and member not in _XFUSER_LSE:
+        raise ConfigError(
+            f"The attention kernel {name} cannot be used with ring attention",
+            "it gives no log-sum-exp, so its partial results cannot be merged",
+            "Set XFuser_attention to TORCH, or ring_degree to 1 and ulysses_degree higher",
+        )
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    if member != "TORCH_MATH" and (device is None or device.type == "cpu"):
+        raise ConfigError(
+            f"The attention kernel {name} cannot run here", "it needs an accelerator", "Set XFuser_attention to TORCH"
+        )
+    if member in _YUNCHANG:
+        forward = _yunchang(name, member)
+    elif member in _XFUSER:
+        forward = _xfuser(name, member)
+    else:
+        forward = _torch(member)
+    kernel = LocalKernel(member, forward)
+    _try(name, forward, device=device, ring=ring)
+    return kernel
+
+
+def _torch(member: str) -> Forward:
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Part:
+        return torch_kernels.with_lse(q, k, v, scale=scale, member=member)
+
+    return forward
+
+
+def _yunchang(name: str, member: str) -> Forward:
+    """A yunchang forward; its tensors are [B, L, H, D]."""
+    try:
+        from yunchang import globals as installed
+        from yunchang.kernels import AttnType, select_flash_attn_impl
+    except ImportError as error:
+        raise _missing(name, "yunchang", str(error)) from error
+    flag, package = _YUNCHANG[member]
+    if not getattr(installed, flag, False):
+        raise _missing(name, package)
+    if member not in AttnType.__members__:
+        raise _missing(name, "a newer yunchang", "the installed yunchang does not know it")
+    compute = select_flash_attn_impl(AttnType[member], stage="fwd-only")
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, Any]:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if member.startswith("SAGE"):
+            out, lse = compute(q, k, v, is_causal=False, sm_scale=scale)
+        elif member == "NPU":
+            out, top, total, *_ = compute(q, k, v, head_num=q.shape[2], input_layout="BSND", scale=scale)
+            # [B, H, L, 8], eight times the same
+            lse = (top + total.log())[..., 0]
+        else:
+            options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": False, "window_size": (-1, -1)}
+            options |= {"softcap": 0.0, "alibi_slopes": None, "return_softmax": False}
+            # flashinfer takes one sequence at a time
+            single = member == "FLASHINFER" and q.shape[0] > 1
+            rows = zip(*(t.split(1) for t in (q, k, v)), strict=True) if single else [(q, k, v)]
+            outs, lses = zip(*(compute(*row, **options) for row in rows), strict=True)
+            out, lse = (torch.cat(outs), torch.cat(lses)) if single else (outs[0], lses[0])
+        return out.transpose(1, 2), lse
+
+    return forward
+
+
+def _xfuser(name: str, member: str) -> Forward:
+    """A function of xfuser's registry; it takes no scale, so the queries are scaled."""
+    group_norm = torch.nn.GroupNorm
+    try:
+        from xfuser.core.distributed.attention_backend import (
+            ATTENTION_FUNCTION_REGISTRY,
+            AttentionBackendType,
+            env_info,
+        )
+    except ImportError as error:
+        raise _missing(name, "xfuser", str(error)) from error
+    finally:
+        # on ROCm the import puts another class in its place
+        torch.nn.GroupNorm = group_norm  # type: ignore[misc]
+    flag, package = _XFUSER[member]
+    if not env_info.get(flag):
+        raise _missing(name, package)
+    compute = ATTENTION_FUNCTION_REGISTRY.get(AttentionBackendType.__members__.get(member))
+    if compute is None:
+        raise _missing(name, "a newer xfuser", "the installed xfuser does not know it")
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, Any]:
+        usual = q.shape[-1] ** -0.5
+        if scale != usual:
+            q = q * (scale / usual)
+        out, lse = compute(q, k, v, 0.0, False)
+        return out.to(v.dtype), lse
+
+    return forward
+
+
+def _missing(name: str, package: str, why: str = "") -> ConfigError:
+    return ConfigError(
+        f"The attention kernel {name} is not installed",
+        why or f"{package} cannot be imported",
+        f"Set XFuser_attention to TORCH or install {package}",
+    )
+
+
+def _try(name: str, forward: Forward, *, device: torch.device | None, ring: bool) -> None:
+    """Run a kernel on numbers of its own, without touching any random state.
+
+    Low-precision kernels are off by some percent; what this finds is one that cannot run, and a log-sum-exp
+    that is zero, in another base or in another order.
+    """
+    shape = (1, 2, 128, 64)
+    q, k, v = (torch.linspace(-step, step, 2 * 128 * 64).sin().view(shape) for step in (500, 700, 900))
+    scale = 64**-0.5
+    _, want = torch_kernels.explicit(q, k, v, mask=None, scale=scale)
+    try:
+        q, k, v = (t.to(device, torch.bfloat16) for t in (q, k, v))
+        out, lse = forward(q, k, v, scale)
+        result = out.float().cpu()
+    except Exception as error:
+        raise ConfigError(
+            f"The attention kernel {name} cannot run here",
+            f"{type(error).__name__}: {error}",
+            "Set XFuser_attention to TORCH",
+        ) from error
+    problem = ""
+    if result.shape != shape or not result.isfinite().all():
+        problem = "its output is not a number for every query"
+    elif ring and (lse is None or lse.ndim != 3 or lse.shape[:2] != shape[:2] or lse.shape[2] < shape[2]):
+        problem = "it gives no log-sum-exp, so its partial results cannot be merged"
+    elif ring and not (lse[..., :128].float().cpu() - want).abs().max() < 0.25:
+        problem = "its log-sum-exp is wrong, so its partial results cannot be merged"
+    if problem:
+        raise ConfigError(
+            f"The attention kernel {name} cannot be used here",
+            problem,
+            "Set XFuser_attention to TORCH" + (", or ring_degree to 1 and ulysses_degree higher" if ring else ""),
+        )

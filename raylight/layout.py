@@ -24,18 +24,26 @@ def share(total: int, *, rank: int, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Segment:
-    """A named stretch of tokens, `length` of them over all ranks."""
+    """A named stretch of tokens.
+
+    Attributes:
+        length: tokens over all ranks.
+        grid: sizes of the tensor dims that the tokens come from, where they are more than one (T, H, W).
+        whole: every rank keeps all of it, whatever its length.
+    """
 
     name: str
     length: int
+    grid: tuple[int, ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How the segments of one region lie on `size` ranks, seen from `rank`.
 
-    Each segment is cut by itself, unevenly where it must be. One that is shorter than `size` is
-    replicated: a rank without a single row of a segment would break models that infer sizes from it.
+    Each segment is cut by itself, unevenly where it must be. One that is shorter than `size`, or declared
+    whole, is replicated: a rank without a single row of a segment would break models that infer sizes from it.
     In every method `over` names the segments that a tensor's token dim concatenates, in that order.
     """
 
@@ -50,16 +58,21 @@ class Layout:
 
     def length(self, name: str) -> int:
         """Tokens of a segment over all ranks."""
-        return next(segment.length for segment in self.segments if segment.name == name)
+        return self.segment(name).length
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name."""
+        return next(segment for segment in self.segments if segment.name == name)
 
     def replicated(self, name: str) -> bool:
         """Whether every rank holds the whole segment."""
-        return self.length(name) < self.size
+        segment = self.segment(name)
+        return segment.whole or segment.length < self.size
 
     def span(self, name: str, *, rank: int | None = None) -> tuple[int, int]:
         """(start, stop) within the segment of what `rank` (default: this one) holds."""
         length = self.length(name)
-        if length < self.size:
+        if self.replicated(name):
             return 0, length
         return share(length, rank=self.rank if rank is None else rank, size=self.size)
 

@@ -69,6 +69,14 @@ class Mesh:
                     group = dist.new_group(row, timeout=timeout, backend=backend)
                 if rank in row:
                     comms[axis] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
+        both = parallel.degrees["ring"] > 1 and parallel.degrees["ulysses"] > 1
+        comms["sequence"] = comms["ulysses" if parallel.degrees["ulysses"] > 1 else "ring"]
+        for row in grid.view(-1, parallel.sequence).tolist() if both else ():
+            group = dist.group.WORLD
+            if len(row) < world:
+                group = dist.new_group(row, timeout=timeout, backend=backend)
+            if rank in row:
+                comms["sequence"] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
         group = dist.new_group(list(everyone), timeout=timeout, backend="gloo")
         control = cls._comm(everyone, rank=rank, group=group, meter=Meter())
         return cls(parallel, rank=rank, comms=comms, control=control, meter=meter)
@@ -83,7 +91,7 @@ class Mesh:
         parallel = parallel or ParallelConfig(world=1)
         assert parallel.world == 1, parallel
         meter = Meter()
-        comms = {axis: cls._comm((0,), rank=0, group=None, meter=meter) for axis in ("world", *AXES)}
+        comms = {axis: cls._comm((0,), rank=0, group=None, meter=meter) for axis in ("world", *AXES, "sequence")}
         return cls(
             parallel, rank=0, comms=comms, control=cls._comm((0,), rank=0, group=None, meter=Meter()), meter=meter
         )
@@ -93,8 +101,16 @@ class Mesh:
         return Comm(group if len(ranks) > 1 else None, ranks=ranks, rank=ranks.index(rank), meter=meter)
 
     def axis(self, name: str) -> Comm:
-        """The ranks that differ from this one only on axis `name` ("dp", "cfg", "ring", "ulysses"), or "world"."""
+        """The ranks that differ from this one only on axis `name` ("dp", "cfg", "ring", "ulysses").
+
+        "sequence" is ring and ulysses together, ulysses innermost, and "world" all ranks.
+        """
         return self._comms[name]
+
+    @property
+    def sequence(self) -> Comm:
+        """The ranks that share one sequence."""
+        return self._comms["sequence"]
 
     @property
     def collectives(self) -> int:
@@ -105,6 +121,11 @@ class Mesh:
     def seconds(self) -> float:
         """Wall clock spent inside those collectives."""
         return self._meter.seconds
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes that this rank has sent to others in those collectives, by kind (see `Meter`)."""
+        return dict(self._meter.bytes_sent)
 
     def close(self) -> None:
         """Leave the groups; harmless when there are none (any more)."""

@@ -1,4 +1,4 @@
-"""The attention override of one call of a site: Ulysses around the user's own override, around the kernel."""
+"""The attention override of one call of a site: the exchange around the user's own override, around the kernel."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from . import kernels
-from .attention import Ulysses
 from .errors import UnsupportedError
 
 
-def compose(ulysses: Ulysses | None, kernel: kernels.Override | None, options: Mapping[str, Any]) -> kernels.Override:
+def compose(
+    attention: Callable[..., torch.Tensor] | None, kernel: kernels.LocalKernel | None, options: Mapping[str, Any]
+) -> kernels.Override:
     """An override that computes over all tokens and then calls what was there before.
 
     Args:
-        ulysses: the exchange, None where nothing is cut.
+        attention: the exchange, called as a `SequenceAttention` is; None where nothing is cut.
         kernel: the named local kernel, None for the function the model calls.
         options: the model's own transformer_options, whose override is the user's.
 
@@ -34,7 +35,7 @@ def compose(ulysses: Ulysses | None, kernel: kernels.Override | None, options: M
                 return base(q, *a, **k)
             before = _random_states(q)
             out = user(base, q, *a, **k)
-            if ulysses is not None and not all(map(torch.equal, before, _random_states(q))):
+            if attention is not None and not all(map(torch.equal, before, _random_states(q))):
                 raise UnsupportedError(
                     "An attention override draws random numbers",
                     "each worker sees other heads and would draw others than ComfyUI alone",
@@ -44,7 +45,7 @@ def compose(ulysses: Ulysses | None, kernel: kernels.Override | None, options: M
 
         # the local kernel sees all tokens, so the options it may look at are those of the whole
         kwargs["transformer_options"] = options
-        return local(*args, **kwargs) if ulysses is None else ulysses(local, *args, **kwargs)
+        return local(*args, **kwargs) if attention is None else attention(local, *args, **kwargs)
 
     return override
 

@@ -1,13 +1,10 @@
-"""Checks of Comm, Mesh and Ulysses that need ranks but no ComfyUI: each returns names and whether they held."""
+"""Checks of Comm and Mesh that need ranks but no ComfyUI: each returns names and whether they held."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from comfy_raylight.raylight.attention import Ulysses
-from comfy_raylight.raylight.layout import Layout, Segment, gather
 from comfy_raylight.raylight.mesh import Mesh
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
@@ -23,19 +20,8 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.float(), b.float())
 
 
-def local_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, **kwargs: Any
-) -> Any:
-    """ComfyUI's signature over PyTorch's attention."""
-    if not kwargs.get("skip_reshape"):
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    assert q.shape[1] == heads
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
-
-
 def check(mesh: Mesh) -> dict[str, bool]:
-    """Collectives with uneven sizes and every dtype, and Ulysses against attention over the whole."""
+    """Collectives with uneven sizes and every dtype, and what the mesh counts of them."""
     comm = mesh.axis("ulysses")
     found: dict[str, bool] = {}
     sizes = [rank % 3 for rank in range(comm.size)]
@@ -52,6 +38,12 @@ def check(mesh: Mesh) -> dict[str, bool]:
             comm.broadcast(whole[comm.rank] if comm.rank < 0 else values(3, seed=comm.rank, dtype=dtype)),
             values(3, seed=0, dtype=dtype),
         )
+        # rank a passes (a % 3, 5) and (1, a) on; on three ranks and more, one of the first is empty
+        before = (comm.rank - 1) % comm.size
+        given = [values(comm.rank % 3, 5, seed=comm.rank, dtype=dtype), values(1, comm.rank, seed=9, dtype=dtype)]
+        passed = comm.pass_on(given, shapes=[(before % 3, 5), (1, before)]).wait()
+        want = [values(before % 3, 5, seed=before, dtype=dtype), values(1, before, seed=9, dtype=dtype)]
+        found[f"pass_on {dtype}"] = all(equal(a, b) for a, b in zip(passed, want, strict=True))
     for dtype in (torch.float32, torch.bfloat16, torch.int32):
         mine = torch.full((2, 3), comm.rank + 1).to(dtype)
         found[f"sum {dtype}"] = equal(comm.all_reduce(mine), torch.full((2, 3), sum(range(1, comm.size + 1))).to(dtype))
@@ -66,38 +58,48 @@ def check(mesh: Mesh) -> dict[str, bool]:
     found["control not counted"] = mesh.collectives == before + 1
     lone = mesh.axis("ring")
     found["size 1"] = lone.size == 1 and lone.broadcast(scalar) is scalar and lone.all_reduce(scalar) is scalar
-    return found | check_ulysses(mesh)
+    found["sequence"] = mesh.sequence is mesh.axis("ulysses")
+    return found | check_bytes(mesh)
 
 
-def check_ulysses(mesh: Mesh) -> dict[str, bool]:
-    """Ulysses in every form of its arguments."""
+def check_bytes(mesh: Mesh) -> dict[str, bool]:
+    """What each kind of collective counts as sent, next to its closed form."""
     comm = mesh.axis("ulysses")
-    found: dict[str, bool] = {}
-    for lengths in ((17,), (1, 17), (9, 17), (17, 2, 9), (1, 1)):
-        segments = tuple(Segment(f"s{i}", length) for i, length in enumerate(lengths))
-        layout = Layout(segments=segments, rank=comm.rank, size=comm.size)
-        order = tuple(segment.name for segment in segments)
-        total = layout.total(order)
-        for batch in (1, 2):
-            for heads in (5, 8):
-                q, k, v = (values(batch, heads, total, 4, seed=seed) / 4 for seed in (1, 2, 3))
-                mask = values(batch, 1, 1, total, seed=4) / 4
-                want = local_attention(q, k, v, heads, mask=mask, skip_reshape=True)
-                cut = [layout.split(t, dim=2, over=order) for t in (q, k, v)]
-                flat = [t.transpose(1, 2).flatten(2) for t in cut]
-                short = layout.split(mask, dim=3, over=order)
-                name = f"{lengths} batch {batch} heads {heads}"
-                outs = []
-                for pack in (False, True):
-                    ulysses = Ulysses(comm, layout=layout, order=order, pack=pack, sync=True)
-                    outs.append(ulysses(local_attention, *cut, heads, mask=mask, skip_reshape=True))
-                    outs.append(ulysses(local_attention, *flat, heads, mask))
-                    outs.append(ulysses(local_attention, *flat, heads, mask=short))
-                    turned = ulysses(local_attention, *flat, heads, mask=mask, skip_output_reshape=True)
-                    outs.append(turned.transpose(1, 2).flatten(2))
-                got = gather(outs[0], dim=1, over=order, layout=layout, comm=comm)
-                found[name] = torch.allclose(got, want, rtol=0, atol=1e-6)
-                found[name + " forms"] = all(torch.equal(outs[0], out) for out in outs)
+    rank, others = comm.rank, comm.size - 1
+    x = torch.zeros(rank + 1, 5, dtype=torch.bfloat16)
+
+    def shapes(last: int) -> list[tuple[int, int]]:
+        return [(other + 1, last) for other in range(comm.size)]
+
+    runs: dict[str, tuple[Any, int]] = {
+        # rank a gives rank b a tensor of b + 1 bytes
+        "all_to_all": (
+            lambda: comm.all_to_all(
+                [torch.zeros(b + 1, dtype=torch.uint8) for b in range(comm.size)], shapes=[(rank + 1,)] * comm.size
+            ),
+            sum(range(1, comm.size + 1)) - rank - 1,
+        ),
+        "all_gather": (
+            lambda: comm.all_gather(x, dim=0, sizes=[rows for rows, _ in shapes(5)]),
+            10 * (rank + 1) * others,
+        ),
+        "broadcast": (lambda: comm.broadcast(x[:1]), 0 if rank else 10 * others),
+        "all_reduce": (lambda: comm.all_reduce(x[:1]), 10 * others),
+        "ring": (lambda: comm.pass_on([x], shapes=[shapes(5)[rank - 1]]).wait(), 10 * (rank + 1)),
+    }
+    found = {}
+    for kind, (run, sent) in runs.items():
+        before, count = mesh.bytes, mesh.collectives
+        run()
+        grown = {name: value - before.get(name, 0) for name, value in mesh.bytes.items()}
+        found[f"bytes of {kind}"] = {name for name, value in grown.items() if value} <= {kind} and grown[kind] == sent
+        found[f"count of {kind}"] = mesh.collectives == count + 1
+    # what is empty on all ranks is counted and not sent
+    count = mesh.collectives
+    comm.broadcast(x[:0])
+    comm.all_gather(x[:, :0], dim=0, sizes=[rows for rows, _ in shapes(0)])
+    comm.pass_on([x[:0]], shapes=[(0, 5)]).wait()
+    found["empty"] = mesh.collectives == count + 3
     return found
 
 
@@ -107,6 +109,7 @@ def check_grid(mesh: Mesh) -> dict[str, bool]:
     want = {
         "ulysses": (rank // 2 * 2, rank // 2 * 2 + 1),
         "ring": (rank,),
+        "sequence": (rank // 2 * 2, rank // 2 * 2 + 1),
         "cfg": (rank // 4 * 4 + rank % 2, rank // 4 * 4 + rank % 2 + 2),
         "dp": (rank % 4, rank % 4 + 4),
         "world": tuple(range(8)),

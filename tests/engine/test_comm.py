@@ -9,10 +9,10 @@ import torch
 from comfy_raylight.raylight.config import AXES, ParallelConfig
 from comfy_raylight.raylight.mesh import Mesh
 
-from .ranks import RANKS
+from .ranks import GROUPS
 
 
-@pytest.mark.parametrize("size", RANKS)
+@pytest.mark.parametrize("size", GROUPS)
 def test_on_ranks(run_ranks: Any, size: int) -> None:
     for rank, found in run_ranks("")["ranks"][str(size)].items():
         assert isinstance(found, dict), found
