@@ -1,29 +1,113 @@
 """Which plan belongs to which of ComfyUI's diffusion-model classes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+
+from torch import nn
 
 from ..raylight.errors import UnsupportedError
 from ..raylight.plan import Plan
+from .audio import ACE_STEP15, STABLE_AUDIO
+from .aura import AURAFLOW
+from .chroma import chroma, radiance
+from .cogvideo import COGVIDEOX
+from .cosmos import PREDICT2, cosmos1
+from .ernie import ERNIE
 from .flux import FLUX
-from .lumina import LUMINA
-from .wan import WAN
+from .hidream import HIDREAM
+from .hunyuan import HUNYUAN3D_21, hunyuan_video
+from .kandinsky import KANDINSKY5
+from .ltx import LTXAV, LTXV
+from .lumina import LUMINA, PIXEL_SPACE
+from .mochi import MOCHI
+from .omnigen import OMNIGEN2
+from .pixart import PIXART
+from .qwen import QWEN
+from .sd3 import SD3
+from .wan import ANIMATE, DANCER, HUMO, S2V, VACE, WAN
 
-PLANS: Mapping[str, Plan] = MappingProxyType({"WanModel": WAN, "Flux": FLUX, "NextDiT": LUMINA})
-"""Plans by exact class name. A subclass has a forward of its own, so it has a plan of its own or none."""
+
+@dataclass(frozen=True)
+class Family:
+    """One diffusion-model class.
+
+    Attributes:
+        models: what users know it by.
+        plan: where its tokens are, or a function of the model that says it, where versions differ.
+        limit: what the workers do not share, "" for nothing.
+    """
+
+    models: str
+    plan: Plan | Callable[[nn.Module], Plan]
+    limit: str = ""
 
 
-def plan_for(model: type | str) -> Plan:
-    """The plan of a diffusion-model class, given as `type(model.diffusion_model)` or by name.
+ATTENTION_IS_NOT = "every worker computes all of self-attention, which these classes call out of reach"
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "WanModel": Family("Wan 2.1 / 2.2: t2v, i2v, flf2v, ti2v 5B, Fun-Control, reference", WAN),
+        "VaceWanModel": Family("Wan VACE", VACE),
+        "CameraWanModel": Family("Wan Fun-Camera", WAN),
+        "HumoWanModel": Family("Wan HuMo", HUMO),
+        "WanModel_S2V": Family("Wan 2.2 S2V", S2V),
+        "AnimateWanModel": Family("Wan 2.2 Animate", ANIMATE),
+        "SCAILWanModel": Family("Wan SCAIL", WAN),
+        "WanDancerModel": Family("WanDancer", DANCER),
+        "Flux": Family("Flux.1 dev, schnell, Fill, Kontext; Flux.2; LongCat-Image; Ovis-Image", FLUX),
+        "Chroma": Family("Chroma", chroma),
+        "ChromaRadiance": Family("Chroma Radiance, Radiance x0", radiance),
+        "HunyuanVideo": Family("HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1 and its refiner", hunyuan_video),
+        "Hunyuan3Dv2": Family("Hunyuan3D 2", FLUX),
+        "HunYuanDiTPlain": Family("Hunyuan3D 2.1", HUNYUAN3D_21, ATTENTION_IS_NOT),
+        "QwenImageTransformer2DModel": Family("Qwen-Image, Qwen-Image-Edit, Qwen-Image-Layered", QWEN),
+        "NextDiT": Family("Lumina Image 2, NewBie, Z-Image, Z-Image omni", LUMINA),
+        "NextDiTPixelSpace": Family("Z-Image pixel space", PIXEL_SPACE),
+        "LTXVModel": Family("LTX-Video: keyframes, guides", LTXV),
+        "LTXAVModel": Family("LTX-2, LTX-2.3: video with sound", LTXAV),
+        "OpenAISignatureMMDITWrapper": Family("Stable Diffusion 3, 3.5 medium and large", SD3),
+        "MMDiT": Family("AuraFlow", AURAFLOW),
+        "MiniTrainDIT": Family("Cosmos Predict2", PREDICT2),
+        "Anima": Family("Anima", PREDICT2),
+        "GeneralDIT": Family("Cosmos 1", cosmos1),
+        "Kandinsky5": Family("Kandinsky 5", KANDINSKY5),
+        "HiDreamImageTransformer2DModel": Family("HiDream I1, E1", HIDREAM),
+        "OmniGen2Transformer2DModel": Family("OmniGen2", OMNIGEN2),
+        "AsymmDiTJoint": Family("Mochi", MOCHI),
+        "CogVideoXTransformer3DModel": Family("CogVideoX", COGVIDEOX),
+        "AudioDiffusionTransformer": Family("Stable Audio", STABLE_AUDIO),
+        "AceStepConditionGenerationModel": Family("ACE-Step 1.5", ACE_STEP15, ATTENTION_IS_NOT),
+        "ErnieImageModel": Family("ERNIE-Image", ERNIE, ATTENTION_IS_NOT),
+        "PixArtMS": Family("PixArt Alpha, Sigma", PIXART, ATTENTION_IS_NOT),
+    }
+)
+"""Families by exact class name. A subclass has a forward of its own, so it has an entry of its own or none."""
+
+UNSPLIT: Mapping[str, str] = MappingProxyType(
+    {
+        "UNetModel": "SD1.5 and SDXL UNets have no sequence of tokens: they run with CFG and data parallel only",
+        "HunYuanDiT": "HunyuanDiT calls its attention without transformer_options, so that nothing can take its place",
+        "ACEStepTransformer2DModel": "ACE-Step 1's blocks have linear attention and convolutions over all tokens",
+        "CausalWanModel": "causal Wan generates frame after frame from key and value caches of its own",
+    }
+)
+"""Why some classes cannot share a sequence."""
+
+
+def plan_for(model: nn.Module) -> Plan:
+    """The plan of a diffusion model.
 
     Raises:
-        UnsupportedError: there is none; the message names the class and those there are.
+        UnsupportedError: there is none; the message names the class, the reason and what does work.
     """
-    name = model if isinstance(model, str) else model.__name__
-    if name not in PLANS:
+    name = type(model).__name__
+    family = FAMILIES.get(name)
+    if family is None:
         raise UnsupportedError(
             f"Raylight cannot split the model family {name} over several workers",
-            "it has no plan for it",
-            f"Use one of {', '.join(sorted(PLANS))}, or set ulysses_degree and ring_degree to 1",
+            UNSPLIT.get(name, "it has no plan for it"),
+            "Set ulysses_degree and ring_degree to 1: cfg_degree and data parallel work with every model",
         )
-    return PLANS[name]
+    return family.plan if isinstance(family.plan, Plan) else family.plan(model)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,17 +10,27 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels, overrides
-from .attention import Ulysses
-from .comm import Comm
-from .errors import ConfigError, PlanError
-from .layout import Layout, Segment, gather
+from .attention import ByLength, SequenceAttention
+from .cost import Work
+from .cuts import Entry
+from .errors import PlanError
+from .layout import Layout, Segment
 from .mesh import Mesh
-from .plan import Blocks, Entry, Head, Plan, Split
+from .plan import Blocks, Head, Plan, Site, Whole
+from .slots import Slot, modules
+from .whole_patches import show_whole
 
 Granularity = Literal["trunk", "block"]
 
 
-def install(model: nn.Module, plan: Plan, mesh: Mesh, *, granularity: Granularity | None = None) -> Installation:
+def install(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    *,
+    granularity: Granularity | None = None,
+    device: torch.device | None = None,
+) -> Installation:
     """Put a plan's hooks on a model.
 
     Args:
@@ -30,60 +38,13 @@ def install(model: nn.Module, plan: Plan, mesh: Mesh, *, granularity: Granularit
         plan: where its tokens are.
         mesh: the ranks that share the sequence, and the attention kernel to use.
         granularity: cut once per region ("trunk") or around every block ("block"); None decides per forward.
+        device: where the model will run; None is the accelerator, or the CPU where there is none.
 
     Raises:
         PlanError: the plan names a module or argument that the model does not have.
-        ConfigError: the mesh asks for something that is not there: ring attention or a missing kernel.
+        ConfigError: the mesh asks for a kernel that is not there.
     """
-    return Installation(model, plan, mesh, granularity=granularity)
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Where a call carries an argument: looked up by index, since binding a signature per call would be slow."""
-
-    name: str
-    index: int | None
-
-    @classmethod
-    def find(cls, function: Callable[..., Any], name: str) -> _Slot | None:
-        for index, parameter in enumerate(inspect.signature(function).parameters.values()):
-            if parameter.kind is parameter.VAR_KEYWORD:
-                return cls(name, None)
-            if parameter.name == name:
-                return cls(name, None if parameter.kind is parameter.KEYWORD_ONLY else index)
-        return None
-
-    @classmethod
-    def need(cls, module: nn.Module, name: str) -> _Slot:
-        slot = cls.find(module.forward, name)
-        if slot is None:
-            raise PlanError(f"{type(module).__name__} has no argument {name}", "the plan is for another version of it")
-        return slot
-
-    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if self.index is not None and self.index < len(args):
-            return args[self.index]
-        return kwargs.get(self.name)
-
-    def write(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> None:
-        if self.index is not None and self.index < len(args):
-            args[self.index] = value
-        else:
-            kwargs[self.name] = value
-
-
-def _modules(root: nn.Module, path: str) -> list[nn.Module]:
-    """The modules at a path of names, where "*" stands for all children; "" is the root."""
-    found = [root]
-    for name in path.split(".") if path else ():
-        if name == "*":
-            found = [child for module in found for child in module.children()]
-        elif not all(isinstance(getattr(module, name, None), nn.Module) for module in found):
-            raise PlanError(f"{type(root).__name__} has no module {path}", "the plan is for another version of it")
-        else:
-            found = [getattr(module, name) for module in found]
-    return found
+    return Installation(model, plan, mesh, granularity=granularity, device=device)
 
 
 class _Forward:
@@ -107,57 +68,76 @@ class Installation:
     """The hooks of one plan on one model. `wrapper` runs a forward with them; `remove` takes them off.
 
     One forward at a time; every rank must run it with equal inputs.
+
+    Attributes:
+        works: what each region of the last forward had to do, by its index.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, mesh: Mesh, *, granularity: Granularity | None) -> None:
-        if mesh.parallel.degrees["ring"] > 1:
-            raise ConfigError(
-                "Ring attention is not part of this version",
-                f"ring_degree={mesh.parallel.ring}",
-                "Set ring_degree to 1 and raise ulysses_degree instead",
-            )
-        self.comm = mesh.axis("ulysses")
-        self.parallel = mesh.parallel
-        self.kernel = kernels.resolve(mesh.parallel.attention)
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        mesh: Mesh,
+        *,
+        granularity: Granularity | None,
+        device: torch.device | None,
+    ) -> None:
+        self.mesh = mesh
+        ring = mesh.parallel.degrees["ring"] > 1
+        self.kernel = kernels.resolve(mesh.parallel.attention, ring=ring, device=device)
         self.forward: _Forward | None = None
+        self.regions = plan.regions
+        self.works: dict[int, Work] = {}
         self._plan = plan
         self._granularity = granularity
         self._handles: list[RemovableHandle] = []
         function = getattr(model, "_forward", model.forward)
-        self._options = _Slot.find(function, "transformer_options")
-        self._control = _Slot.find(function, "control")
-        if self.comm.size == 1 and self.kernel is None:
+        self._options = Slot.find(function, "transformer_options")
+        self._control = Slot.find(function, "control")
+        if not self.split and self.kernel is None:
             return
         try:
-            for index, region in enumerate(plan.regions):
-                self._install(model, index, region.blocks, region.exit)
+            for index in range(len(plan.regions)):
+                self._install(model, index)
         except BaseException:
             self.remove()
             raise
 
-    def _install(self, model: nn.Module, index: int, blocks: Blocks, head: Head | None) -> None:
-        modules = _modules(model, blocks.at)
-        single = {split.over[0] for split in blocks.streams.values() if len(split.over) == 1}
-        if single != set(blocks.order):
-            raise PlanError(
-                f"The streams of {blocks.at} do not define its segments", f"{single} and {set(blocks.order)}"
-            )
-        for at, module in enumerate(modules):
-            if self.comm.size > 1:
-                leaves = head is None and at == len(modules) - 1
-                block = _BlockHook(self, index, blocks, module, first=at == 0, last=leaves)
-                self._handles.append(module.register_forward_pre_hook(block.before, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(block.after))
-            # after the block's own hook, since a block can be its own site
-            for path in blocks.attention:
-                for site in _modules(module, path):
-                    hook = _SiteHook(self, index, blocks.order, site)
-                    self._handles.append(site.register_forward_pre_hook(hook.before, with_kwargs=True))
-        if head is not None and self.comm.size > 1:
-            (module,) = _modules(model, head.at)
-            leave = _HeadHook(self, index, head, module)
-            self._handles.append(module.register_forward_pre_hook(leave.before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(leave.after))
+    @property
+    def split(self) -> bool:
+        """Whether there is more than one rank to share the tokens."""
+        return self.mesh.sequence.size > 1
+
+    def _install(self, model: nn.Module, index: int) -> None:
+        region = self.regions[index]
+        segments = {stream.over[0] for b in region.blocks for stream in b.streams.values() if len(stream.over) == 1}
+        for number, blocks in enumerate(region.blocks):
+            if not set(blocks.order) <= segments:
+                raise PlanError(f"The streams of {blocks.at} do not define its segments", f"{segments}, {blocks.order}")
+            found = modules(model, blocks.at)
+            for at, module in enumerate(found):
+                if self.split:
+                    block = _BlockHook(self, index, number, module, at=at, count=len(found))
+                    self._hook(module, block.before, block.after)
+                # after the block's own hook, since a block can be its own site
+                for site in blocks.sites:
+                    for target in modules(module, site.at):
+                        self._hook(target, _SiteHook(self, index, site, target).before)
+        if not self.split:
+            return
+        for whole in region.whole:
+            for module in modules(model, whole.at):
+                joins = _WholeHook(self, index, whole, module)
+                self._hook(module, joins.before, joins.after)
+        if region.exit is not None:
+            (module,) = modules(model, region.exit.at)
+            leave = _HeadHook(self, index, region.exit, module)
+            self._hook(module, leave.before, leave.after)
+
+    def _hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            self._handles.append(module.register_forward_hook(after))
 
     def wrapper(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one forward on all ranks: a DIFFUSION_MODEL wrapper, or called with `model._forward` as executor.
@@ -170,13 +150,13 @@ class Installation:
             PlanError: the model did not run as the plan says.
         """
         assert self.forward is None, "one forward at a time"
-        self.forward = _Forward(len(self._plan.regions), per_block=self._per_block(args, kwargs))
+        self.forward = _Forward(len(self.regions), per_block=self._per_block(args, kwargs))
         try:
             out = executor(*args, **kwargs)
-            for region, layout in zip(self._plan.regions, self.forward.layouts, strict=True):
+            for region, layout in zip(self.regions, self.forward.layouts, strict=True):
                 if layout is not None:
                     raise PlanError(
-                        f"The blocks {region.blocks.at} were entered and not left", "the last one did not run"
+                        f"The blocks {region.blocks[0].at} were entered and not left", "the last one did not run"
                     )
             return out
         finally:
@@ -193,9 +173,18 @@ class Installation:
         assert self.forward is not None
         layout = self.forward.layouts[index]
         if layout is None:
-            blocks = self._plan.regions[index].blocks.at
+            blocks = self.regions[index].blocks[0].at
             raise PlanError(f"The blocks {blocks} were not entered at their first one", "it did not run")
         return layout
+
+    def inside(self, index: int) -> Layout | None:
+        """The layout of a region where a forward is inside its blocks, else None."""
+        return None if self.forward is None else self.forward.layouts[index]
+
+    def per_block(self, index: int) -> bool:
+        """Whether this forward cuts the region's tokens around every block."""
+        assert self.forward is not None
+        return self.forward.per_block or self.regions[index].per_block
 
     def _per_block(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         if self._granularity is not None:
@@ -217,83 +206,125 @@ class _Shared:
         self, owner: object, module: nn.Module, shared: Mapping[str, Entry], optional: tuple[str, ...]
     ) -> None:
         self._owner = owner
-        self._entries: list[tuple[_Slot, Entry]] = []
+        self._entries: list[tuple[str, Slot, Entry]] = []
         for name, entry in shared.items():
-            slot = _Slot.find(module.forward, name) if name in optional else _Slot.need(module, name)
+            slot = Slot.find(module.forward, name) if name in optional else Slot.need(module, name)
             if slot is not None:
-                self._entries.append((slot, entry))
+                self._entries.append((name, slot, entry))
 
     def cut(self, forward: _Forward, layout: Layout, args: list[Any], kwargs: dict[str, Any]) -> None:
-        for slot, entry in self._entries:
+        for name, slot, entry in self._entries:
             value = slot.read(args, kwargs)
             if value is not None:
-                slot.write(args, kwargs, forward.cut(self._owner, slot.name, entry, value, layout))
+                slot.write(args, kwargs, forward.cut(self._owner, name, entry, value, layout))
 
 
 class _BlockHook:
-    """Cuts what goes into one block, and joins what comes out where the tokens leave."""
+    """Cuts what goes into one block, and joins what comes out where the tokens leave.
 
-    def __init__(
-        self, owner: Installation, index: int, blocks: Blocks, module: nn.Module, *, first: bool, last: bool
-    ) -> None:
+    The first blocks of the region open its layout; those of another list only bring their own stream into it.
+    """
+
+    def __init__(self, owner: Installation, index: int, number: int, module: nn.Module, *, at: int, count: int) -> None:
         self._owner = owner
+        self._count = count
+        self._weights = sum(p.numel() for p in module.parameters() if p.ndim == 2)
         self._index = index
-        self._blocks = blocks
-        self._first = first
-        self._last = last
-        self._streams = [(_Slot.need(module, name), split) for name, split in blocks.streams.items()]
-        self._shared = _Shared(blocks.at, module, blocks.shared, blocks.optional)
-        self._options = _Slot.need(module, "transformer_options") if blocks.patches else None
+        self._blocks: Blocks = owner.regions[index].blocks[number]
+        self._opens = number == 0
+        self._first = at == 0
+        self._last = number == 0 and owner.regions[index].exit is None and at == count - 1
+        self._streams = [(Slot.need(module, name), stream) for name, stream in self._blocks.streams.items()]
+        self._shared = _Shared(self._blocks.at, module, self._blocks.shared, self._blocks.optional)
+        self._options = Slot.need(module, "transformer_options") if self._blocks.patches else None
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         forward = self._owner.forward
         if forward is None:
             return None
         args, kwargs = list(args), dict(kwargs)
-        if forward.per_block or self._first:
-            self._enter(forward, args, kwargs)
+        enters = self._owner.per_block(self._index) or self._first
+        if enters:
+            self._open(forward, args, kwargs)
         layout = self._owner.layout(self._index)
+        if enters:
+            for slot, stream in self._streams:
+                slot.write(args, kwargs, stream(slot.read(args, kwargs), layout))
         self._shared.cut(forward, layout, args, kwargs)
         if self._options is not None:
             options = self._options.read(args, kwargs) or {}
-            patches = options.get("patches", {})
-            wrapped = {
-                name: [_whole(patch, options, layout, self._owner.comm, self._blocks.order) for patch in patches[name]]
-                for name in self._blocks.patches
-                if patches.get(name)
-            }
-            if wrapped:
-                self._options.write(args, kwargs, {**options, "patches": {**patches, **wrapped}})
+            shown = show_whole(
+                options,
+                self._blocks.patches,
+                order=self._blocks.order,
+                mask=self._blocks.patch_mask,
+                layout=layout,
+                comm=self._owner.mesh.sequence,
+            )
+            if shown is not options:
+                self._options.write(args, kwargs, shown)
         return tuple(args), kwargs
 
-    def _enter(self, forward: _Forward, args: list[Any], kwargs: dict[str, Any]) -> None:
-        if forward.layouts[self._index] is not None:
+    def _open(self, forward: _Forward, args: list[Any], kwargs: dict[str, Any]) -> None:
+        opened = forward.layouts[self._index]
+        if opened is not None and self._opens:
             raise PlanError(f"The blocks {self._blocks.at} were entered twice", "the model runs them more than once")
-        values = [slot.read(args, kwargs) for slot, _ in self._streams]
-        lengths = {
-            split.over[0]: value.shape[split.dim]
-            for value, (_, split) in zip(values, self._streams, strict=True)
-            if len(split.over) == 1
-        }
-        comm = self._owner.comm
-        segments = tuple(Segment(name, lengths[name]) for name in self._blocks.order)
-        layout = Layout(segments=segments, rank=comm.rank, size=comm.size)
-        forward.layouts[self._index] = layout
-        for value, (slot, split) in zip(values, self._streams, strict=True):
-            slot.write(args, kwargs, split(value, layout))
+        streams = [(slot, stream) for slot, stream in self._streams if len(stream.over) == 1]
+        # two streams may be cut alike
+        found = list(dict.fromkeys(stream.segment(slot.read(args, kwargs)) for slot, stream in streams))
+        if opened is None:
+            comm = self._owner.mesh.sequence
+            forward.layouts[self._index] = Layout(segments=tuple(found), rank=comm.rank, size=comm.size)
+            self._owner.works[self._index] = self._work(self._streams[0][0].read(args, kwargs), found)
+        elif any(segment != opened.segment(segment.name) for segment in found):
+            raise PlanError(f"The tokens of {self._blocks.at} are not those of its region", f"{found}")
+
+    def _work(self, first: torch.Tensor, segments: Sequence[Segment]) -> Work:
+        width = first.shape[-1]
+        return Work(
+            tokens=sum(segment.length for segment in segments),
+            width=width,
+            blocks=self._count,
+            weights=self._weights,
+            batch=first.numel() // (segments[0].length * width),
+            itemsize=first.element_size(),
+        )
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         forward = self._owner.forward
-        if forward is None or not (forward.per_block or self._last):
+        if forward is None or not (self._owner.per_block(self._index) or self._last):
             return None
-        layout = self._owner.layout(self._index)
+        layout, comm = self._owner.layout(self._index), self._owner.mesh.sequence
         outputs = output if isinstance(output, tuple) else (output,)
         joined = tuple(
-            _join(value, split, layout, self._owner.comm)
-            for value, split in zip(outputs, self._blocks.outputs, strict=True)
+            None if value is None else stream.join(value, layout, comm)
+            for value, stream in zip(outputs, self._blocks.outputs, strict=True)
         )
         forward.layouts[self._index] = None
         return joined if isinstance(output, tuple) else joined[0]
+
+
+class _WholeHook:
+    """Joins the argument of a module that needs all tokens, and cuts its output; nothing where tokens are whole."""
+
+    def __init__(self, owner: Installation, index: int, whole: Whole, module: nn.Module) -> None:
+        self._owner = owner
+        self._index = index
+        self._whole = whole
+        self._slot = Slot.need(module, whole.arg)
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        layout = self._owner.inside(self._index)
+        if layout is None:
+            return None
+        args, kwargs = list(args), dict(kwargs)
+        joined = self._whole.stream.join(self._slot.read(args, kwargs), layout, self._owner.mesh.sequence)
+        self._slot.write(args, kwargs, joined)
+        return tuple(args), kwargs
+
+    def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        layout = self._owner.inside(self._index)
+        return None if layout is None else self._whole.stream(output, layout)
 
 
 class _HeadHook:
@@ -307,7 +338,7 @@ class _HeadHook:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         forward = self._owner.forward
-        if forward is None or forward.per_block:
+        if forward is None or self._owner.per_block(self._index):
             return None
         args, kwargs = list(args), dict(kwargs)
         self._shared.cut(forward, self._owner.layout(self._index), args, kwargs)
@@ -315,65 +346,42 @@ class _HeadHook:
 
     def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         forward = self._owner.forward
-        if forward is None or forward.per_block:
+        if forward is None or self._owner.per_block(self._index):
             return None
         layout = self._owner.layout(self._index)
         forward.layouts[self._index] = None
-        return _join(output, self._head.output, layout, self._owner.comm)
+        return self._head.output.join(output, layout, self._owner.mesh.sequence)
 
 
 class _SiteHook:
     """Makes one attention module compute over all tokens, by ComfyUI's own per-call attention override."""
 
-    def __init__(self, owner: Installation, index: int, order: tuple[str, ...], module: nn.Module) -> None:
+    def __init__(self, owner: Installation, index: int, site: Site, module: nn.Module) -> None:
         self._owner = owner
         self._index = index
-        self._order = order
-        self._options = _Slot.need(module, "transformer_options")
+        self._site = site
+        self._options = Slot.need(module, "transformer_options")
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._owner.forward is None:
             return None
         args, kwargs = list(args), dict(kwargs)
-        whole = self._options.read(args, kwargs) or {}
-        local = dict(whole)
-        ulysses = None
-        if self._owner.comm.size > 1:
-            layout, parallel = self._owner.layout(self._index), self._owner.parallel
-            ulysses = Ulysses(
-                self._owner.comm,
-                layout=layout,
-                order=self._order,
-                pack=parallel.pack_qkv,
-                sync=parallel.sync_ulysses,
-            )
-            if "img_slice" in whole:
-                local["img_slice"] = [layout.boundary(at, over=self._order) for at in whole["img_slice"]]
-        local["optimized_attention_override"] = overrides.compose(ulysses, self._owner.kernel, whole)
+        options = self._options.read(args, kwargs) or {}
+        attention = None
+        if self._owner.split:
+            layout = self._owner.layout(self._index)
+            orders = [order for order in (self._site.order, self._site.also) if order]
+            made = [
+                SequenceAttention(
+                    self._owner.mesh,
+                    layout=layout,
+                    order=order,
+                    kernel=self._owner.kernel,
+                    replicated_query=self._site.replicated_query,
+                )
+                for order in orders
+            ]
+            attention = made[0] if len(made) == 1 else ByLength(made, [layout.local(order) for order in orders])
+        local = {**options, "optimized_attention_override": overrides.compose(attention, self._owner.kernel, options)}
         self._options.write(args, kwargs, local)
         return tuple(args), kwargs
-
-
-def _whole(
-    patch: Callable[[dict[str, Any]], torch.Tensor],
-    options: Mapping[str, Any],
-    layout: Layout,
-    comm: Comm,
-    order: tuple[str, ...],
-) -> Callable[[dict[str, Any]], torch.Tensor]:
-    """A patch that is shown every token; the options it reads and leaves notes in are the model's own."""
-
-    def whole(data: dict[str, Any]) -> torch.Tensor:
-        joined = {
-            name: gather(value, dim=1, over=order, layout=layout, comm=comm)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in data.items()
-        }
-        return layout.split(patch({**joined, "transformer_options": options}), dim=1, over=order)
-
-    return whole
-
-
-def _join(value: torch.Tensor, split: Split, layout: Layout, comm: Comm) -> torch.Tensor:
-    return gather(value, dim=split.dim, over=split.over, layout=layout, comm=comm)

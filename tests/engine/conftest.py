@@ -42,7 +42,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=500,
+                timeout=1800,
             )
             assert done.returncode == 0, done.stdout
             known[root] = json.loads(result.read_text())

@@ -1,14 +1,15 @@
-"""Runs the engine on P ranks over gloo: `python -m engine.ranks RESULTS [COMFYUI_ROOT]`, one process per ComfyUI.
+"""Runs the engine on P ranks over gloo, all in one command: `python -m engine.ranks RESULTS [COMFYUI_ROOT [CASES]]`.
 
-Without a ComfyUI root the collectives run by themselves, else all cases do. The ranks are forked from one
-process that has imported everything and computed the references, since importing ComfyUI once per rank
-would take longer than all cases. Results are one JSON object.
+Without a ComfyUI root the collectives run by themselves, else all cases whose names match the pattern. The
+ranks are forked from one process that has imported everything and computed the references, since importing
+ComfyUI once per rank would take longer than all cases. Results are one JSON object.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import fnmatch
 import json
 import logging
 import multiprocessing
@@ -21,13 +22,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from comfy_raylight.raylight import cost
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.hooks import install
 from comfy_raylight.raylight.mesh import Mesh
 
-from . import cases, collectives
+from . import collectives
+from .case import Case, cast
+from .families import CASES
 
-RANKS = (2, 3, 8)
+MESHES: dict[str, tuple[int, int]] = {
+    "u2": (2, 1),
+    "u3": (3, 1),
+    "u5": (5, 1),
+    "u8": (8, 1),
+    "r2": (1, 2),
+    "r3": (1, 3),
+    "u2r2": (2, 2),
+    "u4r2": (4, 2),
+}
+"""Ulysses and ring degrees by name; a case's `meshes` are some of these."""
+GROUPS = (2, 3, 8)
+"""World sizes at which the collectives run by themselves."""
 TIMEOUT = timedelta(seconds=60)
 SWITCHES: dict[str, dict[str, Any]] = {
     "packed": {"pack_qkv": True},
@@ -51,13 +67,30 @@ def mesh_of(parallel: ParallelConfig, *, rank: int, path: str) -> Mesh:
     return Mesh.create(parallel, rank=rank, store=store, backend="gloo", timeout=TIMEOUT)
 
 
-def run_case(case: cases.Case, model: Any, reference: Any, mesh: Mesh, mode: str) -> dict[str, Any]:
+def leaves(output: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output: one, or a list of several."""
+    return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
+def difference(output: Any, reference: Any) -> float:
+    """Maximum error relative to the maximum of the reference, over all tensors."""
+    pairs = zip(map(torch.Tensor.float, leaves(output)), map(torch.Tensor.float, leaves(reference)), strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs if b.numel())
+
+
+def same_on_all(output: Any, mesh: Mesh) -> bool:
+    """Whether every rank has rank 0's bytes."""
+    different = sum((leaf != mesh.control.broadcast(leaf)).any().int() for leaf in leaves(output))
+    return mesh.control.all_reduce(torch.as_tensor(different), op="max").item() == 0
+
+
+def run_case(case: Case, model: Any, reference: Any, mesh: Mesh, mode: str) -> dict[str, Any]:
     """One case in one mode against the single-process output."""
     used = copy.copy(mesh)
     used.parallel = dataclasses.replace(mesh.parallel, **SWITCHES.get(mode, {}))
     granularity: Any = mode if mode in ("trunk", "block") else None
-    installation = install(model, case.plan(type(model)), used, granularity=granularity)
-    before = mesh.collectives
+    installation = install(model, case.plan(model), used, granularity=granularity)
+    before, sent = mesh.collectives, mesh.bytes
     result: dict[str, Any] = {}
     try:
         args, kwargs = case.inputs()
@@ -67,19 +100,21 @@ def run_case(case: cases.Case, model: Any, reference: Any, mesh: Mesh, mode: str
             kwargs["transformer_options"] = {**kwargs.get("transformer_options", {}), "wrappers": wrappers}
             out = model(*args, **kwargs)
         else:
-            out = installation.wrapper(model._forward, *args, **kwargs)
-        result["error"] = ((out - reference).abs().max() / reference.abs().max()).item()
-        result["bytes"] = out.double().sum().item().hex()
-        different = (out != mesh.control.broadcast(out)).any().int()
-        result["same"] = mesh.control.all_reduce(different, op="max").item() == 0
+            out = installation.wrapper(forward_of(model), *args, **kwargs)
+        result["sent"] = {kind: count - sent.get(kind, 0) for kind, count in mesh.bytes.items()}
+        result["least"] = least_bytes(installation, mesh)
+        result["error"] = difference(out, reference)
+        result["bytes"] = float(sum(leaf.double().sum().item() for leaf in leaves(out))).hex()
+        result["same"] = same_on_all(out, mesh)
     except Exception as problem:
         result.update(raised=type(problem).__name__, text=str(problem))
-        if case.raises:
+        if case.raises or case.ring_raises:
             # the next forward must start clean
-            args, kwargs = copy.deepcopy(case.base())
-            out = installation.wrapper(model._forward, *args, **kwargs)
+            args, kwargs = case.plain()
+            out = installation.wrapper(forward_of(model), *args, **kwargs)
             installation.remove()
-            result["clean"] = ((out - model(*args, **kwargs)).abs().max() / out.abs().max()).item()
+            args, kwargs = case.plain()
+            result["clean"] = difference(out, forward_of(model)(*args, **kwargs))
         elif not case.wrong:
             raise
     finally:
@@ -88,15 +123,37 @@ def run_case(case: cases.Case, model: Any, reference: Any, mesh: Mesh, mode: str
     return result
 
 
-def parity(rank: int, size: int, path: str, prepared: list[Any]) -> dict[str, Any]:
-    """Every case that runs on `size` ranks, in all of its modes."""
-    mesh = mesh_of(ParallelConfig(world=size, ulysses=size, ring=1, cfg=1), rank=rank, path=path)
+def least_bytes(installation: Any, mesh: Mesh) -> dict[str, float]:
+    """What the last forward's attentions and exits have to send from one rank, in closed form."""
+    works, axes = installation.works.values(), mesh.parallel.degrees
+    return {
+        "attention": sum(cost.attention_bytes(w, ulysses=axes["ulysses"], ring=axes["ring"]) for w in works),
+        "exit": sum(cost.exit_bytes(w, ranks=mesh.sequence.size) for w in works),
+    }
+
+
+def forward_of(model: Any) -> Any:
+    """What a worker runs: the forward below ComfyUI's wrappers."""
+    return getattr(model, "_forward", model.forward)
+
+
+def parity(rank: int, size: int, path: str, name: str, prepared: list[Any]) -> dict[str, Any]:
+    """Every case that runs on a mesh, in all of its modes."""
+    ulysses, ring = MESHES[name]
+    mesh = mesh_of(ParallelConfig(world=size, ulysses=ulysses, ring=ring, cfg=1), rank=rank, path=path)
     results: dict[str, Any] = {}
     # as ComfyUI runs prompts
     with torch.inference_mode():
         for case, model, reference in prepared:
-            if size in case.ranks:
-                results[case.name] = {m: run_case(case, model, reference, mesh, m) for m in case.modes_on(size)}
+            if name in (case.meshes or MESHES):
+                modes = case.modes_on(name, size)
+                try:
+                    results[case.name] = {m: run_case(case, model, reference, mesh, m) for m in modes}
+                except Exception as error:
+                    error.add_note(f"in {case.name} on {name}")
+                    raise
+    # one that leaves early would break connections that others still make
+    mesh.control.all_reduce(torch.zeros(1))
     mesh.close()
     return results
 
@@ -136,33 +193,70 @@ def fork(size: int, job: Any, *extra: Any) -> dict[int, Any]:
         for process in processes:
             process.start()
         try:
-            return dict(results.get(timeout=150) for _ in processes)
+            return dict(results.get(timeout=900) for _ in processes)
         finally:
             for process in processes:
                 process.join(10)
                 process.kill()
 
 
-def main(result: str, root: str) -> None:
-    """Compute all references, then all ranks' results, and write them down."""
+def reference_of(case: Case) -> tuple[Any, Any]:
+    """The case's model, and what it returns in one process."""
+    model = case.build()
+    assert type(model).__name__ == case.family, (case.name, type(model))
+    args, kwargs = case.inputs()
+    return model, None if case.raises else forward_of(model)(*args, **kwargs)
+
+
+def noise_of(case: Case, reference: Any) -> float:
+    """What computing in bf16 does to a case's output: its distance from the same weights and inputs in fp32."""
+    args, kwargs = case.inputs()
+    args, kwargs = cast(args, torch.float32), cast(kwargs, torch.float32)
+    return difference(reference, forward_of(case.build().float())(*args, **kwargs))
+
+
+ALONE = {"wan_t2v": ("TORCH", "TORCH_MATH"), "wan_override": ("TORCH",), "flux": ("TORCH", "TORCH_MATH")}
+"""Cases that also run on a mesh of one process, and the kernels they run with."""
+
+
+def one_process(prepared: list[tuple[Case, Any, Any]]) -> dict[str, float]:
+    """Errors on one process without torch.distributed: the engine must change nothing, or only the kernel."""
+    results = {}
+    with torch.inference_mode():
+        for case, model, reference in prepared:
+            for attention in ALONE.get(case.name, ()):
+                mesh = Mesh.single(ParallelConfig(world=1, attention=attention))
+                installation = install(model, case.plan(model), mesh)
+                args, kwargs = case.inputs()
+                out = installation.wrapper(forward_of(model), *args, **kwargs)
+                installation.remove()
+                results[f"{case.name}-{attention}"] = difference(out, reference)
+    return results
+
+
+def main(result: str, root: str = "", chosen: str = "*") -> None:
+    """Compute the chosen cases' references, then all ranks' results, and write them down."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     everything: dict[str, Any] = {}
     if root:
         enter_comfy(root)
         prepared: list[tuple[Any, Any, Any]] = []
-        with torch.no_grad():
-            for case in cases.available():
-                model = case.model()
-                args, kwargs = case.inputs()
-                prepared.append((case, model, None if case.raises else model(*args, **kwargs)))
-        everything["alone"] = cases.alone(prepared)
-        everything["ranks"] = {size: fork(size, parity, prepared) for size in RANKS}
+        # inference mode throughout, as ComfyUI runs prompts: tensors made in it cannot be used outside
+        with torch.inference_mode():
+            for case in CASES:
+                if case.available() and fnmatch.fnmatch(case.name, chosen):
+                    prepared.append((case, *reference_of(case)))
+            everything["noise"] = {case.name: noise_of(case, reference) for case, _, reference in prepared if case.half}
+        everything["alone"] = one_process(prepared)
+        everything["ranks"] = {
+            name: fork(ulysses * ring, parity, name, prepared) for name, (ulysses, ring) in MESHES.items()
+        }
     else:
-        everything["ranks"] = {size: fork(size, alone) for size in RANKS}
+        everything["ranks"] = {size: fork(size, alone) for size in GROUPS}
     with open(result, "w", encoding="utf-8") as file:
         json.dump(everything, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")
+    main(*sys.argv[1:4])

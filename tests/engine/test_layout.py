@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+from comfy_raylight.raylight.cuts import PerFrame, Ranges, Rope, Split
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.raylight.layout import Layout, Segment, share
-from comfy_raylight.raylight.plan import PerFrame, Ranges, Rope, Split
 
 LENGTHS = ((45,), (47,), (7, 15), (1, 22), (0, 9), (3, 40, 8), (2, 2))
 OVER = tuple(itertools.product(LENGTHS, (1, 2, 3, 8)))

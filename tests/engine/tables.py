@@ -1,0 +1,63 @@
+"""The tables of model families, from the registry, the parity cases and their results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_raylight.patches.registry import FAMILIES, UNSPLIT
+
+from .families import CASES
+from .ranks import MESHES
+
+BEGIN, END = "<!-- families: written by the tests -->\n", "<!-- end of families -->\n"
+
+
+def readme_table() -> str:
+    """What is split, with how many comparisons; what is not, and why."""
+    lines = [
+        "| models | ComfyUI's class | Ulysses, ring | CFG, data parallel | compared with plain |",
+        "|---|---|---|---|---|",
+    ]
+    for name, family in FAMILIES.items():
+        cases = [case for case in CASES if case.family == name and not (case.wrong or case.raises)]
+        runs = sum(len(case.meshes or MESHES) for case in cases)
+        shared = f"yes, but {family.limit}" if family.limit else "yes"
+        lines.append(f"| {family.models} | `{name}` | {shared} | yes | {len(cases)} cases, {runs} runs |")
+    lines += [f"| | `{name}` | no: {reason} | yes | |" for name, reason in UNSPLIT.items()]
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, table: str) -> str:
+    """The README with the table between its marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    assert mark, "the README has lost the marks of its table of families"
+    return before + BEGIN + table + END + after
+
+
+def error_table(results: Mapping[str, Any]) -> str:
+    """Worst error of each family, relative to the maximum of the output, by mesh.
+
+    Args:
+        results: of `ranks.main`, for one ComfyUI.
+    """
+    lines = [f"| class | {' | '.join(MESHES)} |", "|---" * (len(MESHES) + 1) + "|"]
+    for name in FAMILIES:
+        cases = [case for case in CASES if case.family == name and not (case.wrong or case.raises)]
+        cells = []
+        for mesh in MESHES:
+            table = results["ranks"][mesh]["0"]
+            errors = [r["error"] for c in cases for r in table.get(c.name, {}).values() if "error" in r]
+            cells.append(_rounded_up(max(errors)) if errors else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rounded_up(error: float) -> str:
+    """One significant digit, so that another machine seldom changes the table."""
+    if error == 0:
+        return "0"
+    scale = 10 ** math.floor(math.log10(error))
+    return f"{math.ceil(error / scale) * scale:.0e}"

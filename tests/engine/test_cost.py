@@ -1,0 +1,41 @@
+"""The cost model: what it must say whatever the rates are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from comfy_raylight.raylight import cost
+
+MACHINE = cost.Machine(linear=1e14, attention=8e13, link=1e10, latency=5e-5, call=4e-3)
+VIDEO = cost.Work(tokens=32768, width=4096, blocks=40, weights=2e8)
+
+
+def test_ulysses_and_ring_send_the_same_between_two() -> None:
+    sent = cost.attention_bytes(VIDEO, ulysses=2, ring=1)
+    # 4 tensors of half the tokens, half of which leave
+    assert sent == 40 * 4 * 32768 / 2 * 4096 * 2 / 2
+    assert cost.attention_bytes(VIDEO, ulysses=1, ring=2) == sent
+    assert cost.attention_bytes(VIDEO, ulysses=1, ring=4) == 2 * cost.attention_bytes(VIDEO, ulysses=4, ring=1)
+
+
+def test_one_rank_sends_nothing_and_gains_nothing() -> None:
+    assert cost.attention_bytes(VIDEO, ulysses=1, ring=1) == cost.exit_bytes(VIDEO, ranks=1) == 0
+    assert cost.speedup([VIDEO], MACHINE) == 1
+
+
+@pytest.mark.parametrize("ranks", (2, 4, 8))
+def test_speed_up_lies_between_none_and_perfect(ranks: int) -> None:
+    gain = cost.speedup([VIDEO], MACHINE, ulysses=ranks)
+    assert 1 < gain < ranks
+    free = replace(MACHINE, link=float("inf"), latency=0.0, call=0.0)
+    assert cost.speedup([VIDEO], free, ulysses=ranks) == pytest.approx(ranks)
+    assert cost.speedup([replace(VIDEO, tokens=131072)], MACHINE, ulysses=ranks) > gain
+
+
+def test_advice_is_for_short_sequences_only() -> None:
+    least = cost.enough_tokens(VIDEO, MACHINE, ulysses=8)
+    assert cost.advice([replace(VIDEO, tokens=least)], MACHINE, ulysses=8) == ""
+    text = cost.advice([replace(VIDEO, tokens=least // 4)], MACHINE, ulysses=8)
+    assert f"{least // 4} tokens" in text and "8 workers" in text and "cfg_degree" in text
+    assert cost.advice([replace(VIDEO, tokens=1)], MACHINE) == cost.advice([], MACHINE, ulysses=2) == ""

@@ -1,0 +1,42 @@
+"""The README's table of families is the registry's; `--write-tables` brings it and docs/families.md up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import tables
+from .conftest import comfy_roots
+
+pytestmark = pytest.mark.timeout(2000)  # it may be the first to want the ranks' results
+PACK = Path(__file__).resolve().parents[2]
+README = PACK / "README.md"
+ERRORS = PACK / "docs" / "families.md"
+INTRODUCTION = """# Parity of every model family
+
+Largest difference between ComfyUI's own forward in one process and the same on several ranks, relative to the largest
+value of the output, in fp32 on a CPU; the worst of all cases of `tests/engine/families`, cut once and cut around every
+block. `u2` is Ulysses on 2 ranks, `r3` a ring of 3, `u4r2` both on 8. An empty cell: this ComfyUI does not have the
+family. Written by `python tests/run.py tests/engine --write-tables`.
+"""
+
+
+def test_readme_table_is_current(request: pytest.FixtureRequest) -> None:
+    text = README.read_text(encoding="utf-8")
+    new = tables.with_table(text, tables.readme_table())
+    if request.config.getoption("--write-tables"):
+        README.write_text(new, encoding="utf-8", newline="\n")
+    else:
+        assert new == text, "run `python tests/run.py tests/engine --write-tables` and commit the README"
+
+
+def test_errors_are_written(request: pytest.FixtureRequest, run_ranks: Any) -> None:
+    if not request.config.getoption("--write-tables"):
+        pytest.skip("only with --write-tables")
+    sections = [INTRODUCTION]
+    for root in comfy_roots():
+        (path,) = root.values
+        sections.append(f"## ComfyUI {root.id}\n\n{tables.error_table(run_ranks(path))}")
+    ERRORS.write_text("\n".join(sections), encoding="utf-8", newline="\n")
