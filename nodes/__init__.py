@@ -2,6 +2,7 @@
 
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayUNETLoader
+from .ltx import RayLTXFFNChunker
 from .samplers import XFuserKSamplerAdvanced
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -9,6 +10,7 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 NODE_CLASS_MAPPINGS = {
     "RayInitializer": RayInitializer,
     "RayInitializerAdvanced": RayInitializerAdvanced,
+    "RayLTXFFNChunker": RayLTXFFNChunker,
     "RayUNETLoader": RayUNETLoader,
     "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
 }
@@ -16,6 +18,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
+    "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }

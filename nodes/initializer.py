@@ -59,10 +59,13 @@ DEGREES: dict[str, Any] = {
             "0 here and in the other two degrees: data parallel, each worker a model of its own.",
         },
     ),
-    "ring_degree": ("INT", {"default": 1, "tooltip": "Ring attention degree. Only 1 for now: use ulysses_degree."}),
+    "ring_degree": (
+        "INT",
+        {"default": 1, "tooltip": "Ring attention degree: for slow links between hosts, or more workers than heads."},
+    ),
     "cfg_degree": (
         "INT",
-        {"default": 1, "tooltip": "Groups that compute positive and negative prompt side by side. Only 1 for now."},
+        {"default": 1, "tooltip": "Groups that compute positive and negative prompt side by side; 1 at cfg 1.0."},
     ),
     "sync_ulysses": (
         "BOOLEAN",
@@ -182,13 +185,6 @@ def pool_config(
         raise UnsupportedError(
             "use_fastsafe is switched on, and fastsafetensors is not supported yet", "", "Switch it off"
         )
-    for name, degree in (("ring_degree", ring_degree), ("cfg_degree", cfg_degree)):
-        if degree > 1:
-            raise UnsupportedError(
-                f"{name} is {degree}, and only 1 is available yet",
-                "",
-                f"Set {name} to 1 and ulysses_degree to {max(ulysses_degree, 1) * degree}",
-            )
     return PoolConfig(
         parallel=ParallelConfig(
             world=GPU,

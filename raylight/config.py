@@ -150,3 +150,18 @@ class ModelSpec:
             dtype=dtype,
             options=options,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """How workers run a model, beyond what its weights and patches say; equal settings change nothing.
+
+    Attributes:
+        ffn_chunks: stretches of tokens that feed-forward layers take one after another; 1 is all at once.
+    """
+
+    ffn_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.ffn_chunks <= 64:
+            raise ConfigError("ffn_chunks is out of range", str(self.ffn_chunks), "Use 1 (off) to 64")

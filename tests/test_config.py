@@ -57,6 +57,13 @@ def test_when_a_plan_is_needed(world: int, ulysses: int, attention: str, needed:
     assert config.needs_plan is needed
 
 
+def test_conditions_are_divided_without_a_plan() -> None:
+    """A group of one worker has the whole sequence, whatever the family."""
+    config = ParallelConfig(world=4, ulysses=1, ring=1, cfg=4)
+    assert config.sequence == 1 and not config.needs_plan
+    assert ParallelConfig(world=4, ulysses=2, ring=1, cfg=2).needs_plan
+
+
 def test_equal_configs_are_one_pool() -> None:
     first = PoolConfig(parallel=ParallelConfig(world=2, ulysses=2, ring=1, cfg=1))
     assert {first: 1}[pickle.loads(pickle.dumps(first))] == 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..raylight.config import ModelSpec, ParallelConfig
+from ..raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from ..raylight.errors import RaylightError
 from .transfer import Parcel
 
@@ -92,27 +92,30 @@ class Forward:
     """One model call.
 
     The parcel holds `(args, kwargs)` of the method, callables in it as FunctionRef. `random` holds the
-    driver's generator states (CPU, then accelerator or None) where a patch may draw.
+    driver's generator states (CPU, then accelerator or None) where a patch may draw. `settings` says how
+    to run it.
     """
 
     spec: ModelSpec
     method: str
     call: Parcel
     random: tuple[Any, Any] | None = None
+    settings: WorkerSettings = field(default_factory=WorkerSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardReply:
-    """A worker's answer: `output` is None on all ranks but the first of the replica.
+    """A worker's answer: `output` is None on all ranks but the first of those that share a sequence.
 
     `seconds` is the model's own time in the call, `waiting` the part of it inside collectives; on an
-    accelerator, the time to queue its work.
+    accelerator, the time to queue its work. `advice` is what the user should know of it, "" for nothing.
     """
 
     output: Parcel | None
     random: tuple[Any, Any] | None
     seconds: float
     waiting: float
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Failure:
     """A Python exception of a worker, as data.
 
     `error` is the exception itself where it is one of ours. `collectives` counts the collectives the
-    rank had entered: equal counts on all ranks of a replica mean that nobody waits for anybody.
+    rank had entered: equal counts on all ranks of a request mean that nobody waits for anybody.
     """
 
     kind: str

@@ -11,14 +11,23 @@ import comfy.utils
 import torch
 from comfy import model_management
 
+from ..patches.ffn import ChunkedFeedForward
 from ..patches.registry import plan_for
-from ..raylight.config import ModelSpec
+from ..raylight import cost
+from ..raylight.config import ModelSpec, WorkerSettings
 from ..raylight.errors import LoadError
 from ..raylight.hooks import install
 from ..raylight.mesh import Mesh
 from .comfy_host import device_uuid
 from .loading import load_options
 from .messages import ModelFacts
+
+RATES = {
+    "cuda": cost.Machine(linear=1.0e14, attention=8e13, link=6e9, latency=5e-5, call=4e-3),
+    "cpu": cost.Machine(linear=5e10, attention=3e10, link=1.5e9, latency=3e-4, call=4e-3),
+}
+"""Rates by device type, to say where sharing does not pay: an RTX 4090 on PCIe 4 x8, and one CPU core
+(docs/scaling.md)."""
 
 
 class WorkerModel:
@@ -47,9 +56,13 @@ class WorkerModel:
         self.patcher = patcher
         self.state = ""
         self._base = patcher
+        self._settings = WorkerSettings()
+        self._chunked: ChunkedFeedForward | None = None
+        self._mesh = mesh
         self._installation = None
         if mesh.parallel.needs_plan:
-            self._installation = install(self.diffusion, plan_for(type(self.diffusion)), mesh)
+            device = model_management.get_torch_device()
+            self._installation = install(self.diffusion, plan_for(self.diffusion), mesh, device=device)
 
     @property
     def diffusion(self) -> torch.nn.Module:
@@ -81,6 +94,17 @@ class WorkerModel:
         self.patcher = patcher
         self.state = state
 
+    def settle(self, settings: WorkerSettings) -> None:
+        """Bring the model to these settings; does nothing where it is there already."""
+        if settings == self._settings:
+            return
+        if self._chunked is not None:
+            self._chunked.remove()
+            self._chunked = None
+        if settings.ffn_chunks > 1:
+            self._chunked = ChunkedFeedForward(self.diffusion, settings.ffn_chunks)
+        self._settings = settings
+
     def make_resident(self, args: tuple[Any, ...]) -> None:
         """Bring weights and patches onto the device, with room for a call of these arguments."""
         first = args[0] if args else None
@@ -96,6 +120,17 @@ class WorkerModel:
             return self._installation.wrapper(function, *args, **kwargs)
         return function(*args, **kwargs)
 
+    def advice(self) -> str:
+        """What the last call showed that the user should know: "" for nothing."""
+        if self._installation is None:
+            return ""
+        degrees = self._mesh.parallel.degrees
+        machine = RATES.get(model_management.get_torch_device().type)
+        works = list(self._installation.works.values())
+        if machine is None:
+            return ""
+        return cost.advice(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
+
     def weight(self, key: str) -> torch.Tensor:
         """An unpatched weight by its key in the model's state dict."""
         backup = self.patcher.backup.get(key)
@@ -103,6 +138,7 @@ class WorkerModel:
 
     def close(self) -> None:
         """Take the hooks out and the weights off the device."""
+        self.settle(WorkerSettings())
         if self._installation is not None:
             self._installation.remove()
         self.patcher.detach()

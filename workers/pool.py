@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
@@ -124,16 +124,26 @@ class Pool:
             WorkerError: a rank failed, died or stopped; the pool is closed unless all ranks failed alike,
                 at the same point.
         """
-        chosen = [self.members[rank] for rank in (range(len(self.members)) if ranks is None else ranks)]
+        return self.call_groups(verb, [(range(len(self.members)) if ranks is None else ranks, arguments)])[0]
+
+    def call_groups(self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]) -> list[list[Any]]:
+        """Like `call`, for groups of ranks with arguments of their own, at the same time.
+
+        Groups share no collective, so only ranks of one group must fail alike for the pool to stay alive; the
+        others then end what they do first.
+        """
         self._next_id += 1
-        request = Request(id=self._next_id, verb=verb, arguments=arguments)
-        return self._exchange(chosen, [pickle.dumps(request)] * len(chosen), request)
+        requests = [Request(id=self._next_id, verb=verb, arguments=arguments) for _, arguments in groups]
+        sent = [
+            dict.fromkeys(ranks, pickle.dumps(request)) for (ranks, _), request in zip(groups, requests, strict=True)
+        ]
+        return self._exchange(sent, requests[0])
 
     def call_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Like `call`, with arguments of its own for each rank."""
         self._next_id += 1
         requests = [Request(id=self._next_id, verb=verb, arguments=own) for own in arguments]
-        return self._exchange(self.members, [pickle.dumps(request) for request in requests], requests[0])
+        return self._exchange([{rank: pickle.dumps(request) for rank, request in enumerate(requests)}], requests[0])[0]
 
     def close(self) -> None:
         """End all workers, whatever state they are in."""
@@ -238,31 +248,35 @@ class Pool:
 
     # ---- calls ---------------------------------------------------------------------------------
 
-    def _exchange(self, chosen: Sequence[Member], payloads: Sequence[bytes], request: Request) -> list[Any]:
+    def _exchange(self, groups: Sequence[dict[int, bytes]], request: Request) -> list[list[Any]]:
+        """Send what each rank of each group is to get, and collect the answers in the same order."""
         if self._closed:
             raise WorkerError("The pool is closed", "", "Queue the prompt again: it starts a new one")
         try:
-            for member, payload in zip(chosen, payloads, strict=True):
-                member.busy = True
-                try:
-                    member.connection.send_bytes(payload)
-                except OSError as error:
-                    raise self._dead(member, request.verb) from error
-            replies = self._collect(list(chosen), request)
+            for group in groups:
+                for rank, payload in group.items():
+                    member = self.members[rank]
+                    member.busy = True
+                    try:
+                        member.connection.send_bytes(payload)
+                    except OSError as error:
+                        raise self._dead(member, request.verb) from error
+            replies = self._collect(groups, request)
         except BaseException:
             # a rank may be left inside a collective, or hold an answer that a later call would read
             self.close()
             raise
-        failures = {rank: reply.failure for rank, reply in replies.items() if reply.failure is not None}
-        if failures:
-            self._raise(failures, len(chosen), request.verb)
-        return [replies[member.rank].value for member in chosen]
+        failures = [_failures(replies, group) for group in groups]
+        if any(failures):
+            self._raise(failures, [len(group) for group in groups], request.verb)
+        return [[replies[rank].value for rank in group] for group in groups]
 
-    def _collect(self, waiting: list[Member], request: Request) -> dict[int, Reply]:
-        """Everyone's replies; ends early when a failure leaves the others without hope."""
+    def _collect(self, groups: Sequence[Collection[int]], request: Request) -> dict[int, Reply]:
+        """Everyone's replies; ends early when a failure leaves the others of its group without hope."""
         replies: dict[int, Reply] = {}
+        waiting = [self.members[rank] for group in groups for rank in group]
         heard = time.monotonic()
-        deadline: float | None = None
+        deadlines: dict[int, float] = {}
         while waiting:
             by_connection = {member.connection: member for member in waiting}
             for connection in wait(list(by_connection), timeout=POLL_S):
@@ -276,12 +290,13 @@ class Pool:
                 member.busy = False
                 waiting.remove(member)
                 heard = time.monotonic()
-                if reply.failure is not None and deadline is None:
-                    deadline = heard + GRACE_S
+                if reply.failure is not None:
+                    group = next(number for number, ranks in enumerate(groups) if member.rank in ranks)
+                    deadlines.setdefault(group, heard + GRACE_S)
             now = time.monotonic()
-            if waiting and deadline is not None and now > deadline:
-                failures = {rank: reply.failure for rank, reply in replies.items() if reply.failure}
-                raise self._describe(failures, request.verb)
+            left = {member.rank for member in waiting}
+            if any(now > deadline and not left.isdisjoint(groups[group]) for group, deadline in deadlines.items()):
+                raise self._describe(_failures(replies, replies), request.verb)
             if waiting and now - heard > HEARTBEAT_S:
                 self._check_heartbeats(waiting, now - heard, request.verb)
         return replies
@@ -310,13 +325,15 @@ class Pool:
             "Queue the prompt again: a new pool starts by itself. If it recurs, use a smaller size or fewer workers",
         )
 
-    def _raise(self, failures: dict[int, Failure], count: int, verb: str) -> None:
+    def _raise(self, groups: Sequence[dict[int, Failure]], counts: Sequence[int], verb: str) -> None:
         """Everybody answered, some with failures: decide what it means."""
-        same_point = len({failure.collectives for failure in failures.values()}) == 1
-        if len(failures) < count or not same_point:
-            # someone went on without the others: the groups cannot be trusted any more
-            self.close()
-            raise self._describe(failures, verb)
+        failures = {rank: failure for group in groups for rank, failure in group.items()}
+        for group, count in zip(groups, counts, strict=True):
+            same_point = len({failure.collectives for failure in group.values()}) <= 1
+            if len(group) not in (0, count) or not same_point:
+                # someone went on without the others: the groups cannot be trusted any more
+                self.close()
+                raise self._describe(failures, verb)
         error = failures[min(failures)].error
         if error is not None:
             raise error
@@ -349,6 +366,11 @@ class Pool:
                     os.kill(member.place.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
                 except ProcessLookupError:
                     log.debug("worker %d ended by itself", member.rank)
+
+
+def _failures(replies: Mapping[int, Reply], ranks: Iterable[int]) -> dict[int, Failure]:
+    found = {rank: replies[rank].failure for rank in ranks}
+    return {rank: failure for rank, failure in found.items() if failure is not None}
 
 
 def _from_transport(failure: Failure) -> bool:

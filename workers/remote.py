@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import inspect
-import threading
-import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_base
@@ -18,17 +16,12 @@ from comfy import model_management
 
 from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
-from . import ghost, refusals
-from .comfy_host import describe, device_uuid
-from .messages import ModelFacts
-from .pool import REGISTRY, Pool, acquire
-from .replica import NO_PATCHES, Replica
+from ..raylight.errors import ConfigError
+from . import conds, ghost, refusals
+from .comfy_host import describe
+from .link import PREFIX, SETTINGS, ModelLink, interruptible, settings_of
+from .pool import Pool, acquire
 
-PREFIX = "diffusion_model."
-DRIVER_ONLY = frozenset({"wrappers", "callbacks", "easycache", "lazycache"})
-"""Keys of transformer_options that only code around the cut reads."""
-CARRIED_OBJECTS = frozenset({"manual_cast_dtype"})
-"""Object patches outside the diffusion model that change what the model does with its weights."""
 REMOTE_METHODS = ("_forward", "forward", "preprocess_text_embeds")
 """Methods that need weights and are called from outside the diffusion model. `_forward` lies below the
 DIFFUSION_MODEL wrappers, so those run in the driver; families without it are cut at `forward`."""
@@ -44,8 +37,8 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
     """
     model, state = ghost.build(spec)
     if config.parallel.needs_plan:
-        plan_for(type(model.diffusion_model))
-    link = ModelLink(config, spec)
+        plan_for(model.diffusion_model)
+    link = ModelLink(config, spec, refer)
     facts = link.load()[0]
     base = ghost.without_weights(
         model, state, getattr(torch, facts.dtype), getattr(torch, facts.manual_cast) if facts.manual_cast else None
@@ -53,7 +46,30 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
     base.diffusion_model = remote_module(model.diffusion_model, link, base, getattr(torch, facts.dtype))
     # each rank holds one part of every activation
     base.memory_usage_factor /= config.parallel.sequence
-    return RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
+    patcher = RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
+    if config.parallel.degrees["cfg"] > 1:
+        patcher.add_wrapper_with_key(conds.KINDS.CALC_COND_BATCH, conds.KEY, conds.calc_cond_batch)
+    return patcher
+
+
+def with_settings(model: Any, **changes: Any) -> RemotePatcher:
+    """A clone of a MODEL on the pool whose workers run it with some settings changed; no worker is called.
+
+    Args:
+        changes: fields of WorkerSettings.
+
+    Raises:
+        ConfigError: a value that cannot be, or a model that is not on the pool.
+    """
+    if not isinstance(model, RemotePatcher):
+        raise ConfigError(
+            "This node needs a model on the pool",
+            f"it was given {type(model).__name__}",
+            "Connect the ray_actors output of Load Diffusion Model (Ray)",
+        )
+    clone: RemotePatcher = model.clone()
+    clone.set_attachments(SETTINGS, dataclasses.replace(settings_of(model), **changes))
+    return clone
 
 
 def start_pool(config: PoolConfig) -> Pool:
@@ -62,163 +78,8 @@ def start_pool(config: PoolConfig) -> Pool:
     Raises:
         WorkerError: it did not start in time, or a worker died while starting.
     """
-    with _interruptible():
+    with interruptible():
         return acquire(config, describe(), model_management.processing_interrupted)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raise ComfyUI's interrupt before and after: it outranks an error that ending a wait caused."""
-    model_management.throw_exception_if_processing_interrupted()
-    try:
-        yield
-    finally:
-        model_management.throw_exception_if_processing_interrupted()
-
-
-class ModelLink:
-    """What all clones of one MODEL share: where its weights are and how to reach them.
-
-    It holds a spec, not actors: after a failure the next call builds a new pool and loads there again.
-    """
-
-    def __init__(self, config: PoolConfig, spec: ModelSpec) -> None:
-        self.config = config
-        self.spec = spec
-        self._environment = describe()
-        self._facts: list[ModelFacts] = []
-        self._last_state: tuple[tuple[Any, ...], str] = ((), NO_PATCHES)
-        self._lock = threading.RLock()
-
-    def load(self) -> list[ModelFacts]:
-        """Have the weights on the workers, starting the pool where needed."""
-        with self._lock:
-            self._loaded()
-            return self._facts
-
-    def share(self) -> int:
-        """Bytes the pool's copy occupies on the device of this process."""
-        mine = device_uuid(model_management.get_torch_device())
-        replica = self._live_replica()
-        if not mine or replica is None or self.spec not in replica.resident:
-            return 0
-        return sum(facts.bytes for facts in self._facts if facts.uuid == mine)
-
-    def call(self, patcher: RemotePatcher | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a method of the diffusion model on the pool and return its output on the input's device."""
-        with self._lock:
-            replica = self._loaded()
-            objects: dict[str, Any] = {}
-            if patcher is not None:
-                objects = self._bring_patches(replica, patcher)
-            args, kwargs, functions = self._replace_functions(replica, args, kwargs)
-            random = _random_states() if functions or objects else None
-            inputs = _tensors(args[:1])
-            with _interruptible():
-                output, after = replica.forward(self.spec, method, args, kwargs, fresh=inputs, random=random)
-            if after is not None:
-                _set_random_states(after)
-            device = inputs[0].device if inputs else torch.device("cpu")
-            return _map_tensors(output, lambda tensor: tensor.to(device))
-
-    def offload(self) -> None:
-        """Free the workers' devices; the next call brings the weights back."""
-        with self._lock:
-            replica = self._live_replica()
-            if replica is not None:
-                replica.offload()
-
-    def forget(self) -> None:
-        """A sampling run has ended."""
-        with self._lock:
-            replica = self._live_replica()
-            if replica is not None:
-                replica.forget()
-
-    def traffic(self) -> Any:
-        """Totals of this pool's calls so far (`replica.Traffic`)."""
-        return self._replica().traffic
-
-    def _pool(self) -> Pool:
-        return acquire(self.config, self._environment, model_management.processing_interrupted)
-
-    def _replica(self, index: int = 0) -> Replica:
-        pool = self._pool()
-        if index not in pool.notes:
-            pool.notes[index] = Replica(pool, pool.replicas[index], refer)
-        replica: Replica = pool.notes[index]
-        return replica
-
-    def _loaded(self) -> Replica:
-        with _interruptible():
-            replica = self._replica()
-            self._facts = replica.load(self.spec, self)
-            return replica
-
-    def _live_replica(self) -> Replica | None:
-        pool = REGISTRY.get(self.config)
-        return pool.notes.get(0) if pool is not None and pool.alive() else None
-
-    def _bring_patches(self, replica: Replica, patcher: RemotePatcher) -> dict[str, Any]:
-        objects = {
-            name: value
-            for name, value in patcher.object_patches.items()
-            if name.startswith(PREFIX) or name in CARRIED_OBJECTS
-        }
-        patches = {name: list(value) for name, value in patcher.patches.items() if name.startswith(PREFIX)}
-        hooks = patcher.current_hooks.hooks if patcher.current_hooks else []
-        for name, value in patcher.get_combined_hook_patches(patcher.current_hooks).items():
-            patches[name] = patches.get(name, []) + list(value)
-        state = NO_PATCHES
-        if patches or objects or patcher.force_cast_weights:
-            fingerprint = (
-                patcher.patches_uuid,
-                patcher.force_cast_weights,
-                *(part for item in objects.items() for part in item),
-                *(part for hook in hooks for part in (hook.hook_ref, hook.strength)),
-            )
-            if not _same(fingerprint, self._last_state[0]):
-                self._last_state = (fingerprint, uuid.uuid4().hex)
-            state = self._last_state[1]
-        replica.patch(self.spec, state, patches, objects, force_cast=patcher.force_cast_weights)
-        return objects
-
-    def _replace_functions(
-        self, replica: Replica, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-        """Take driver-only entries out of transformer_options and name the callables in it by number."""
-
-        def on_options(change: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            """The arguments with `change` applied to transformer_options, wherever the family passes them."""
-            changed = {key: change(value) if key == "transformer_options" else value for key, value in kwargs.items()}
-            return tuple(change(value) if _is_options(value) else value for value in args), changed
-
-        found: list[Callable[..., Any]] = []
-
-        def strip(options: Any) -> Any:
-            if not isinstance(options, dict):
-                return options
-            kept = {key: value for key, value in options.items() if key not in DRIVER_ONLY}
-            found.extend(refusals.functions(kept))
-            return kept
-
-        def replace(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: replace(item) for key, item in value.items()}
-            if type(value) in (list, tuple):
-                return type(value)(replace(item) for item in value)
-            return references[id(value)] if refusals.is_patch(value) else value
-
-        args, kwargs = on_options(strip)
-        if found:
-            references = replica.define(found)
-            args, kwargs = on_options(replace)
-        return args, kwargs, bool(found)
-
-
-def _is_options(value: Any) -> bool:
-    """Whether a positional argument is transformer_options: ComfyUI's sampling always puts these in."""
-    return isinstance(value, dict) and ("cond_or_uncond" in value or "sigmas" in value)
 
 
 class _RemoteModule(torch.nn.Module):
@@ -252,9 +113,11 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     base_ref = weakref.ref(base)
 
     def remote(method: str) -> Callable[..., Any]:
+        names = tuple(inspect.signature(getattr(family, method)).parameters)[1:]
+
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             owner = base_ref()
-            return self.link.call(owner.current_patcher if owner else None, method, args, kwargs)
+            return self.link.call(owner.current_patcher if owner else None, method, args, kwargs, names=names)
 
         return call
 
@@ -356,41 +219,3 @@ def refer(value: object) -> tuple[Any, ...] | None:
     if isinstance(value, (comfy.model_base.BaseModel, comfy.model_patcher.ModelPatcher)):
         refusals.refuse_foreign_model(value)
     return None
-
-
-def _same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
-    if len(left) != len(right):
-        return False
-    return all(
-        a is b or (isinstance(a, (uuid.UUID, float, int, str)) and a == b) for a, b in zip(left, right, strict=True)
-    )
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    return type(value)(_map_tensors(item, change) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _generators() -> Iterator[Any]:
-    yield torch
-    device = model_management.get_torch_device()
-    if not model_management.is_device_cpu(device):
-        yield torch.get_device_module(device)
-
-
-def _random_states() -> tuple[Any, Any]:
-    states = [module.get_rng_state().numpy() for module in _generators()]
-    return states[0], states[1] if len(states) > 1 else None
-
-
-def _set_random_states(states: tuple[Any, Any]) -> None:
-    for module, state in zip(_generators(), states, strict=False):
-        if state is not None:
-            module.set_rng_state(torch.from_numpy(state.copy()))

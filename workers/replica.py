@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import uuid
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
-from ..raylight.config import ModelSpec
+from ..raylight.config import ModelSpec, WorkerSettings
 from .arena import Arena
 from .messages import Forward, ForwardReply, FunctionRef, ModelFacts, PatchRequest
-from .pool import Pool
 from .transfer import Encoder, Reference
 
+log = logging.getLogger(__name__)
+
 NO_PATCHES = ""
+
+
+class Caller(Protocol):
+    """The pool, or what stands before it."""
+
+    def call(self, verb: str, *arguments: Any, ranks: Sequence[int]) -> list[Any]: ...
+
+    def alive(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patches:
+    """A state of weight and object patches. `fingerprint` has what tells it from others; it is empty for none."""
+
+    fingerprint: tuple[Any, ...] = ()
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    force_cast: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A model call as the driver means it: nothing of it has been sent.
+
+    Attributes:
+        functions: the callables in its transformer_options.
+        fresh: tensors that change at each call.
+        random: the driver's generator states where a patch may draw.
+        settings: how the workers run it.
+    """
+
+    spec: ModelSpec
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    functions: tuple[Callable[..., Any], ...]
+    patches: Patches
+    fresh: tuple[torch.Tensor, ...]
+    random: tuple[Any, Any] | None
+    settings: WorkerSettings
 
 
 @dataclass
@@ -32,7 +75,7 @@ class Traffic:
 
 
 class Replica:
-    """Sends model calls to one data-parallel replica of a pool.
+    """Sends model calls to the ranks of a pool that share one sequence.
 
     It lives as long as the pool does: a new pool gets new replicas, so nothing is assumed to be held there.
     `resident` names the models whose weights may be on the workers' devices.
@@ -41,7 +84,7 @@ class Replica:
         refer: names live objects that the workers have their own of (see transfer.Encoder).
     """
 
-    def __init__(self, pool: Pool, ranks: Sequence[int], refer: Reference) -> None:
+    def __init__(self, pool: Caller, ranks: Sequence[int], refer: Reference) -> None:
         self.pool = pool
         self.traffic = Traffic()
         self.resident: set[ModelSpec] = set()
@@ -49,9 +92,10 @@ class Replica:
         self._encoder = Encoder(refer, shared=self._can_share())
         self._facts: dict[ModelSpec, list[ModelFacts]] = {}
         self._holders: dict[ModelSpec, weakref.WeakSet[Any]] = {}
-        self._states: dict[ModelSpec, str] = {}
+        self._states: dict[ModelSpec, tuple[Any, ...]] = {}
         self._functions: dict[int, tuple[int, Callable[..., Any]]] = {}
         self._next_function = 0
+        self._told: set[str] = set()
 
     def load(self, spec: ModelSpec, holder: object) -> list[ModelFacts]:
         """Have the model loaded on every rank; what each says of its copy.
@@ -63,18 +107,42 @@ class Replica:
             for unused in [known for known in self._facts if not self._holders[known]]:
                 self._release(unused)
             self._facts[spec] = self._call("load", spec)
-            self._states[spec] = NO_PATCHES
+            self._states[spec] = ()
         return self._facts[spec]
 
-    def patch(
-        self, spec: ModelSpec, state: str, patches: dict[str, Any], objects: dict[str, Any], *, force_cast: bool
-    ) -> None:
-        """Bring the model's weight and object patches to `state`; does nothing where it is there already."""
-        if self._states[spec] == state:
+    def share(self, spec: ModelSpec, device: str) -> int:
+        """Bytes of the model that may be on the device of this uuid."""
+        held = self._facts.get(spec, []) if spec in self.resident else []
+        return sum(facts.bytes for facts in held if facts.uuid == device)
+
+    def run(self, call: Call) -> tuple[Any, tuple[Any, Any] | None]:
+        """Run a call on all ranks, its patches and callables first.
+
+        Returns its output (CPU tensors), and the workers' generator states where the call brought some.
+        """
+        self.patch(call.spec, call.patches)
+        args, kwargs = call.args, call.kwargs
+        if call.functions:
+            references = self.define(call.functions)
+
+            def replace(value: Any) -> Any:
+                if isinstance(value, dict):
+                    return {key: replace(item) for key, item in value.items()}
+                if type(value) in (list, tuple):
+                    return type(value)(replace(item) for item in value)
+                return references.get(id(value), value)
+
+            args, kwargs = on_options(args, kwargs, replace)
+        return self._forward(call, args, kwargs)
+
+    def patch(self, spec: ModelSpec, patches: Patches) -> None:
+        """Bring the model's weight and object patches to a state; does nothing where it is there already."""
+        if _same(self._states[spec], patches.fingerprint):
             return
-        parcel = self._encoder.encode((patches, objects), keep=True)
-        self._call("patch", PatchRequest(spec=spec, state=state, patches=parcel, force_cast=force_cast))
-        self._states[spec] = state
+        parcel = self._encoder.encode((dict(patches.weights), dict(patches.objects)), keep=True)
+        state = uuid.uuid4().hex if patches.fingerprint else NO_PATCHES
+        self._call("patch", PatchRequest(spec=spec, state=state, patches=parcel, force_cast=patches.force_cast))
+        self._states[spec] = patches.fingerprint
 
     def define(self, functions: Sequence[Callable[..., Any]]) -> dict[int, FunctionRef]:
         """Make callables known to the workers, all new ones in one parcel so that they share what they close over.
@@ -101,21 +169,12 @@ class Replica:
             self._functions.clear()
             self._call("forget")
 
-    def forward(
-        self,
-        spec: ModelSpec,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        fresh: Sequence[torch.Tensor],
-        random: tuple[Any, Any] | None,
-    ) -> tuple[Any, tuple[Any, Any] | None]:
-        """Run a method of the diffusion model on all ranks. Returns its output (CPU tensors) and generator states."""
+    def _forward(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         started = time.perf_counter()
-        self.resident.add(spec)
-        call = self._encoder.encode((args, kwargs), fresh=fresh)
-        replies: list[ForwardReply] = self._call("forward", Forward(spec=spec, method=method, call=call, random=random))
+        self.resident.add(call.spec)
+        parcel = self._encoder.encode((args, kwargs), fresh=call.fresh)
+        request = Forward(spec=call.spec, method=call.method, call=parcel, random=call.random, settings=call.settings)
+        replies: list[ForwardReply] = self._call("forward", request)
         first = replies[0]
         if first.output is not None and first.output.inline:
             self._encoder.expect_reply(len(first.output.inline))
@@ -126,6 +185,10 @@ class Replica:
         traffic.worker_seconds += max(reply.seconds for reply in replies)
         traffic.collective_seconds += max(reply.waiting for reply in replies)
         traffic.bytes_sent, traffic.bytes_held = self._encoder.bytes_sent, self._encoder.bytes_held
+        # every cfg group has the same tokens: one of them says it
+        if first.advice and self._ranks[0] == 0 and first.advice not in self._told:
+            self._told.add(first.advice)
+            log.warning("%s", first.advice)
         return output, first.random
 
     def offload(self) -> None:
@@ -147,3 +210,24 @@ class Replica:
             return False
         probe = Arena(1 << 12)
         return all(self._call("share", probe.ref))
+
+
+def on_options(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a model call with `change` applied to transformer_options, wherever the family passes them."""
+    changed = {key: change(value) if key == "transformer_options" else value for key, value in kwargs.items()}
+    return tuple(change(value) if is_options(value) else value for value in args), changed
+
+
+def is_options(value: Any) -> bool:
+    """Whether an argument is transformer_options: ComfyUI's sampling always puts these in."""
+    return isinstance(value, dict) and ("cond_or_uncond" in value or "sigmas" in value)
+
+
+def _same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    if len(left) != len(right):
+        return False
+    return all(
+        a is b or (isinstance(a, (uuid.UUID, float, int, str)) and a == b) for a, b in zip(left, right, strict=True)
+    )

@@ -12,6 +12,7 @@ import torch
 from comfy import model_management
 from torch import distributed
 
+from ..raylight import kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import WorkerError
 from ..raylight.mesh import Mesh
@@ -52,9 +53,8 @@ class Runner:
 
     @property
     def _speaks(self) -> bool:
-        """Whether this rank answers for its replica: its first rank does."""
-        parallel = self.mesh.parallel
-        return self.mesh.rank % (parallel.world // parallel.degrees["dp"]) == 0
+        """Whether this rank answers for those it shares a sequence with: the first of them does."""
+        return self.mesh.rank % self.mesh.parallel.sequence == 0
 
     def open_store(self, host: str, port: int, timeout: float) -> int:
         """Start the rendezvous store on `host`. `port` 0, or a port in use, means any free one. Returns the port."""
@@ -75,8 +75,15 @@ class Runner:
         return chosen
 
     def join(self, request: JoinRequest) -> None:
-        """Make the process groups together with all other ranks."""
-        if model_management.is_device_cpu(model_management.get_torch_device()):
+        """Make the process groups together with all other ranks.
+
+        Raises:
+            ConfigError: the attention kernel that was asked for cannot run here.
+        """
+        device, parallel = model_management.get_torch_device(), request.parallel
+        # before anything is loaded, so that RayInitializer says it
+        kernels.resolve(parallel.attention, ring=parallel.degrees["ring"] > 1, device=device)
+        if model_management.is_device_cpu(device):
             torch.set_num_threads(request.threads)
         meet = request.rendezvous
         if self._store is None:
@@ -87,7 +94,7 @@ class Runner:
                 wait_for_workers=False,
                 timeout=datetime.timedelta(seconds=meet.timeout),
             )
-        backend = distributed.get_default_backend_for_device(model_management.get_torch_device())
+        backend = distributed.get_default_backend_for_device(device)
         self._mesh = Mesh.create(
             request.parallel,
             rank=request.rank,
@@ -158,6 +165,7 @@ class Runner:
                 self._active = (request.spec, model.state)
             if request.random is not None:
                 _set_random(request.random)
+            model.settle(request.settings)
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs)
             seconds, waited = time.perf_counter() - started, self.mesh.seconds - waited
@@ -167,6 +175,7 @@ class Runner:
             random=_get_random() if request.random is not None and self._speaks else None,
             seconds=seconds,
             waiting=waited,
+            advice=model.advice() if self._speaks else "",
         )
 
     def offload(self) -> None:

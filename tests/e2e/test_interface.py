@@ -32,6 +32,7 @@ OPTIONAL = {
 REQUIRED: dict[str, dict[str, Any]] = {
     "RayInitializer": {**CLUSTER, **DEGREES, **STORE},
     "RayInitializerAdvanced": {**CLUSTER, **STORE, **ADDRESSES, **DEGREES},
+    "RayLTXFFNChunker": {"ray_actors": None, "ffn_chunks": 8},
     "RayUNETLoader": {"unet_name": None, "weight_dtype": None, "ray_actors_init": None},
     "XFuserKSamplerAdvanced": {
         "add_noise": None,
@@ -52,12 +53,14 @@ REQUIRED: dict[str, dict[str, Any]] = {
 OUTPUTS = {
     "RayInitializer": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
     "RayInitializerAdvanced": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
+    "RayLTXFFNChunker": (["RAY_ACTORS"], ["ray_actors"]),
     "RayUNETLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
     "XFuserKSamplerAdvanced": (["LATENT"], ["LATENT"]),
 }
 DISPLAY = {
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
+    "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }
@@ -70,14 +73,16 @@ def options(entry: list[Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("node", REQUIRED)
 def test_node(client: ComfyClient, node: str) -> None:
     info = client.object_info(node)[node]
-    assert info["display_name"] == DISPLAY[node] and info["category"] == "Raylight"
+    category = "Raylight/extra" if node == "RayLTXFFNChunker" else "Raylight"
+    assert info["display_name"] == DISPLAY[node] and info["category"] == category
     assert (info["output"], info["output_name"]) == OUTPUTS[node]
     required = info["input"]["required"]
     assert list(required) == info["input_order"]["required"] == list(REQUIRED[node])
     for name, default in REQUIRED[node].items():
         if default is not None:
             assert options(required[name])["default"] == default
-    optional: dict[str, Any] = {"XFuserKSamplerAdvanced": {"sigmas": None}, "RayUNETLoader": {}}.get(node, OPTIONAL)
+    own: dict[str, dict[str, Any]] = {"XFuserKSamplerAdvanced": {"sigmas": None}}
+    optional = OPTIONAL if node.startswith("RayInitializer") else own.get(node, {})
     assert list(info["input"].get("optional", {})) == list(optional)
     for name, default in optional.items():
         if default is not None:

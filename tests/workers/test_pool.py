@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_raylight.raylight.config import ModelSpec
+from comfy_raylight.raylight.config import ModelSpec, WorkerSettings
 from comfy_raylight.raylight.errors import LoadError, WorkerError
-from comfy_raylight.tests.workers.faults import die, fail, on_rank
+from comfy_raylight.tests.workers.faults import die, fail, on_rank, times_chunked_layers
 from comfy_raylight.workers import pool as pools
 from comfy_raylight.workers.messages import PatchRequest
-from comfy_raylight.workers.replica import Replica
+from comfy_raylight.workers.replica import Call, Patches, Replica
 
 Acquire = Callable[..., pools.Pool]
 
@@ -41,6 +41,9 @@ def all_gone(processes: list[int]) -> bool:
     return not any(map(running, processes))
 
 
+PLAIN = WorkerSettings()
+
+
 class Model:
     """A Wan model on a pool, called below ComfyUI's sampling code."""
 
@@ -50,19 +53,26 @@ class Model:
         self.spec = ModelSpec.of(file)
         self.replica.load(self.spec, self)
 
-    def forward(self, patch: Callable[..., Any] | None = None) -> torch.Tensor:
+    def forward(self, patch: Callable[..., Any] | None = None, settings: WorkerSettings = PLAIN) -> torch.Tensor:
         """One call; `patch` runs in every self-attention of every rank, with the rank as keyword."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 16, 3, 10, 12, generator=generator)
         context = torch.randn(1, 40, 4096, generator=generator)
         options: dict[str, Any] = {"sigmas": torch.ones(1), "cond_or_uncond": [0]}
         if patch is not None:
-            references = self.replica.define([patch])
-            options["optimized_attention_override"] = references[id(patch)]
-        arguments = (x, torch.tensor([500.0]), context)
-        output, _ = self.replica.forward(
-            self.spec, "_forward", arguments, {"transformer_options": options}, fresh=[x], random=None
+            options["optimized_attention_override"] = patch
+        call = Call(
+            spec=self.spec,
+            method="_forward",
+            args=(x, torch.tensor([500.0]), context),
+            kwargs={"transformer_options": options},
+            functions=(patch,) if patch is not None else (),
+            patches=Patches(),
+            fresh=(x,),
+            random=None,
+            settings=settings,
         )
+        output, _ = self.replica.run(call)
         return output
 
 
@@ -228,3 +238,19 @@ def test_nothing_listens_beyond_this_host(acquire: Acquire) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert {address for _, address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
+
+
+def test_settings_come_and_go(model: Model) -> None:
+    plain, probed = model.forward(), model.forward(times_chunked_layers)
+    chunked = WorkerSettings(ffn_chunks=4)
+    assert torch.allclose(model.forward(settings=chunked), plain, atol=1e-6)
+    assert (model.forward(times_chunked_layers, chunked) - probed).abs().max() > 1e-3
+    assert torch.equal(model.forward(times_chunked_layers), probed)
+    assert torch.equal(model.forward(), plain)
+
+
+def test_short_sequences_are_told(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        model.forward()
+    told = [record.message for record in caplog.records if "tokens are few for 2 workers" in record.message]
+    assert len(told) == 1 and "docs/scaling.md" in told[0]

@@ -1,0 +1,114 @@
+"""The cfg groups of one data-parallel replica: each answers calls of its own, several at the same time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..raylight import cfg
+from ..raylight.config import ModelSpec
+from ..raylight.errors import RaylightError
+from .messages import ModelFacts
+from .pool import Pool
+from .replica import Call, Replica
+from .transfer import Reference
+
+T = TypeVar("T")
+Message = tuple[str, tuple[Any, ...], Sequence[int]]
+"""Verb, arguments and ranks of a request."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What came in place of an answer or a result."""
+
+    error: Exception
+
+
+class Groups:
+    """The parts of `ranks` that each hold one sequence; every part is a `Replica` by itself.
+
+    To its replicas this object is the pool. What they ask for while several of them work goes out together.
+    """
+
+    def __init__(self, pool: Pool, ranks: Sequence[int], refer: Reference) -> None:
+        self.pool = pool
+        self._together = cfg.Together()
+        size = pool.config.parallel.sequence
+        self.replicas = [Replica(self, ranks[start : start + size], refer) for start in range(0, len(ranks), size)]
+
+    def load(self, spec: ModelSpec, holder: object) -> list[ModelFacts]:
+        """Have the model loaded on every rank; see Replica.load."""
+        found = self._each(lambda replica: replica.load(spec, holder))
+        return [facts for group in found for facts in group]
+
+    def run(self, calls: Mapping[int, Call]) -> dict[int, tuple[Any, tuple[Any, Any] | None]]:
+        """Run a call on some groups, by number of the group; see Replica.run."""
+        jobs = [functools.partial(self.replicas[group].run, call) for group, call in calls.items()]
+        return dict(zip(calls, self._run(jobs), strict=True))
+
+    def share(self, spec: ModelSpec, device: str) -> int:
+        """Bytes of the model that may be on the device of this uuid."""
+        return sum(replica.share(spec, device) for replica in self.replicas)
+
+    def offload(self) -> None:
+        """Take the weights off the workers' devices."""
+        self._each(Replica.offload)
+
+    def forget(self) -> None:
+        """The run is over: drop its callables."""
+        self._each(Replica.forget)
+
+    def alive(self) -> bool:
+        """Whether the pool is."""
+        return self.pool.alive()
+
+    def call(self, verb: str, *arguments: Any, ranks: Sequence[int]) -> list[Any]:
+        """What Pool.call does, together with the calls of other groups that work at the moment."""
+        if self._together.inside():
+            replies = self._together.ask((verb, arguments, ranks))
+            if isinstance(replies, _Failed):
+                raise replies.error
+            return list(replies)
+        return self.pool.call(verb, *arguments, ranks=ranks)
+
+    def _each(self, job: Callable[[Replica], T]) -> list[T]:
+        return self._run([functools.partial(job, replica) for replica in self.replicas])
+
+    def _run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """Run one job for each of several groups.
+
+        One that fails leaves the others to their ends: a group must be sent what was packed for it, since the
+        next parcel counts on its tensors.
+        """
+        if len(jobs) == 1:
+            return [jobs[0]()]
+        results: list[T] = []
+        for found in self._together.run([functools.partial(_caught, job) for job in jobs], self._send):
+            if isinstance(found, _Failed):
+                raise found.error
+            results.append(found)
+        return results
+
+    def _send(self, messages: Mapping[int, Message]) -> dict[int, Any]:
+        """Send what can go together: short requests first, so that forwards do not wait for one another."""
+        short = {number: message for number, message in messages.items() if message[0] != "forward"}
+        ready = short or messages
+        (verb, *_) = next(iter(ready.values()))
+        same = {number: message for number, message in ready.items() if message[0] == verb}
+        try:
+            replies = self.pool.call_groups(verb, [(ranks, arguments) for _, arguments, ranks in same.values()])
+        except RaylightError as error:
+            if not self.pool.alive():
+                raise
+            return dict.fromkeys(same, _Failed(error))
+        return dict(zip(same, replies, strict=True))
+
+
+def _caught(job: Callable[[], T]) -> T | _Failed:
+    try:
+        return job()
+    except Exception as error:
+        return _Failed(error)

@@ -1,0 +1,275 @@
+"""What all clones of one MODEL share: where its weights are, and how a model call gets there and back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+from comfy import model_management
+
+from ..raylight import cfg
+from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
+from ..raylight.errors import UnsupportedError
+from . import refusals
+from .comfy_host import describe, device_uuid
+from .conds import PER_ROW, rows_of
+from .groups import Groups
+from .messages import ModelFacts
+from .pool import REGISTRY, acquire
+from .replica import Call, Patches, Traffic, on_options
+from .transfer import Reference
+
+log = logging.getLogger(__name__)
+
+PREFIX = "diffusion_model."
+FORWARD = frozenset({"forward", "_forward"})
+"""Methods that groups may share out; all others run on the first."""
+DRIVER_ONLY = frozenset({"wrappers", "callbacks", "easycache", "lazycache", PER_ROW})
+"""Keys of transformer_options that only code around the cut reads."""
+SETTINGS = "raylight_settings"
+"""Key of the patcher's attachment that holds its WorkerSettings."""
+CARRIED_OBJECTS = frozenset({"manual_cast_dtype"})
+"""Object patches outside the diffusion model that change what the model does with its weights."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise ComfyUI's interrupt before and after: it outranks an error that ending a wait caused."""
+    model_management.throw_exception_if_processing_interrupted()
+    try:
+        yield
+    finally:
+        model_management.throw_exception_if_processing_interrupted()
+
+
+class ModelLink:
+    """The way to one model on a pool, which may have several cfg groups.
+
+    It holds a spec, not actors: after a failure the next call builds a new pool and loads there again.
+
+    Args:
+        refer: names live objects that the workers have their own of (see transfer.Encoder).
+
+    Attributes:
+        together: runs the evaluation of several conditions side by side (see conds.calc_cond_batch).
+    """
+
+    def __init__(self, config: PoolConfig, spec: ModelSpec, refer: Reference) -> None:
+        self.config = config
+        self.spec = spec
+        self.together = cfg.Together()
+        self._refer = refer
+        self._environment = describe()
+        self._told = False
+        self._lock = threading.RLock()
+
+    def load(self) -> list[ModelFacts]:
+        """Have the weights on the workers, starting the pool where needed."""
+        with self._lock:
+            return self._loaded().load(self.spec, self)
+
+    def share(self) -> int:
+        """Bytes the pool's copy occupies on the device of this process."""
+        mine = device_uuid(model_management.get_torch_device())
+        groups = self._live_groups()
+        return groups.share(self.spec, mine) if mine and groups is not None else 0
+
+    def call(
+        self, patcher: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: Sequence[str] = ()
+    ) -> Any:
+        """Run a method of the diffusion model on the pool and return its output on the input's device.
+
+        Args:
+            patcher: the RemotePatcher that samples, or None.
+            names: the method's positional parameters.
+        """
+        inputs = cfg.tensors(args[:1])
+        if method in FORWARD and self.together.inside():
+            output = self.together.ask(self._prepare(patcher, method, args, kwargs))
+        else:
+            parts = self._divide(method, args, kwargs, names)
+            calls = {number: self._prepare(patcher, method, *part) for number, part in enumerate(parts)}
+            answers = self.answer(calls, several=len(calls) > 1)
+            output = cfg.join([answers[number] for number in calls]) if len(calls) > 1 else answers[0]
+        device = inputs[0].device if inputs else torch.device("cpu")
+        return _map_tensors(output, lambda tensor: tensor.to(device))
+
+    def answer(self, calls: Mapping[int, Call], *, several: bool = True) -> dict[int, Any]:
+        """Outputs of some of the calls, by number: one per group and at the same time.
+
+        Args:
+            calls: by number of the condition or part they belong to, the oldest first.
+            several: whether there are more calls than these to the same model, which may be elsewhere.
+
+        Raises:
+            UnsupportedError: a patch drew random numbers in one of several calls.
+        """
+        with self._lock:
+            groups = self._loaded()
+            self._tell(sum(call.method in FORWARD for call in calls.values()))
+            chosen = cfg.assign(calls, len(groups.replicas))
+            with interruptible():
+                found = groups.run({group: calls[number] for number, group in chosen.items()})
+            outputs = {}
+            for number, group in chosen.items():
+                outputs[number], after = found[group]
+                before = calls[number].random
+                if before is None or after is None or _equal(before, after):
+                    continue
+                if several:
+                    _refuse_random(self.config.parallel.degrees["cfg"])
+                _set_random_states(after)
+            return outputs
+
+    def offload(self) -> None:
+        """Free the workers' devices; the next call brings the weights back."""
+        with self._lock:
+            groups = self._live_groups()
+            if groups is not None:
+                groups.offload()
+
+    def forget(self) -> None:
+        """A sampling run has ended."""
+        with self._lock:
+            self._told = False
+            groups = self._live_groups()
+            if groups is not None:
+                groups.forget()
+
+    def traffic(self, group: int = 0) -> Traffic:
+        """Totals of the pool's calls on one cfg group so far."""
+        return self._groups().replicas[group].traffic
+
+    def _groups(self, index: int = 0) -> Groups:
+        pool = acquire(self.config, self._environment, model_management.processing_interrupted)
+        if index not in pool.notes:
+            pool.notes[index] = Groups(pool, pool.replicas[index], self._refer)
+        groups: Groups = pool.notes[index]
+        return groups
+
+    def _loaded(self) -> Groups:
+        with interruptible():
+            groups = self._groups()
+            groups.load(self.spec, self)
+            return groups
+
+    def _live_groups(self) -> Groups | None:
+        pool = REGISTRY.get(self.config)
+        return pool.notes.get(0) if pool is not None and pool.alive() else None
+
+    def _tell(self, calls: int) -> None:
+        """Say once per run that cfg_degree does not help, unless it did."""
+        degree = self.config.parallel.degrees["cfg"]
+        if degree == 1 or calls == 0:
+            return
+        if calls == 1 and not self._told:
+            log.info(
+                "cfg_degree=%d has nothing to divide: the model is called for one condition at a time "
+                "(cfg 1, or a patch around the model that needs it so), on one of the groups",
+                degree,
+            )
+        self._told = True
+
+    def _divide(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments for each group that takes part in a call that is not one condition's already."""
+        if method in FORWARD and self.config.parallel.degrees["cfg"] > 1:
+            divided = rows_of(args, kwargs, names, self.config.parallel.degrees["cfg"])
+            if divided is not None:
+                return divided
+        return [(args, kwargs)]
+
+    def _prepare(self, patcher: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Everything about a call that depends on when it is made; nothing is sent yet."""
+        patches = _patches(patcher) if patcher is not None else Patches()
+        found: list[Callable[..., Any]] = []
+
+        def strip(options: Any) -> Any:
+            if not isinstance(options, dict):
+                return options
+            kept = {key: value for key, value in options.items() if key not in DRIVER_ONLY}
+            found.extend(refusals.functions(kept))
+            return kept
+
+        args, kwargs = on_options(args, kwargs, strip)
+        return Call(
+            spec=self.spec,
+            method=method,
+            args=args,
+            kwargs=kwargs,
+            functions=tuple(found),
+            patches=patches,
+            fresh=tuple(cfg.tensors(args[:1])),
+            random=_random_states() if found or patches.objects else None,
+            settings=settings_of(patcher),
+        )
+
+
+def settings_of(patcher: Any) -> WorkerSettings:
+    """How a patcher, or None, wants the workers to run its model."""
+    found: WorkerSettings | None = patcher.get_attachment(SETTINGS) if patcher is not None else None
+    return found or WorkerSettings()
+
+
+def _patches(patcher: Any) -> Patches:
+    """The weight and object patches of a patcher with the hooks it has at the moment."""
+    objects = {
+        name: value
+        for name, value in patcher.object_patches.items()
+        if name.startswith(PREFIX) or name in CARRIED_OBJECTS
+    }
+    weights = {name: list(value) for name, value in patcher.patches.items() if name.startswith(PREFIX)}
+    hooks = patcher.current_hooks.hooks if patcher.current_hooks else []
+    for name, value in patcher.get_combined_hook_patches(patcher.current_hooks).items():
+        weights[name] = weights.get(name, []) + list(value)
+    if not (weights or objects or patcher.force_cast_weights):
+        return Patches()
+    fingerprint = (
+        patcher.patches_uuid,
+        patcher.force_cast_weights,
+        *(part for item in objects.items() for part in item),
+        *(part for hook in hooks for part in (hook.hook_ref, hook.strength)),
+    )
+    return Patches(fingerprint=fingerprint, weights=weights, objects=objects, force_cast=patcher.force_cast_weights)
+
+
+def _refuse_random(degree: int) -> None:
+    raise UnsupportedError(
+        "A patch inside the model draws random numbers, and the conditions are divided over several groups",
+        f"cfg_degree is {degree}: each group would draw the same numbers, where ComfyUI draws them in turn",
+        "Set cfg_degree to 1 (ulysses_degree can have the workers), or remove the node",
+    )
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return type(value)(_map_tensors(item, change) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _generators() -> Iterator[Any]:
+    yield torch
+    device = model_management.get_torch_device()
+    if not model_management.is_device_cpu(device):
+        yield torch.get_device_module(device)
+
+
+def _random_states() -> tuple[Any, Any]:
+    states = [module.get_rng_state().numpy() for module in _generators()]
+    return states[0], states[1] if len(states) > 1 else None
+
+
+def _set_random_states(states: tuple[Any, Any]) -> None:
+    for module, state in zip(_generators(), states, strict=False):
+        if state is not None:
+            module.set_rng_state(torch.from_numpy(state.copy()))
+
+
+def _equal(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:
+    return all(numpy.array_equal(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None)
