@@ -1,28 +1,25 @@
 """What the pool costs and what it gains, against plain ComfyUI in the same run.
 
-    python benchmarks/pool.py start | overhead | sampling [--workers 2] [--comfy PATH]
+    python benchmarks/pool.py start | overhead | sampling | cfg [--workers 2] [--comfy PATH]
 
 start: seconds from nothing to a pool that can be used. overhead: milliseconds of a model call beyond the
 workers' own time, and the bytes that cross. sampling: seconds per step of a Wan-like model wide enough that
-computing dominates, workers with one thread each against plain ComfyUI with one thread.
+computing dominates, workers with one thread each against plain ComfyUI with one thread. cfg: the same at cfg 4,
+where two workers can share the tokens (ulysses_degree 2) or the conditions (cfg_degree 2).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from host import setup  # noqa: E402  (tests/ is on the path now)
+import environment
 
 ROUNDS = 3
 CALLS = 25
@@ -32,44 +29,22 @@ STEPS = 2
 def main() -> int:
     """Set up, then measure in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "overhead", "sampling"))
+    parser.add_argument("what", choices=("start", "overhead", "sampling", "cfg"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     options = parser.parse_args()
-    if Path(sys.prefix).resolve() != (setup.HOME / "venv").resolve():
-        try:
-            python = setup.ensure(more=[options.comfy] if options.comfy else [])
-        except setup.SetupError as error:
-            print(error, file=sys.stderr)
-            return 1
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run([str(python), __file__, *sys.argv[1:]], env=environment, check=False).returncode
-    boot((options.comfy or setup.COMFY).resolve())
-    {"start": start, "overhead": overhead, "sampling": sampling}[options.what](options)
+    code = environment.enter(options.comfy)
+    if code is not None:
+        return code
+    {"start": start, "overhead": overhead, "sampling": sampling, "cfg": guidance}[options.what](options)
     return 0
 
 
-def boot(root: Path) -> None:
-    """Make this process a quiet ComfyUI on the CPU, with one thread and the pack on its path."""
-    import logging
-
-    sys.argv = [sys.argv[0], "--cpu"]
-    sys.path.pop(0)
-    sys.path.insert(0, str(root))
-    sys.path.append(str(ROOT / "workers" / "import_root"))
-    logging.disable(logging.WARNING)
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def config(workers: int) -> Any:
+def config(workers: int, *, cfg: int = 1) -> Any:
+    """A pool whose workers share conditions in `cfg` groups, and tokens inside of them."""
     from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
 
-    return PoolConfig(parallel=ParallelConfig(world=workers, ulysses=workers, ring=1, cfg=1))
+    return PoolConfig(parallel=ParallelConfig(world=workers, ulysses=workers // cfg, ring=1, cfg=cfg))
 
 
 def checkpoint(folder: str, **size: int) -> Path:
@@ -135,7 +110,23 @@ def overhead(options: argparse.Namespace) -> None:
 
 
 def sampling(options: argparse.Namespace) -> None:
-    """Alternating runs, so that both sides see the same machine."""
+    """Tokens shared, without guidance."""
+    compare([(f"ulysses {options.workers}", config(options.workers))], scale=1.0, widths=(44, 88))
+
+
+def guidance(options: argparse.Namespace) -> None:
+    """Positive and negative prompt at cfg 4: tokens shared against conditions shared."""
+    ways = [(f"ulysses {options.workers}", config(options.workers)), ("cfg 2", config(options.workers, cfg=2))]
+    compare(ways, scale=4.0, widths=(22, 44))
+
+
+def compare(ways: Sequence[tuple[str, Any]], *, scale: float, widths: Sequence[int]) -> None:
+    """Seconds per step of each pool and of plain ComfyUI, in alternating runs, so that both see the same machine.
+
+    Args:
+        scale: the guidance scale.
+        widths: of the latents; 50 tokens each.
+    """
     import comfy.sample
     import comfy.sd
     import torch
@@ -143,38 +134,41 @@ def sampling(options: argparse.Namespace) -> None:
     from comfy_raylight.workers import remote
 
     generator = torch.Generator().manual_seed(1)
-    conditioning = [[torch.randn(1, 128, 4096, generator=generator), {}]]
+    positive, negative = ([[torch.randn(1, 128, 4096, generator=generator), {}]] for _ in range(2))
 
     def run(model: Any, noise: torch.Tensor) -> tuple[float, torch.Tensor]:
         began = time.perf_counter()
         samples = comfy.sample.sample(
-            model, noise, STEPS, 1.0, "euler", "simple", conditioning, conditioning, torch.zeros_like(noise),
+            model, noise, STEPS, scale, "euler", "simple", positive, negative, torch.zeros_like(noise),
             disable_pbar=True, seed=1,
         )  # fmt: skip
         return (time.perf_counter() - began) / STEPS, samples
 
-    print(f"width 768, 8 layers, one thread each; medians of {ROUNDS} alternating runs of {STEPS} steps")
-    print("| workers | tokens | plain s/step | pool s/step | speed-up (worst to best) | in collectives | difference |")
+    print(f"width 768, 8 layers, cfg {scale:g}, one thread each; medians of {ROUNDS} alternating runs of {STEPS} steps")
+    print(
+        "| shared by | tokens | plain s/step | pool s/step | speed-up (worst to best) | in collectives | difference |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = checkpoint(folder, dim=768, ffn=3072, layers=8)
         plain = comfy.sd.load_diffusion_model(str(path))
-        pooled = remote.load_model(config(options.workers), ModelSpec.of(path))
-        for width in (44, 88):
-            noise = torch.randn(1, 16, 5, 40, width, generator=generator)
-            first, second = run(plain, noise)[1], run(pooled, noise)[1]
-            difference = (first - second).abs().max() / first.abs().max()
-            traffic = pooled.link.traffic()
-            before = (traffic.seconds, traffic.collective_seconds)
-            seconds = [(run(plain, noise)[0], run(pooled, noise)[0]) for _ in range(ROUNDS)]
-            share = (traffic.collective_seconds - before[1]) / (traffic.seconds - before[0])
-            plain_s, pool_s = (statistics.median(column) for column in zip(*seconds, strict=True))
-            ratios = sorted(a / b for a, b in seconds)
-            print(
-                f"| {options.workers} | {noise[0, 0].numel() // 4} | {plain_s:.3f} | {pool_s:.3f} | "
-                f"{plain_s / pool_s:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {share:.0%} | {difference:.1e} |",
-                flush=True,
-            )
+        for way, pool_config in ways:
+            pooled = remote.load_model(pool_config, ModelSpec.of(path))
+            for width in widths:
+                noise = torch.randn(1, 16, 5, 40, width, generator=generator)
+                first, second = run(plain, noise)[1], run(pooled, noise)[1]
+                difference = (first - second).abs().max() / first.abs().max()
+                traffic = pooled.link.traffic()
+                before = (traffic.seconds, traffic.collective_seconds)
+                seconds = [(run(plain, noise)[0], run(pooled, noise)[0]) for _ in range(ROUNDS)]
+                share = (traffic.collective_seconds - before[1]) / (traffic.seconds - before[0])
+                plain_s, pool_s = (statistics.median(column) for column in zip(*seconds, strict=True))
+                ratios = sorted(a / b for a, b in seconds)
+                print(
+                    f"| {way} | {noise[0, 0].numel() // 4} | {plain_s:.3f} | {pool_s:.3f} | "
+                    f"{plain_s / pool_s:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {share:.0%} | {difference:.1e} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -40,3 +40,7 @@ def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "wan.safetensors"
     write([Job(family="wan", path=path)], comfy_root=comfy_roots()[0], python=Path(sys.executable))
     return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-tables", action="store_true", help="bring the tables of model families up to date")

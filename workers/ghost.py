@@ -24,13 +24,21 @@ REAL_VECTOR_BYTES = 64 << 10
 """Tensors up to these sizes are read: detection looks at some values (norm scales, quantisation markers)."""
 
 
+NUMBERS = (torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.logspace)
+"""What makes tensors of known numbers, which some models (PixArt) read back while they are built."""
+
+
 class _StayOnMeta(torch.overrides.TorchFunctionMode):
-    """Ignores `Tensor.to` on meta tensors: ComfyUI's loader ends with a move to the offload device."""
+    """Ignores `Tensor.to` on meta tensors, since ComfyUI's loader ends with a move to the offload device; keeps
+    tensors of known numbers real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.Tensor.to and args[0].is_meta:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        if func in NUMBERS and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def build(spec: ModelSpec) -> tuple[Any, Any]:

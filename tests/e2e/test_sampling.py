@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Result
-from comfy_raylight.tests.host.prompts import FAMILIES, SAMPLER, Case, PoolCase, plain, pool
+from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, SAMPLER, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
 
@@ -53,6 +53,9 @@ CASES = [
     pytest.param(case("wan", **SDE), PoolCase(workers=3, through_model=True), id="wan sde on 3"),
     pytest.param(case("flux"), PoolCase(workers=3), id="flux on 3"),
     pytest.param(WAN, PoolCase(workers=3, ulysses=1), id="wan on one replica of 3"),
+    pytest.param(WAN, PoolCase(ring=2), id="wan ring"),
+    pytest.param(case("zimage", batch=2), PoolCase(ring=2), id="zimage ring"),
+    pytest.param(WAN, PoolCase(workers=4, ring=2), id="wan 2 x ring 2"),
     pytest.param(WAN, PoolCase(workers=2, more={"pack_qkv": True, "sync_ulysses": True}), id="wan packed"),
 ]
 
@@ -77,6 +80,22 @@ def both(server: ComfyServer, client: ComfyClient, sampling: Case, where: PoolCa
 def test_equals_plain(server: ComfyServer, client: ComfyClient, sampling: Case, where: PoolCase) -> None:
     difference, _, _ = both(server, client, sampling, where)
     assert difference <= FP32
+
+
+@pytest.mark.parametrize("chunks", (1, 5))
+def test_feed_forward_in_chunks(server: ComfyServer, client: ComfyClient, chunks: int) -> None:
+    """The chunker between loader and sampler; the next prompt without it runs as before."""
+    client.run(plain(dataclasses.replace(WAN, name="plain")))
+    prompt = pool(dataclasses.replace(WAN, name="pool"))
+    prompt["chunker"] = {
+        "class_type": "RayLTXFFNChunker",
+        "inputs": {"ray_actors": [LOADER, 0], "ffn_chunks": chunks},
+    }
+    prompt[SAMPLER]["inputs"]["ray_actors"] = ["chunker", 0]
+    client.run(prompt)
+    a, b = latent(server, "plain"), latent(server, "pool")
+    assert (a - b).abs().max() <= FP32 * a.abs().max()
+    assert both(server, client, WAN, NODE)[0] <= FP32
 
 
 def test_progress_and_previews(server: ComfyServer, client: ComfyClient) -> None:

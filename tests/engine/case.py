@@ -47,6 +47,7 @@ class Case:
             the module is there.
         half: the model and its inputs in bf16, within the noise of that (`ranks.noise_of`).
         wrong: a negative control: the outputs must differ.
+        loud: of a negative control: it raises instead, in some ComfyUI or in all.
         raises: the type of the error that every rank must raise.
         ring_raises: the same, where the sequence is cut over a ring.
         change: makes the plan of a negative control from the family's.
@@ -62,6 +63,7 @@ class Case:
     needs: tuple[str, str] | None = None
     half: bool = False
     wrong: bool = False
+    loud: bool = False
     raises: str = ""
     ring_raises: str = ""
     change: Callable[[Plan], Plan] | None = None

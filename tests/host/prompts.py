@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,19 +16,30 @@ SAVE = "save"
 GUIDERS = ("CFGGuider", "BasicGuider", "DualCFGGuider", "PerpNegGuider")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a family is sampled with: the latent's shape and its conditioning."""
+    """What a family is sampled with: the latent's shape and its conditioning.
 
-    channels: int
-    frames: int
-    height: int
-    width: int
+    Attributes:
+        frames: 0 for a latent without them.
+        shape: the latent's dims after the batch, in place of channels, frames, height and width; several latents
+            are separated by semicolons.
+        kept: frames at the start that a mask keeps, so that they have a timestep of their own in some families.
+        extras: more parts of the conditioning, as `made` of the test nodes reads them.
+    """
+
+    channels: int = 1
+    frames: int = 0
+    height: int = 1
+    width: int = 1
+    shape: str = ""
+    kept: int = 0
     tokens: int
     context: int
     pooled: int = 0
     guidance: float = -1.0
     attention_mask: bool = False
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: Mapping[str, Inputs] = {
@@ -38,7 +50,7 @@ FAMILIES: Mapping[str, Inputs] = {
     "lumina2": Inputs(channels=16, frames=0, height=30, width=34, tokens=13, context=64),
     "unet": Inputs(channels=4, frames=0, height=16, width=16, tokens=77, context=768),
 }
-"""By the names of `checkpoints.RECIPES`, with the widths of their default sizes."""
+"""By the names of `checkpoints.recipes.RECIPES`, with the widths of their default sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +172,7 @@ def _inputs(case: Case) -> Prompt:
             pooled=given.pooled,
             guidance=given.guidance,
             attention_mask=given.attention_mask,
+            extras=json.dumps(dict(given.extras)),
         )
         for seed, name in enumerate(_conditionings(case), start=1)
     }
@@ -172,6 +185,8 @@ def _inputs(case: Case) -> Prompt:
         batch=case.batch,
         seed=case.seed + 1,
         empty=not case.random_latent,
+        shape=given.shape,
+        kept=given.kept,
     )
     prompt[SAVE] = _node("RLTestSaveLatent", samples=[SAMPLER, 0], name=case.name)
     if case.animate:

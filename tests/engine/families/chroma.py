@@ -100,14 +100,15 @@ CASES = (
     pixel_case_few(name="radiance_control", make=partial(pixels, control=residuals()), modes=CHOOSES_BLOCK),
     pixel_case_few(name="radiance_skip", make=partial(patched, pixels, partial(skip, *ends)), modes=CHOOSES_BLOCK),
     wrong(name="no_chroma_attention", change=partial(without, attention=False)),
-    wrong(name="no_chroma_rope", change=partial(without, shared="pe")),
+    wrong(name="no_chroma_rope", loud=True, change=partial(without, shared="pe")),
     wrong(
         name="no_chroma_skips",
+        loud=True,
         model=partial(chroma, mmdit=(0,), dit=(2,)),
         change=lambda plan: FLUX,
         modes=TRUNK,
     ),
-    pixel_case(name="no_radiance_s", change=partial(without, shared="s"), wrong=True, meshes=("u2",)),
+    pixel_case(name="no_radiance_s", loud=True, change=partial(without, shared="s"), wrong=True, meshes=("u2",)),
     wrong(name="chroma_rope_order", change=image_first),
     wrong(name="no_chroma_patches", change=without_patches, make=partial(patched, image, across), needs=CHROMA_ATTN),
 )

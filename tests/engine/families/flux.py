@@ -298,9 +298,9 @@ CASES = (
         raises="UnsupportedError",
     ),
     wrong(name="no_flux_attention", change=partial(without, attention=False)),
-    wrong(name="no_flux_rope", change=partial(without, shared="pe")),
+    wrong(name="no_flux_rope", loud=True, change=partial(without, shared="pe")),
     wrong(name="no_flux_patches", change=without_patches, make=partial(patched, image, across), needs=FLUX_ATTN),
-    wrong(name="no_flux2_rope", model=flux2, make=small, base=small, change=partial(without, shared="pe")),
+    wrong(name="no_flux2_rope", loud=True, model=flux2, make=small, base=small, change=partial(without, shared="pe")),
     wrong(name="flux2_rope_order", model=flux2, make=small, base=small, change=image_first),
     wrong(
         name="no_flux2_double_dims",

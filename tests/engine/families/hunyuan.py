@@ -170,7 +170,7 @@ CASES = (
         modes=CHOOSES_BLOCK,
     ),
     wrong(name="no_hunyuan_attention", make=partial(video, mask=False), change=partial(without, attention=False)),
-    wrong(name="no_hunyuan_rope", change=partial(without, shared="pe")),
+    wrong(name="no_hunyuan_rope", loud=True, change=partial(without, shared="pe")),
     wrong(name="hunyuan_other_order", change=other_order),
     wrong(name="no_hunyuan_double_dims", make=guided, change=partial(without, shared="modulation_dims_img")),
     wrong(name="no_hunyuan_single_dims", make=guided, change=partial(without, shared="modulation_dims")),

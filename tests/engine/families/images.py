@@ -110,5 +110,5 @@ CASES = (
     pixart_case(name="no_pixart_whole", make=pixart_picture, change=without_whole, wrong=True, meshes=("u2",)),
     ernie_case(name="ernie", make=ernie_picture),
     ernie_case(name="ernie_batch", make=partial(ernie_picture, batch=2)),
-    ernie_case(name="no_ernie_whole", make=ernie_picture, change=without_whole, wrong=True, meshes=("u2",)),
+    ernie_case(name="no_ernie_whole", loud=True, make=ernie_picture, change=without_whole, wrong=True, meshes=("u2",)),
 )

@@ -199,6 +199,7 @@ CASES = (
     ),
     wrong(
         name="no_ltxav_replicated_query",
+        loud=True,
         family="LTXAVModel",
         model=ltxav,
         make=sound_and_video,

@@ -71,6 +71,7 @@ CASES = (
     ),
     wrong(
         name="no_sd3_second_attention",
+        loud=True,
         family="OpenAISignatureMMDITWrapper",
         model=medium,
         make=picture,

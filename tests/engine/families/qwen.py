@@ -146,9 +146,10 @@ CASES = (
         ring_raises="UnsupportedError",
     ),
     wrong(name="no_qwen_attention", change=partial(without, attention=False)),
-    wrong(name="no_qwen_rope", change=partial(without, shared="image_rotary_emb")),
+    wrong(name="no_qwen_rope", loud=True, change=partial(without, shared="image_rotary_emb")),
     wrong(
         name="no_qwen_mask",
+        loud=True,
         change=partial(without, shared="encoder_hidden_states_mask"),
         needs=QWEN_ATTN,
     ),

@@ -72,5 +72,5 @@ CASES = (
     ace_case(name="ace_step_batch", make=partial(song, batch=2)),
     ace_case(name="ace_step_cover", make=partial(song, is_covers=True)),
     ace_case(name="ace_step_codes", make=partial(song, is_covers=None, audio_codes=torch.arange(9)[None])),
-    ace_case(name="no_ace_step_whole", make=song, change=without_whole, wrong=True, meshes=("u2",)),
+    ace_case(name="no_ace_step_whole", loud=True, make=song, change=without_whole, wrong=True, meshes=("u2",)),
 )

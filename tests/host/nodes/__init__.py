@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import folder_paths
@@ -11,6 +13,27 @@ from safetensors.torch import save_file
 
 CATEGORY = "raylight/test"
 BIG = 0xFFFFFFFFFFFFFFFF
+
+
+def made(value: Any, generator: torch.Generator) -> Any:
+    """What a description stands for; anything that is none stands for itself.
+
+    Descriptions are dicts with one key: `randn` (a shape), `ints` (the limit, then a shape), `mask` (tokens, then
+    how many of them count) and `object` (its attributes).
+    """
+    match value:
+        case {"randn": shape}:
+            return torch.randn(shape, generator=generator)
+        case {"ints": [limit, *shape]}:
+            return torch.randint(limit, shape, generator=generator)
+        case {"mask": [tokens, valid]}:
+            return (torch.arange(tokens) < valid).long()[None]
+        case {"object": attributes}:
+            return SimpleNamespace(**{name: made(each, generator) for name, each in attributes.items()})
+        case list():
+            return [made(each, generator) for each in value]
+        case _:
+            return value
 
 
 class RLTestConditioning:
@@ -30,11 +53,20 @@ class RLTestConditioning:
                 "pooled": ("INT", {"default": 0, "min": 0, "max": 65536}),
                 "guidance": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 100.0}),
                 "attention_mask": ("BOOLEAN", {"default": False}),
-            }
+            },
+            "optional": {"extras": ("STRING", {"default": "{}", "tooltip": "more parts as JSON, see `made`"})},
         }
 
     def make(
-        self, *, seed: int, tokens: int, width: int, pooled: int, guidance: float, attention_mask: bool
+        self,
+        *,
+        seed: int,
+        tokens: int,
+        width: int,
+        pooled: int,
+        guidance: float,
+        attention_mask: bool,
+        extras: str = "{}",
     ) -> tuple[list[Any]]:
         generator = torch.Generator().manual_seed(seed)
         context = torch.randn(1, tokens, width, generator=generator)
@@ -45,11 +77,16 @@ class RLTestConditioning:
             options["guidance"] = guidance
         if attention_mask:
             options["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
+        options.update({name: made(value, generator) for name, value in json.loads(extras).items()})
         return ([[context, options]],)
 
 
 class RLTestLatent:
-    """An empty or random latent, with frames (5-D) or without (4-D); height and width are the latent's own."""
+    """An empty or random latent, with frames (5-D) or without (4-D); height and width are the latent's own.
+
+    `shape` replaces all of them: the dims after the batch, separated by commas, and several latents by semicolons.
+    The first `kept` frames are masked, so that sampling keeps them.
+    """
 
     CATEGORY = CATEGORY
     FUNCTION = "make"
@@ -67,15 +104,43 @@ class RLTestLatent:
                 "batch": ("INT", {"default": 1, "min": 1, "max": 64}),
                 "seed": ("INT", {"default": 1, "min": 0, "max": BIG}),
                 "empty": ("BOOLEAN", {"default": True}),
-            }
+            },
+            "optional": {"shape": ("STRING", {"default": ""}), "kept": ("INT", {"default": 0, "min": 0, "max": 4096})},
         }
 
     def make(
-        self, *, channels: int, frames: int, height: int, width: int, batch: int, seed: int, empty: bool
-    ) -> tuple[dict[str, torch.Tensor]]:
-        shape = (batch, channels, *((frames,) if frames else ()), height, width)
+        self,
+        *,
+        channels: int,
+        frames: int,
+        height: int,
+        width: int,
+        batch: int,
+        seed: int,
+        empty: bool,
+        shape: str = "",
+        kept: int = 0,
+    ) -> tuple[dict[str, Any]]:
+        sizes = [(channels, *((frames,) if frames else ()), height, width)]
+        if shape:
+            sizes = [tuple(int(number) for number in part.split(",")) for part in shape.split(";")]
         generator = torch.Generator().manual_seed(seed)
-        return ({"samples": torch.zeros(shape) if empty else torch.randn(shape, generator=generator)},)
+        latents = [torch.zeros(batch, *size) for size in sizes]
+        if not empty:
+            latents = [torch.randn(latent.shape, generator=generator) for latent in latents]
+        if len(latents) > 1:
+            return ({"samples": _nested(latents)},)
+        result = {"samples": latents[0]}
+        if kept:
+            result["noise_mask"] = torch.ones(batch, 1, *sizes[0][1:])
+            result["noise_mask"][:, :, :kept] = 0
+        return (result,)
+
+
+def _nested(latents: list[torch.Tensor]) -> Any:
+    from comfy.nested_tensor import NestedTensor  # ComfyUI before 0.4 has none
+
+    return NestedTensor(latents)
 
 
 class RLTestSigmas:
@@ -94,7 +159,7 @@ class RLTestSigmas:
 
 
 class RLTestSaveLatent:
-    """Writes the latent to NAME.safetensors in the output folder."""
+    """Writes the latent to NAME.safetensors in the output folder; several latents as one vector."""
 
     CATEGORY = CATEGORY
     FUNCTION = "save"
@@ -108,7 +173,10 @@ class RLTestSaveLatent:
     def save(self, samples: dict[str, torch.Tensor], name: str) -> dict[str, Any]:
         path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensor = samples["samples"].detach().cpu().contiguous()
+        latent: Any = samples["samples"]
+        if getattr(latent, "is_nested", False) and not isinstance(latent, torch.Tensor):
+            latent = torch.cat([each.flatten() for each in latent.unbind()])
+        tensor = latent.detach().cpu().contiguous()
         save_file({"samples": tensor}, path)
         return {"ui": {"latents": [{"path": str(path), "shape": list(tensor.shape), "dtype": str(tensor.dtype)}]}}
 

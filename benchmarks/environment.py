@@ -1,0 +1,48 @@
+"""What every benchmark starts with: the test environment, and a quiet ComfyUI in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from host import setup  # noqa: E402  (tests/ is on the path now)
+
+
+def enter(comfy: Path | None) -> int | None:
+    """Be in the environment with ComfyUI booted, and return None; else run this command there for its exit code.
+
+    Args:
+        comfy: root of a ComfyUI; None is the test host.
+    """
+    if Path(sys.prefix).resolve() == (setup.HOME / "venv").resolve():
+        boot((comfy or setup.COMFY).resolve())
+        return None
+    try:
+        python = setup.ensure(more=[comfy] if comfy else [])
+    except setup.SetupError as error:
+        print(error, file=sys.stderr)
+        return 1
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(python), *sys.argv], env=environment, check=False).returncode
+
+
+def boot(root: Path) -> None:
+    """Make this process a quiet ComfyUI on the CPU, with one thread and the pack on its path."""
+    sys.argv = [sys.argv[0], "--cpu"]
+    # the folder of tests would hide packages of ComfyUI
+    sys.path.remove(str(ROOT / "tests"))
+    sys.path.insert(0, str(root))
+    sys.path.append(str(ROOT / "workers" / "import_root"))
+    logging.disable(logging.WARNING)
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import torch
+
+    torch.set_num_threads(1)

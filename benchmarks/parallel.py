@@ -1,0 +1,206 @@
+"""What cutting a sequence costs and gains, on the engine alone: P ranks against one process in the same run.
+
+    python benchmarks/parallel.py families | modes | bytes [--comfy PATH] [--only NAME]
+
+families: speed-up of 2 ranks, one thread each, over one with one thread, for every family at a size where
+computing dominates. modes: Ulysses against ring, q, k and v in one exchange or three, cutting once against
+cutting around every block. bytes: what each rank sends per step on 2, 4 and 8 ranks, counted, against the
+closed form (raylight/cost.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import environment
+
+ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to share a forward."""
+
+    ulysses: int = 1
+    ring: int = 1
+    pack: bool = False
+    granularity: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        axes = [f"{axis} {n}" for axis, n in (("ulysses", self.ulysses), ("ring", self.ring)) if n > 1]
+        return ", ".join(
+            [*axes, *(["pack_qkv"] if self.pack else []), *([self.granularity] if self.granularity else [])]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one way, per forward: seconds (median, slowest rank), share of them in collectives, bytes by kind of
+    the rank that sends most, largest relative difference, and what the engine says it had to do."""
+
+    seconds: float
+    waiting: float
+    bytes: dict[str, int]
+    difference: float
+    works: tuple[Any, ...]
+
+
+def main() -> int:
+    """Set up, then measure in the environment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("families", "modes", "bytes"))
+    parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
+    parser.add_argument("--only", default="", help="measure this family only")
+    options = parser.parse_args()
+    code = environment.enter(options.comfy)
+    if code is not None:
+        return code
+    {"families": families, "modes": modes, "bytes": count_bytes}[options.what](options)
+    return 0
+
+
+def measure(model: Any, make: Callable[[], Any], ways: Sequence[Way], rounds: int) -> tuple[float, list[Measured]]:
+    """Seconds of a plain forward, and of one in each way; `rounds` of each after a first one."""
+    import torch
+    from comfy_raylight.tests.engine.ranks import fork, forward_of
+
+    forward = forward_of(model)
+    with torch.inference_mode():
+        args, kwargs = make()
+        reference = forward(*args, **kwargs)
+        plain = _times(forward, make, rounds)
+        found = []
+        for way in ways:
+            ranks = fork(way.ranks, _on_ranks, way, model, make, reference, rounds)
+            problems = [rank for rank in ranks.values() if isinstance(rank, str)]
+            if problems:
+                raise RuntimeError("\n".join(problems))
+            slowest = max(ranks.values(), key=lambda rank: rank.seconds)
+            most = max((rank.bytes for rank in ranks.values()), key=lambda sent: sum(sent.values()))
+            wrong = max(rank.difference for rank in ranks.values())
+            found.append(dataclasses.replace(slowest, bytes=most, difference=wrong))
+        plain += _times(forward, make, rounds) if rounds > 1 else []
+    return statistics.median(plain), found
+
+
+def _on_ranks(  # noqa: PLR0917, called as `fork` calls its job
+    rank: int, size: int, path: str, way: Way, model: Any, make: Any, reference: Any, rounds: int
+) -> Any:
+    import torch
+    from comfy_raylight.patches.registry import plan_for
+    from comfy_raylight.raylight.config import ParallelConfig
+    from comfy_raylight.raylight.hooks import install
+    from comfy_raylight.tests.engine.ranks import difference, forward_of, mesh_of
+
+    parallel = ParallelConfig(world=size, ulysses=way.ulysses, ring=way.ring, cfg=1, pack_qkv=way.pack)
+    mesh = mesh_of(parallel, rank=rank, path=path)
+    granularity: Any = way.granularity
+    installation = install(model, plan_for(model), mesh, granularity=granularity)
+    forward = partial(installation.wrapper, forward_of(model))
+    with torch.inference_mode():
+        args, kwargs = make()
+        wrong = difference(forward(*args, **kwargs), reference)
+        sent, waited = mesh.bytes, mesh.seconds
+        seconds = _times(forward, make, rounds, together=lambda: mesh.control.all_reduce(torch.zeros(1)))
+    moved = {kind: (count - sent.get(kind, 0)) // rounds for kind, count in mesh.bytes.items()}
+    measured = Measured(
+        statistics.median(seconds),
+        (mesh.seconds - waited) / sum(seconds),
+        moved,
+        wrong,
+        tuple(installation.works.values()),
+    )
+    mesh.close()
+    return measured
+
+
+def _times(
+    forward: Callable[..., Any], make: Callable[[], Any], rounds: int, *, together: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """Seconds of each of `rounds` forwards, with inputs made anew since models write into theirs."""
+    times = []
+    for _ in range(rounds):
+        args, kwargs = make()
+        together()
+        began = time.perf_counter()
+        forward(*args, **kwargs)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def families(options: argparse.Namespace) -> None:
+    """Speed-up of two ranks for every family this ComfyUI has."""
+    import sizes
+
+    print("| family | tokens | plain s | 2 ranks s | speed-up | in collectives | MB sent per rank | difference |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (model, make) in sizes.wide(options.only).items():
+        plain, (two,) = measure(model(), make, [Way(ulysses=2)], ROUNDS)
+        tokens = max(work.tokens for work in two.works)
+        print(
+            f"| {name} | {tokens} | {plain:.3f} | {two.seconds:.3f} | {plain / two.seconds:.2f} | {two.waiting:.0%} | "
+            f"{sum(two.bytes.values()) / 1e6:.1f} | {two.difference:.0e} |",
+            flush=True,
+        )
+
+
+def modes(options: argparse.Namespace) -> None:
+    """The ways to share one forward, on two ranks."""
+    import sizes
+
+    ways = [
+        Way(ulysses=2),
+        Way(ulysses=2, pack=True),
+        Way(ulysses=2, granularity="block"),
+        Way(ring=2),
+        Way(ring=2, granularity="block"),
+    ]
+    print("| family | way | plain s | seconds | speed-up | in collectives | MB sent per rank | difference |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (model, make) in sizes.wide(options.only or "wan,flux").items():
+        plain, found = measure(model(), make, ways, ROUNDS)
+        for way, one in zip(ways, found, strict=True):
+            print(
+                f"| {name} | {way} | {plain:.3f} | {one.seconds:.3f} | {plain / one.seconds:.2f} | {one.waiting:.0%} | "
+                f"{sum(one.bytes.values()) / 1e6:.1f} | {one.difference:.0e} |",
+                flush=True,
+            )
+
+
+def count_bytes(options: argparse.Namespace) -> None:
+    """Bytes of one forward, counted and computed."""
+    import sizes
+    from comfy_raylight.raylight import cost
+
+    print("| family | way | attention MB | closed form | exit MB | closed form, joined as wide as the tokens |")
+    print("|---|---|---|---|---|---|")
+    ways = [Way(ulysses=2), Way(ring=2), Way(ulysses=4), Way(ulysses=2, ring=2), Way(ulysses=8), Way(ulysses=4, ring=2)]
+    for name, (model, make) in sizes.even(options.only).items():
+        _, found = measure(model(), make, ways, 1)
+        for way, one in zip(ways, found, strict=True):
+            inside = sum(one.bytes.get(kind, 0) for kind in ("all_to_all", "ring"))
+            leaving = sum(one.bytes.values()) - inside
+            axes = {"ulysses": way.ulysses, "ring": way.ring}
+            least = sum(cost.attention_bytes(work, **axes) for work in one.works)
+            joined = sum(cost.exit_bytes(work, ranks=way.ranks) for work in one.works)
+            counted = f"{inside / 1e6:.3f} | {least / 1e6:.3f} | {leaving / 1e6:.3f} | {joined / 1e6:.3f}"
+            print(
+                f"| {name} | {way} | {counted} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
