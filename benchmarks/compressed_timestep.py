@@ -11,43 +11,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import environment
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 WIDTH, VALUES = 4096, 6
 SLICES = (slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6))
 """What a block asks for, one after another."""
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of storages made inside it, and not those of `before`."""
-
-    def __init__(self, *before: torch.Tensor) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in before}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
 
 
 def main() -> int:
@@ -65,8 +38,10 @@ def main() -> int:
     except ImportError:
         print("This ComfyUI has no LTX-2: name one that has with --comfy", file=sys.stderr)
         return 1
+    import torch
     from comfy_raylight.patches.ltx import local_timestep
     from comfy_raylight.raylight.layout import Layout, Segment
+    from live_bytes import LiveBytes
 
     tokens = options.frames * options.patches
     # rows of a frame are equal, and nothing is stored
@@ -78,7 +53,7 @@ def main() -> int:
         return layout.split(value.expand(), dim=1, over=("v",))
 
     def count(cut: Callable[[], Any]) -> tuple[int, int]:
-        with Alive(value.data, table) as alive:
+        with LiveBytes() as alive:
             local = cut()
             held = alive.bytes
             for indices in SLICES:

@@ -1,6 +1,6 @@
 """What cutting a sequence costs and gains, on the engine alone: P ranks against one process in the same run.
 
-    python benchmarks/parallel.py families | modes | bytes [--comfy PATH] [--only NAME]
+    python benchmarks/parallel.py families | modes | bytes [--comfy PATH] [--only NAME,...]
 
 families: speed-up of 2 ranks, one thread each, over one with one thread, for every family at a size where
 computing dominates. modes: Ulysses against ring, q, k and v in one exchange or three, cutting once against
@@ -62,7 +62,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("families", "modes", "bytes"))
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
-    parser.add_argument("--only", default="", help="measure this family only")
+    parser.add_argument(
+        "--only", default="", help="families to measure, separated by commas; all that there are by default"
+    )
     options = parser.parse_args()
     code = environment.enter(options.comfy)
     if code is not None:
@@ -144,9 +146,10 @@ def families(options: argparse.Namespace) -> None:
     """Speed-up of two ranks for every family this ComfyUI has."""
     import sizes
 
+    chosen = sizes.wide(options.only)
     print("| family | tokens | plain s | 2 ranks s | speed-up | in collectives | MB sent per rank | difference |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, (model, make) in sizes.wide(options.only).items():
+    for name, (model, make) in chosen.items():
         plain, (two,) = measure(model(), make, [Way(ulysses=2)], ROUNDS)
         tokens = max(work.tokens for work in two.works)
         print(
@@ -167,9 +170,10 @@ def modes(options: argparse.Namespace) -> None:
         Way(ring=2),
         Way(ring=2, granularity="block"),
     ]
+    chosen = sizes.wide(options.only or "wan,flux")
     print("| family | way | plain s | seconds | speed-up | in collectives | MB sent per rank | difference |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, (model, make) in sizes.wide(options.only or "wan,flux").items():
+    for name, (model, make) in chosen.items():
         plain, found = measure(model(), make, ways, ROUNDS)
         for way, one in zip(ways, found, strict=True):
             print(
@@ -184,20 +188,19 @@ def count_bytes(options: argparse.Namespace) -> None:
     import sizes
     from comfy_raylight.raylight import cost
 
-    print("| family | way | attention MB | closed form | exit MB | closed form, joined as wide as the tokens |")
-    print("|---|---|---|---|---|---|")
+    chosen = sizes.even(options.only)
+    print("| family | way | attention bytes | closed form | bytes to leave | closed form, full width | difference |")
+    print("|---|---|---|---|---|---|---|")
     ways = [Way(ulysses=2), Way(ring=2), Way(ulysses=4), Way(ulysses=2, ring=2), Way(ulysses=8), Way(ulysses=4, ring=2)]
-    for name, (model, make) in sizes.even(options.only).items():
+    for name, (model, make) in chosen.items():
         _, found = measure(model(), make, ways, 1)
         for way, one in zip(ways, found, strict=True):
             inside = sum(one.bytes.get(kind, 0) for kind in ("all_to_all", "ring"))
             leaving = sum(one.bytes.values()) - inside
-            axes = {"ulysses": way.ulysses, "ring": way.ring}
-            least = sum(cost.attention_bytes(work, **axes) for work in one.works)
+            least = sum(cost.attention_bytes(work, ulysses=way.ulysses, ring=way.ring) for work in one.works)
             joined = sum(cost.exit_bytes(work, ranks=way.ranks) for work in one.works)
-            counted = f"{inside / 1e6:.3f} | {least / 1e6:.3f} | {leaving / 1e6:.3f} | {joined / 1e6:.3f}"
             print(
-                f"| {name} | {way} | {counted} |",
+                f"| {name} | {way} | {inside} | {least:.0f} | {leaving} | {joined:.0f} | {one.difference:.0e} |",
                 flush=True,
             )
 

@@ -1,6 +1,6 @@
 """Models and inputs for the benchmarks: the classes of the parity tests, wide enough to be worth sharing.
 
-Widths and tokens are such that one thread of a CPU takes about half a second for a forward, nearly all of it inside
+Widths and tokens are such that one thread of a CPU takes about a second for a forward, nearly all of it inside
 the blocks. Text has the 7 tokens of the tests where it stands beside the sequence, since it costs next to nothing.
 """
 
@@ -28,14 +28,12 @@ from comfy_raylight.tests.engine.families import (
     wan,
     wan_variants,
 )
-from comfy_raylight.tests.engine.families import (
-    even as dividing,
-)
+from comfy_raylight.tests.engine.families import even as dividing
 
 Named = dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Inputs]]]
 """What builds a model and what makes its inputs, by a short name of the model."""
 
-AXES = [32, 48, 48]
+AXES = (32, 48, 48)
 """Of rotary positions, 128 channels in a head."""
 WIDE = dict(dim=768, ffn_dim=3072, num_heads=6)
 """Of Wan's variants."""
@@ -72,10 +70,10 @@ def wan_like() -> tuple[torch.nn.Module, Callable[[int], Inputs]]:
     return wan.wan(**WIDE, num_layers=4), make
 
 
-def ltx_like(*, blocks: int, width: int = 768) -> torch.nn.Module:
-    """An LTX-Video model, 128 channels in a head."""
-    sizes = {**ltx.SIZES, "attention_head_dim": 128, "num_attention_heads": width // 128, "cross_attention_dim": width}
-    return build("comfy.ldm.lightricks.model.LTXVModel", **sizes, num_layers=blocks)
+def ltx_like(*, blocks: int, heads: int, channels: int = 128) -> torch.nn.Module:
+    """An LTX-Video model with so many channels in each head."""
+    wanted = dict(attention_head_dim=channels, num_attention_heads=heads, cross_attention_dim=heads * channels)
+    return build("comfy.ldm.lightricks.model.LTXVModel", **{**ltx.SIZES, **wanted}, num_layers=blocks)
 
 
 def _chosen(cases: Sequence[Case], only: str) -> Named:
@@ -86,10 +84,15 @@ def _chosen(cases: Sequence[Case], only: str) -> Named:
     return {name: known[name] for name in names}
 
 
-def resized(make: Callable[[], Inputs], *shape: int) -> Inputs:
+def _resized(make: Callable[[], Inputs], *shape: int) -> Inputs:
     """Inputs of the tests with latents of another shape."""
     (_, *rest), more = make()
     return (random(*shape), *rest), more
+
+
+def _hunyuan_video(*, text: int, shape: tuple[int, int, int]) -> Inputs:
+    (_, t, _, pooled), more = hunyuan.video(mask=False)
+    return (random(1, 4, *shape), t, random(1, text, 16), pooled), more
 
 
 def _sd3(*, heads: int, blocks: int, side: int) -> torch.nn.Module:
@@ -118,31 +121,33 @@ def _cosmos(model: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Mod
     return partial(model, **sizes, max_img_h=64, max_img_w=64)
 
 
-_clip = random(1, 257, 1280)
-_clip_video = partial(wan.video, frames=4, height=32, width=48, clip_fea=_clip)
-"""1536 tokens."""
+def _wan_video(beside: Callable[[], dict[str, Any]] = dict) -> Inputs:
+    """1536 tokens, and what a variant wants beside them."""
+    return wan.video(frames=4, height=32, width=48, clip_fea=random(1, 257, 1280), **beside())
+
+
 _chroma = dict(**JOINT, axes_dim=AXES, out_dim=768, hidden_dim=256, depth=2, depth_single_blocks=4)
 _next = dict(dim=768, n_heads=6, n_kv_heads=6, axes_dims=AXES, multiple_of=256, pad_tokens_multiple=32)
-_sheet = partial(resized, lumina.sheet, 1, 4, 64, 64)
+_sheet = partial(_resized, lumina.sheet, 1, 4, 64, 64)
 
 CASES = (
     Case(
         name="wan",
         family="WanModel",
         model=partial(wan.wan, **WIDE, num_layers=3),
-        make=partial(wan.video, frames=4, height=32, width=48),
+        make=_wan_video,
     ),
     Case(
         name="vace",
         family="VaceWanModel",
         model=partial(wan_variants.vace, **WIDE, num_layers=2, vace_layers=1),
-        make=partial(_clip_video, vace_context=random(1, 1, 6, 4, 32, 48), vace_strength=[0.7]),
+        make=partial(_wan_video, lambda: {"vace_context": random(1, 1, 6, 4, 32, 48), "vace_strength": [0.7]}),
     ),
     Case(
         name="camera",
         family="CameraWanModel",
         model=partial(wan_variants.camera, **WIDE, num_layers=3),
-        make=partial(_clip_video, camera_conditions=random(1, 24, 4, 256, 384) * 0.001),
+        make=partial(_wan_video, lambda: {"camera_conditions": random(1, 24, 4, 256, 384) * 0.001}),
     ),
     Case(
         name="humo",
@@ -166,7 +171,7 @@ CASES = (
         name="scail",
         family="SCAILWanModel",
         model=partial(wan_variants.scail, **WIDE, num_layers=3),
-        make=partial(_clip_video, pose_latents=random(1, 4, 4, 16, 24)),
+        make=partial(_wan_video, lambda: {"pose_latents": random(1, 4, 4, 16, 24)}),
         needs=wan_variants.SCAIL,
     ),
     Case(
@@ -198,25 +203,25 @@ CASES = (
         name="hunyuan",
         family="HunyuanVideo",
         model=partial(hunyuan.hunyuan, **JOINT, axes_dim=AXES, depth=2, depth_single_blocks=4),
-        make=partial(resized, hunyuan.video, 1, 4, 4, 32, 32),
+        make=partial(_hunyuan_video, text=64, shape=(4, 32, 32)),
     ),
     Case(
         name="hunyuan3d",
         family="Hunyuan3Dv2",
         model=partial(hunyuan.shape3d, **JOINT, depth=2, depth_single_blocks=4),
-        make=partial(resized, hunyuan.latents, 1, 8, 1024),
+        make=partial(_resized, hunyuan.latents, 1, 8, 1024),
     ),
     Case(
         name="hunyuan3d_21",
         family="HunYuanDiTPlain",
         model=partial(hunyuan.shape3d_21, hidden_size=768, num_heads=6, depth=3, num_moe_layers=1),
-        make=partial(resized, partial(hunyuan.latents, 2), 2, 8, 1024),
+        make=partial(_resized, partial(hunyuan.latents, 2), 2, 8, 1024),
     ),
     Case(
         name="qwen",
         family="QwenImageTransformer2DModel",
         model=partial(qwen.qwen, attention_head_dim=128, num_attention_heads=6, axes_dims_rope=AXES),
-        make=partial(resized, partial(qwen.image, text=64), 1, 4, 1, 64, 96),
+        make=partial(_resized, partial(qwen.image, text=64), 1, 4, 1, 64, 96),
     ),
     Case(
         name="zimage",
@@ -234,7 +239,7 @@ CASES = (
     Case(
         name="ltxv",
         family="LTXVModel",
-        model=partial(ltx_like, blocks=4),
+        model=partial(ltx_like, blocks=4, heads=6),
         make=partial(ltx.video, shape=(4, 16, 24), timed=True),
     ),
     Case(
@@ -248,38 +253,38 @@ CASES = (
         name="sd3",
         family="OpenAISignatureMMDITWrapper",
         model=partial(_sd3, heads=12, blocks=4, side=32),
-        make=partial(resized, mmdit.picture, 1, 4, 64, 64),
+        make=partial(_resized, mmdit.picture, 1, 4, 64, 64),
     ),
     Case(
         name="auraflow",
         family="MMDiT",
         model=partial(mmdit.aura, dim=768, n_heads=6, global_conddim=768, max_seq=1024),
-        make=partial(resized, mmdit.plain_picture, 1, 4, 64, 64),
+        make=partial(_resized, mmdit.plain_picture, 1, 4, 64, 64),
     ),
     Case(
         name="cosmos2",
         family="MiniTrainDIT",
         model=_cosmos(cosmos.predict2),
-        make=partial(resized, cosmos.video, 1, 4, 4, 32, 48),
+        make=partial(_resized, cosmos.video, 1, 4, 4, 32, 48),
     ),
     Case(
         name="anima",
         family="Anima",
         model=_cosmos(cosmos.anima),
-        make=partial(resized, cosmos.video, 1, 4, 1, 64, 64),
+        make=partial(_resized, cosmos.video, 1, 4, 1, 64, 64),
         needs=cosmos.anima_needs,
     ),
     Case(
         name="cosmos1",
         family="GeneralDIT",
         model=_cosmos(cosmos.cosmos1),
-        make=partial(resized, cosmos.video, 1, 4, 4, 32, 48),
+        make=partial(_resized, cosmos.video, 1, 4, 4, 32, 48),
     ),
     Case(
         name="kandinsky5",
         family="Kandinsky5",
         model=partial(videos.kandinsky5, model_dim=768, ff_dim=3072, axes_dims=AXES),
-        make=partial(resized, videos.kandinsky5_video, 1, 4, 4, 32, 48),
+        make=partial(_resized, videos.kandinsky5_video, 1, 4, 4, 32, 48),
         needs=videos.KANDINSKY5,
     ),
     Case(
@@ -292,7 +297,7 @@ CASES = (
             axes_dims_rope=AXES,
             max_resolution=(64, 64),
         ),
-        make=partial(resized, images.hidream_picture, 1, 4, 64, 64),
+        make=partial(_resized, images.hidream_picture, 1, 4, 64, 64),
     ),
     Case(
         name="omnigen2",
@@ -300,14 +305,14 @@ CASES = (
         model=partial(
             images.omnigen2, hidden_size=768, num_attention_heads=6, num_kv_heads=2, multiple_of=256, axes_dim_rope=AXES
         ),
-        make=partial(resized, images.omnigen2_picture, 1, 4, 64, 64),
+        make=partial(_resized, images.omnigen2_picture, 1, 4, 64, 64),
     ),
     Case(
         name="mochi",
         family="AsymmDiTJoint",
         # its feed-forward has 8192 channels whatever the width
         model=partial(videos.mochi, hidden_size_x=768, hidden_size_y=384, num_heads=6, depth=2, mlp_ratio_x=16.0),
-        make=partial(resized, videos.mochi_video, 1, 4, 4, 32, 32),
+        make=partial(_resized, videos.mochi_video, 1, 4, 4, 32, 32),
     ),
     Case(
         name="cogvideox",
@@ -315,7 +320,7 @@ CASES = (
         model=partial(
             videos.cogvideox, num_attention_heads=12, attention_head_dim=64, sample_width=48, sample_height=32
         ),
-        make=partial(resized, videos.cogvideox_video, 1, 4, 4, 32, 48),
+        make=partial(_resized, videos.cogvideox_video, 1, 4, 4, 32, 48),
         needs=videos.COGVIDEOX,
     ),
     Case(
@@ -343,18 +348,18 @@ CASES = (
         name="ernie",
         family="ErnieImageModel",
         model=partial(images.ernie, hidden_size=768, num_attention_heads=6, ffn_hidden_size=3072, rope_axes_dim=AXES),
-        make=partial(resized, images.ernie_picture, 1, 4, 32, 48),
+        make=partial(_resized, images.ernie_picture, 1, 4, 32, 48),
         needs=images.ERNIE,
     ),
     Case(
         name="pixart",
         family="PixArtMS",
         model=partial(images.pixart, hidden_size=768, num_heads=6, depth=4, mlp_ratio=4.0),
-        make=partial(resized, images.pixart_picture, 1, 4, 64, 64),
+        make=partial(_resized, images.pixart_picture, 1, 4, 64, 64),
     ),
 )
 
-_eight = dict(attention_head_dim=12, num_attention_heads=8)
+_eight: dict[str, Any] = dict(attention_head_dim=12, num_attention_heads=8)
 
 EVEN = (
     Case(name="wan", family="WanModel", model=dividing.eight_heads, make=dividing.wide),
@@ -363,6 +368,25 @@ EVEN = (
         name="qwen",
         family="QwenImageTransformer2DModel",
         model=partial(qwen.qwen, **_eight),
-        make=partial(resized, partial(qwen.image, text=8), 1, 4, 1, 8, 16),
+        make=partial(_resized, partial(qwen.image, text=8), 1, 4, 1, 8, 16),
+    ),
+    Case(
+        name="ltxv",
+        family="LTXVModel",
+        model=partial(ltx_like, blocks=3, heads=8, channels=12),
+        make=partial(ltx.video, shape=(2, 4, 8)),
+    ),
+    Case(
+        name="hunyuan",
+        family="HunyuanVideo",
+        model=partial(hunyuan.hunyuan, hidden_size=96, num_heads=8),
+        make=partial(_hunyuan_video, text=8, shape=(2, 8, 16)),
+    ),
+    Case(
+        name="zimage",
+        family="NextDiT",
+        model=partial(lumina.zimage, dim=416, n_heads=8, n_kv_heads=8),
+        make=partial(_resized, partial(lumina.sheet, text=8), 1, 4, 8, 16),
     ),
 )
+"""For `even`."""
