@@ -102,6 +102,7 @@ def _on_ranks(  # noqa: PLR0917, called as `fork` calls its job
 ) -> Any:
     import torch
     from comfy_raylight.patches.registry import plan_for
+    from comfy_raylight.raylight import kernels
     from comfy_raylight.raylight.config import ParallelConfig
     from comfy_raylight.raylight.hooks import install
     from comfy_raylight.tests.engine.ranks import difference, forward_of, mesh_of
@@ -109,7 +110,7 @@ def _on_ranks(  # noqa: PLR0917, called as `fork` calls its job
     parallel = ParallelConfig(world=size, ulysses=way.ulysses, ring=way.ring, cfg=1, pack_qkv=way.pack)
     mesh = mesh_of(parallel, rank=rank, path=path)
     granularity: Any = way.granularity
-    installation = install(model, plan_for(model), mesh, granularity=granularity)
+    installation = install(model, plan_for(model), mesh, kernel=kernels.chosen(parallel), granularity=granularity)
     forward = partial(installation.wrapper, forward_of(model))
     with torch.inference_mode():
         args, kwargs = make()

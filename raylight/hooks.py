@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import kernels, overrides
+from . import overrides
 from .attention import ByLength, SequenceAttention
 from .cost import Work
 from .cuts import Entry
 from .errors import PlanError
+from .kernels import LocalKernel
 from .layout import Layout, Segment
 from .mesh import Mesh
 from .plan import Blocks, Head, Plan, Site, Whole
@@ -28,23 +29,22 @@ def install(
     plan: Plan,
     mesh: Mesh,
     *,
+    kernel: LocalKernel | None = None,
     granularity: Granularity | None = None,
-    device: torch.device | None = None,
 ) -> Installation:
     """Put a plan's hooks on a model.
 
     Args:
         model: the diffusion model itself; its weights are not touched.
         plan: where its tokens are.
-        mesh: the ranks that share the sequence, and the attention kernel to use.
+        mesh: the ranks that share the sequence.
+        kernel: computes attention locally (`kernels.chosen`); None is what the model calls. A ring needs one.
         granularity: cut once per region ("trunk") or around every block ("block"); None decides per forward.
-        device: where the model will run; None is the accelerator, or the CPU where there is none.
 
     Raises:
         PlanError: the plan names a module or argument that the model does not have.
-        ConfigError: the mesh asks for a kernel that is not there.
     """
-    return Installation(model, plan, mesh, granularity=granularity, device=device)
+    return Installation(model, plan, mesh, kernel=kernel, granularity=granularity)
 
 
 class _Forward:
@@ -79,12 +79,11 @@ class Installation:
         plan: Plan,
         mesh: Mesh,
         *,
+        kernel: LocalKernel | None,
         granularity: Granularity | None,
-        device: torch.device | None,
     ) -> None:
         self.mesh = mesh
-        ring = mesh.parallel.degrees["ring"] > 1
-        self.kernel = kernels.resolve(mesh.parallel.attention, ring=ring, device=device)
+        self.kernel = kernel
         self.forward: _Forward | None = None
         self.regions = plan.regions
         self.works: dict[int, Work] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import torch_kernels
+from .config import ParallelConfig
 from .errors import ConfigError
 from .torch_kernels import Part
 
@@ -189,6 +190,11 @@ def scale_of(q: torch.Tensor, kwargs: Mapping[str, Any]) -> float:
     """The factor of the scores that a call asks for, or the usual one."""
     scale = kwargs.get("scale")
     return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def chosen(parallel: ParallelConfig, *, device: torch.device | None = None) -> LocalKernel | None:
+    """What `resolve` gives for the kernel and the ring of a pool."""
+    return resolve(parallel.attention, ring=parallel.degrees["ring"] > 1, device=device)
 
 
 def resolve(name: str, *, ring: bool = False, device: torch.device | None = None) -> LocalKernel | None:

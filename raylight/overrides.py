@@ -33,9 +33,11 @@ def compose(
         def local(q: torch.Tensor, *a: Any, **k: Any) -> torch.Tensor:
             if user is None:
                 return base(q, *a, **k)
+            if attention is None:
+                return user(base, q, *a, **k)
             before = _random_states(q)
             out = user(base, q, *a, **k)
-            if attention is not None and not all(map(torch.equal, before, _random_states(q))):
+            if not all(map(torch.equal, before, _random_states(q))):
                 raise UnsupportedError(
                     "An attention override draws random numbers",
                     "each worker sees other heads and would draw others than ComfyUI alone",

@@ -17,6 +17,7 @@ from ..raylight import cost
 from ..raylight.config import ModelSpec, WorkerSettings
 from ..raylight.errors import LoadError
 from ..raylight.hooks import install
+from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
 from .comfy_host import device_uuid
 from .loading import load_options
@@ -38,7 +39,7 @@ class WorkerModel:
         UnsupportedError: no plan for the family, while the mesh divides sequences.
     """
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, kernel: LocalKernel | None) -> None:
         now = ModelSpec.of(spec.path, dtype=spec.dtype, options=spec.options)
         if now != spec:
             raise LoadError(
@@ -61,8 +62,7 @@ class WorkerModel:
         self._mesh = mesh
         self._installation = None
         if mesh.parallel.needs_plan:
-            device = model_management.get_torch_device()
-            self._installation = install(self.diffusion, plan_for(self.diffusion), mesh, device=device)
+            self._installation = install(self.diffusion, plan_for(self.diffusion), mesh, kernel=kernel)
 
     @property
     def diffusion(self) -> torch.nn.Module:

@@ -35,6 +35,7 @@ class Runner:
         self._store: Any = None
         self._listener: socket.socket | None = None
         self._mesh: Mesh | None = None
+        self._kernel: kernels.LocalKernel | None = None
         self._models: dict[ModelSpec, WorkerModel] = {}
         self._active: tuple[ModelSpec, str] | None = None
         self._functions: dict[int, Callable[..., Any]] = {}
@@ -82,7 +83,7 @@ class Runner:
         """
         device, parallel = model_management.get_torch_device(), request.parallel
         # before anything is loaded, so that RayInitializer says it
-        kernels.resolve(parallel.attention, ring=parallel.degrees["ring"] > 1, device=device)
+        self._kernel = kernels.chosen(parallel, device=device)
         if model_management.is_device_cpu(device):
             torch.set_num_threads(request.threads)
         meet = request.rendezvous
@@ -137,7 +138,7 @@ class Runner:
         """Load a model, or say what is known of it where it is already here."""
         if spec not in self._models:
             with torch.inference_mode():
-                self._models[spec] = WorkerModel(spec, self.mesh)
+                self._models[spec] = WorkerModel(spec, self.mesh, self._kernel)
         return self._models[spec].facts()
 
     def patch(self, request: PatchRequest) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from comfy_raylight.raylight import cost
+from comfy_raylight.raylight import cost, kernels
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.hooks import install
 from comfy_raylight.raylight.mesh import Mesh
@@ -89,7 +89,7 @@ def run_case(case: Case, model: Any, reference: Any, mesh: Mesh, mode: str) -> d
     used = copy.copy(mesh)
     used.parallel = dataclasses.replace(mesh.parallel, **SWITCHES.get(mode, {}))
     granularity: Any = mode if mode in ("trunk", "block") else None
-    installation = install(model, case.plan(model), used, granularity=granularity)
+    installation = install(model, case.plan(model), used, kernel=kernels.chosen(used.parallel), granularity=granularity)
     before, sent = mesh.collectives, mesh.bytes
     result: dict[str, Any] = {}
     try:
@@ -226,7 +226,7 @@ def one_process(prepared: list[tuple[Case, Any, Any]]) -> dict[str, float]:
         for case, model, reference in prepared:
             for attention in ALONE.get(case.name, ()):
                 mesh = Mesh.single(ParallelConfig(world=1, attention=attention))
-                installation = install(model, case.plan(model), mesh)
+                installation = install(model, case.plan(model), mesh, kernel=kernels.chosen(mesh.parallel))
                 args, kwargs = case.inputs()
                 out = installation.wrapper(forward_of(model), *args, **kwargs)
                 installation.remove()
