@@ -15,7 +15,7 @@ from .quant_layouts import Parts
 
 CPU_CHUNK = 1 << 19
 """Weights decoded at a time on a CPU: few enough for its caches, enough to hide what starting an operation takes."""
-GPU_CHUNK = 1 << 23
+GPU_CHUNK = 1 << 24
 """The same elsewhere, where an operation takes less than starting it; its scratch is a few bytes for each weight."""
 
 

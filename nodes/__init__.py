@@ -1,24 +1,34 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
 from .initializer import RayInitializer, RayInitializerAdvanced
-from .loaders import RayUNETLoader
+from .loaders import RayGGUFLoader, RayUNETLoader
+from .loras import RayLoraLoader, RayLoraLoaderModelOnly
 from .ltx import RayLTXFFNChunker
+from .memory import RayOffloadModel
 from .samplers import XFuserKSamplerAdvanced
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
 NODE_CLASS_MAPPINGS = {
+    "RayGGUFLoader": RayGGUFLoader,
     "RayInitializer": RayInitializer,
     "RayInitializerAdvanced": RayInitializerAdvanced,
     "RayLTXFFNChunker": RayLTXFFNChunker,
+    "RayLoraLoader": RayLoraLoader,
+    "RayLoraLoaderModelOnly": RayLoraLoaderModelOnly,
+    "RayOffloadModel": RayOffloadModel,
     "RayUNETLoader": RayUNETLoader,
     "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
     "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
+    "RayLoraLoader": "Ray LoRA Loader (chain)",
+    "RayLoraLoaderModelOnly": "Ray LoRA Loader",
+    "RayOffloadModel": "Offload Model (Ray)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }

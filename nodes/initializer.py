@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..loaders.source import fastsafetensors
 from ..raylight.config import ParallelConfig, PoolConfig
 from ..raylight.errors import ConfigError, UnsupportedError
 from ..raylight.kernels import NAMES
@@ -103,15 +104,28 @@ OPTIONAL: dict[str, Any] = {
     ),
     "use_mmap": (
         "BOOLEAN",
-        {"default": True, "tooltip": "Kept for saved workflows: the workers read files the way ComfyUI does."},
+        {
+            "default": True,
+            "tooltip": "Map model files: all workers share one copy in host memory. Off: each worker reads a copy of "
+            "its own, one after another, for network drives that map badly.",
+        },
     ),
     "mmap_cache_size": (
         "INT",
-        {"default": 2, "min": 1, "max": 10, "tooltip": "Kept for saved workflows; has no effect yet."},
+        {
+            "default": 2,
+            "min": 1,
+            "max": 10,
+            "tooltip": "Models that stay mapped in the workers. More stay only while a workflow uses them.",
+        },
     ),
     "use_fastsafe": (
         "BOOLEAN",
-        {"default": False, "tooltip": "Read files with fastsafetensors. Not available yet: keep it off."},
+        {
+            "default": False,
+            "tooltip": "Read safetensors files with the package fastsafetensors, into memory of each worker. Needs "
+            "the package installed.",
+        },
     ),
 }
 
@@ -174,6 +188,8 @@ def pool_config(
         ConfigError: values that do not fit together; the message says what to change.
         UnsupportedError: a switch of the earlier pack that this version does not have yet.
     """
+    if use_fastsafe:
+        fastsafetensors()
     for name, value in (("FSDP", FSDP), ("FSDP_CPU_OFFLOAD", FSDP_CPU_OFFLOAD)):
         if value:
             raise UnsupportedError(
@@ -181,10 +197,6 @@ def pool_config(
                 "every worker holds the whole model",
                 f"Switch {name} off; for a model that does not fit, use an fp8 weight_dtype or a smaller model",
             )
-    if use_fastsafe:
-        raise UnsupportedError(
-            "use_fastsafe is switched on, and fastsafetensors is not supported yet", "", "Switch it off"
-        )
     return PoolConfig(
         parallel=ParallelConfig(
             world=GPU,
@@ -204,6 +216,8 @@ def pool_config(
         if torch_dist_address.strip() == OLD_RENDEZVOUS
         else _address(torch_dist_address, "torch_dist_address"),
         check_links=not skip_comm_test,
+        reader="fastsafetensors" if use_fastsafe else "map" if use_mmap else "private",
+        models_kept=mmap_cache_size,
     )
 
 

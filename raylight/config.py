@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError, LoadError
 
 AXES = ("dp", "cfg", "ring", "ulysses")
 """Mesh axes from outermost to innermost: ulysses ranks are neighbours (design section 5)."""
+READERS = ("map", "private", "fastsafetensors")
+"""Ways to read a model file (see loaders.source)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,9 @@ class PoolConfig:
         dashboard: "host:port" of Ray's dashboard, or "" for none.
         rendezvous: "host" or "host:port" rank 0's store listens on; "" means loopback and a free port.
         check_links: run one all-reduce per axis after the start and log bandwidth.
+        reader: how workers read model files, one of READERS.
+        models_kept: models that stay mapped in the workers although no workflow uses them any more, at most,
+            together with those in use.
     """
 
     parallel: ParallelConfig
@@ -94,6 +101,8 @@ class PoolConfig:
     dashboard: str = ""
     rendezvous: str = ""
     check_links: bool = False
+    reader: str = "map"
+    models_kept: int = 2
 
     def __post_init__(self) -> None:
         if self.devices and len(set(self.devices)) != len(self.devices):
@@ -108,6 +117,9 @@ class PoolConfig:
             raise ConfigError("gpu_indices holds a negative number", str(list(self.devices)))
         if self.object_store_gb < 0:
             raise ConfigError("ray_object_store_gb is negative", str(self.object_store_gb), "Use 0 for Ray's default")
+        if self.models_kept < 1:
+            raise ConfigError("mmap_cache_size is below 1", str(self.models_kept), "Use 1 or more")
+        assert self.reader in READERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +128,9 @@ class ModelSpec:
 
     `size` is in bytes, `mtime_ns` in nanoseconds since the epoch. `dtype` and `options` mean what
     ComfyUI's UNETLoader means by `weight_dtype`: a torch dtype name or "", and the names of boolean
-    model options to switch on.
+    model options to switch on. `reader` is one of READERS. `dequant_dtype` and `patch_dtype` are for GGUF
+    files: the torch dtype, or "" for the computation's, that weights are rounded to after they are
+    dequantised, and that patches to them are computed in (float32 where "").
     """
 
     path: str
@@ -125,10 +139,16 @@ class ModelSpec:
     inode: int
     dtype: str = ""
     options: tuple[str, ...] = ()
+    reader: str = "map"
+    dequant_dtype: str = ""
+    patch_dtype: str = ""
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], *, dtype: str = "", options: tuple[str, ...] = ()) -> ModelSpec:
+    def of(cls, path: str | os.PathLike[str], **options: Any) -> ModelSpec:
         """Describe the file as it is now.
+
+        Args:
+            options: the other fields.
 
         Raises:
             LoadError: the file does not exist or cannot be read.
@@ -147,9 +167,19 @@ class ModelSpec:
             size=stat.st_size,
             mtime_ns=stat.st_mtime_ns,
             inode=stat.st_ino,
-            dtype=dtype,
-            options=options,
+            **options,
         )
+
+    def now(self) -> ModelSpec:
+        """The same file with the same options as it is now: equal to this one unless the file changed.
+
+        Raises:
+            LoadError: the file does not exist any more, or cannot be read.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("path", "size", "mtime_ns", "inode"):
+            del fields[name]
+        return ModelSpec.of(self.path, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,14 +44,18 @@ class Arena:
         return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 
 
-def open_arena(ref: ArenaRef) -> torch.Tensor:
+def open_arena(ref: ArenaRef, *, private: bool = False) -> torch.Tensor:
     """Map another process's arena: a uint8 tensor of `ref.size` bytes.
+
+    Args:
+        private: what is written here stays here; pages that are only read are still the one copy.
 
     Raises:
         OSError: the process is not on this host, or its memory may not be opened.
     """
     fd = os.open(f"/proc/{ref.pid}/fd/{ref.fd}", os.O_RDWR)
     try:
-        return torch.frombuffer(mmap.mmap(fd, ref.size), dtype=torch.uint8)
+        mapped = mmap.mmap(fd, ref.size, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
     finally:
         os.close(fd)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_base
 import comfy.model_detection
 import comfy.sd
 import comfy.utils
-import safetensors
 import torch
 
+from ..loaders.header import Entry, Header, read_header
+from ..loaders.source import opened, read_tensor
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
 from .loading import load_options
@@ -23,6 +22,13 @@ REAL_BYTES = 4 << 10
 REAL_VECTOR_BYTES = 64 << 10
 """Tensors up to these sizes are read: detection looks at some values (norm scales, quantisation markers)."""
 
+
+AUDIO_AND_VIDEO = "audio_to_video_attn."
+"""In the keys of LTX-2 only."""
+NO_DIFFUSION = frozenset(
+    {"llama", "t5", "t5encoder", "clip", "qwen2", "qwen2vl", "qwen3", "gemma2", "gemma3", "mistral3"}
+)
+"""GGUF architectures (its `general.architecture`) that are text encoders."""
 
 NUMBERS = (torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.logspace)
 """What makes tensors of known numbers, which some models (PixArt) read back while they are built."""
@@ -53,6 +59,7 @@ def build(spec: ModelSpec) -> tuple[Any, Any]:
         LoadError: the file is missing, damaged or not a diffusion model ComfyUI knows.
     """
     state, metadata = header(spec.path)
+    check_metadata(spec.path, state, metadata)
     options, keywords = load_options(spec)
     with torch.device("meta"), _StayOnMeta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading values into meta parameters is a no-op, and torch says so
@@ -65,6 +72,28 @@ def build(spec: ModelSpec) -> tuple[Any, Any]:
             "Choose a diffusion model file (not a LoRA, VAE or text encoder)",
         )
     return patcher.model, state
+
+
+def check_metadata(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> None:
+    """Refuse files that ComfyUI would take for something they are not.
+
+    Raises:
+        LoadError: a GGUF file of another kind of model, or of LTX-2 without its `config`, without which ComfyUI
+            silently builds another model.
+    """
+    architecture = (metadata or {}).get("general.architecture", "")
+    if architecture in NO_DIFFUSION:
+        raise LoadError(
+            f"{os.path.basename(path)} is not a diffusion model",
+            f"its architecture is {architecture!r}",
+            "Choose the diffusion model's file; text encoders have loaders of their own",
+        )
+    if any(AUDIO_AND_VIDEO in key for key in state) and "config" not in (metadata or {}):
+        raise LoadError(
+            f"{os.path.basename(path)} does not hold the model's settings",
+            "LTX-2 files need the text field 'config', which was lost when this one was converted",
+            "Choose a file that was converted with its metadata",
+        )
 
 
 def without_weights(ghost: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, cast: torch.dtype | None) -> Any:
@@ -92,63 +121,20 @@ def without_weights(ghost: Any, state: dict[str, torch.Tensor], dtype: torch.dty
 def header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
     """A file's tensors as meta tensors of their shape and dtype (small ones real), and its metadata.
 
+    Quantised GGUF tensors appear with the shape and dtype they say they have in a worker (gguf_ops.Blocks).
+
     Raises:
-        LoadError: the file is not what its name says.
+        LoadError: the file is missing, or not what its name says.
     """
-    if path.lower().endswith((".safetensors", ".sft")):
-        return _read(path, _safetensors_header)
-    return _read(path, _whole_file)
+    with opened(path) as fd:
+        found = read_header(path, fd)
+        state = {name: _real_or_meta(found, fd, entry) for name, entry in found.entries.items()}
+    return state, dict(found.metadata) or None
 
 
-def _read(
-    path: str, reader: Callable[[str], tuple[dict[str, torch.Tensor], dict[str, str] | None]]
-) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    try:
-        return reader(path)
-    except Exception as error:  # every reader has its own exception types; all mean the same to the user
-        raise LoadError(
-            f"{os.path.basename(path)} cannot be read as a model file",
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            "The file is damaged, incomplete or of another kind: download it again or choose another one",
-        ) from error
-
-
-def _safetensors_header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    state = {}
-    with safetensors.safe_open(path, framework="pt") as file:
-        for key in file.keys():
-            part = file.get_slice(key)
-            shape, dtype = part.get_shape(), DTYPES[part.get_dtype()]
-            state[key] = _real_or_meta(shape, dtype, functools.partial(file.get_tensor, key))
-        return state, file.metadata()
-
-
-def _whole_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    """Formats without a header to read on their own: the tensors exist for the length of this call."""
-    loaded, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    state = {key: _real_or_meta(value.shape, value.dtype, value.clone) for key, value in loaded.items()}
-    return state, metadata
-
-
-def _real_or_meta(shape: Any, dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> torch.Tensor:
-    size = dtype.itemsize * torch.Size(shape).numel()
-    if size <= REAL_BYTES or (len(shape) == 1 and size <= REAL_VECTOR_BYTES):
-        return read()
-    return torch.empty(tuple(shape), dtype=dtype, device="meta")
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of dtypes (the format's README, "Format")."""
+def _real_or_meta(found: Header, fd: int, entry: Entry) -> torch.Tensor:
+    if entry.quant:
+        return torch.empty(entry.shape, dtype=torch.float16, device="meta")
+    if entry.nbytes <= REAL_BYTES or (len(entry.shape) == 1 and entry.nbytes <= REAL_VECTOR_BYTES):
+        return read_tensor(found, fd, entry)
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from ..raylight import cfg
 from ..raylight.config import ModelSpec
 from ..raylight.errors import RaylightError
-from .messages import ModelFacts
+from .messages import LoadRequest, ModelFacts
 from .pool import Pool
-from .replica import Call, Replica
+from .replica import Call, Patches, Replica
 from .transfer import Reference
 
 T = TypeVar("T")
@@ -37,12 +37,22 @@ class Groups:
         self.pool = pool
         self._together = cfg.Together()
         size = pool.config.parallel.sequence
-        self.replicas = [Replica(self, ranks[start : start + size], refer) for start in range(0, len(ranks), size)]
+        self.replicas = [
+            Replica(self, ranks[start : start + size], refer, models_kept=pool.config.models_kept)
+            for start in range(0, len(ranks), size)
+        ]
 
-    def load(self, spec: ModelSpec, holder: object) -> list[ModelFacts]:
+    def load(self, request: LoadRequest, holder: object) -> list[ModelFacts]:
         """Have the model loaded on every rank; see Replica.load."""
-        found = self._each(lambda replica: replica.load(spec, holder))
+        if request.spec.reader == "map":
+            found = self._each(lambda replica: replica.load(request, holder))
+        else:
+            found = [replica.load(request, holder) for replica in self.replicas]
         return [facts for group in found for facts in group]
+
+    def holds(self, spec: ModelSpec, patches: Patches) -> bool:
+        """Whether the model has these patches already on every group."""
+        return all(replica.holds(spec, patches) for replica in self.replicas)
 
     def run(self, calls: Mapping[int, Call]) -> dict[int, tuple[Any, tuple[Any, Any] | None]]:
         """Run a call on some groups, by number of the group; see Replica.run."""
@@ -53,9 +63,9 @@ class Groups:
         """Bytes of the model that may be on the device of this uuid."""
         return sum(replica.share(spec, device) for replica in self.replicas)
 
-    def offload(self) -> None:
-        """Take the weights off the workers' devices."""
-        self._each(Replica.offload)
+    def offload(self, spec: ModelSpec) -> None:
+        """Take a model's weights off the workers' devices."""
+        self._each(lambda replica: replica.offload(spec))
 
     def forget(self) -> None:
         """The run is over: drop its callables."""

@@ -12,14 +12,15 @@ import numpy
 import torch
 from comfy import model_management
 
+from ..loaders.source import changed
 from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
-from ..raylight.errors import UnsupportedError
+from ..raylight.errors import UnsupportedError, WorkerError
 from . import refusals
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
-from .messages import ModelFacts
+from .messages import LoadRequest, ModelFacts
 from .pool import REGISTRY, acquire
 from .replica import Call, Patches, Traffic, on_options
 from .transfer import Reference
@@ -53,15 +54,17 @@ class ModelLink:
     It holds a spec, not actors: after a failure the next call builds a new pool and loads there again.
 
     Args:
+        dtype: what plain ComfyUI keeps the weights in.
         refer: names live objects that the workers have their own of (see transfer.Encoder).
 
     Attributes:
         together: runs the evaluation of several conditions side by side (see conds.calc_cond_batch).
     """
 
-    def __init__(self, config: PoolConfig, spec: ModelSpec, refer: Reference) -> None:
+    def __init__(self, config: PoolConfig, spec: ModelSpec, dtype: torch.dtype, refer: Reference) -> None:
         self.config = config
         self.spec = spec
+        self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."))
         self.together = cfg.Together()
         self._refer = refer
         self._environment = describe()
@@ -71,7 +74,7 @@ class ModelLink:
     def load(self) -> list[ModelFacts]:
         """Have the weights on the workers, starting the pool where needed."""
         with self._lock:
-            return self._loaded().load(self.spec, self)
+            return self._loaded().load(self._request, self)
 
     def share(self) -> int:
         """Bytes the pool's copy occupies on the device of this process."""
@@ -113,7 +116,11 @@ class ModelLink:
             groups = self._loaded()
             self._tell(sum(call.method in FORWARD for call in calls.values()))
             chosen = cfg.assign(calls, len(groups.replicas))
-            with interruptible():
+            for call in calls.values():
+                if not groups.holds(call.spec, call.patches):
+                    for other in _links(call.patches.weights):
+                        other.load()  # a new pool, or one that made room, may not have it
+            with interruptible(), self._explained():
                 found = groups.run({group: calls[number] for number, group in chosen.items()})
             outputs = {}
             for number, group in chosen.items():
@@ -131,7 +138,7 @@ class ModelLink:
         with self._lock:
             groups = self._live_groups()
             if groups is not None:
-                groups.offload()
+                groups.offload(self.spec)
 
     def forget(self) -> None:
         """A sampling run has ended."""
@@ -155,8 +162,18 @@ class ModelLink:
     def _loaded(self) -> Groups:
         with interruptible():
             groups = self._groups()
-            groups.load(self.spec, self)
+            groups.load(self._request, self)
             return groups
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Name the file where it is the cause: a worker that touches a page of a truncated one just dies."""
+        try:
+            yield
+        except WorkerError as error:
+            if self.spec.now() != self.spec:
+                raise changed(self.spec.path, str(error)) from error
+            raise
 
     def _live_groups(self) -> Groups | None:
         pool = REGISTRY.get(self.config)
@@ -237,6 +254,17 @@ def _patches(patcher: Any) -> Patches:
         *(part for hook in hooks for part in (hook.hook_ref, hook.strength)),
     )
     return Patches(fingerprint=fingerprint, weights=weights, objects=objects, force_cast=patcher.force_cast_weights)
+
+
+def _links(value: Any) -> Iterator[ModelLink]:
+    """The models whose weights patches refer to."""
+    if isinstance(value, torch.Tensor):
+        link = getattr(value, "raylight_link", None)
+        if link is not None:
+            yield link
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _links(item)
 
 
 def _refuse_random(degree: int) -> None:

@@ -1,8 +1,10 @@
-"""How a model spec becomes ComfyUI's loader arguments, the same way in the driver and in a worker."""
+"""How ComfyUI's loader is called, the same way in the driver and in a worker."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.sd
@@ -31,3 +33,14 @@ def load_options(spec: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     if "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters:
         keywords["disable_dynamic"] = True
     return options, keywords
+
+
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Outside of inference mode, without gradients.
+
+    Parameters are made and moved here: one that mixes normal and inference tensors fails at its first use
+    ("Inference tensors do not track version counter").
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -51,24 +51,39 @@ class Rendezvous:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinRequest:
-    """Makes the process groups. `parallel` describes the whole pool."""
+    """Makes the process groups. `parallel` describes the whole pool.
+
+    `readers` is the rank's index among those of its replica on its host, and their number: together they read
+    a file once.
+    """
 
     parallel: ParallelConfig
     rank: int
     rendezvous: Rendezvous
     threads: int
+    readers: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    """Loads a model.
+
+    `dtype` names what plain ComfyUI would keep its weights in; the driver decides it, since it may depend on
+    free memory.
+    """
+
+    spec: ModelSpec
+    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What a worker says of a model it loaded. dtypes are torch dtype names, "" for none.
+    """What a worker says of a model it loaded.
 
     `bytes` is what the weights occupy on `device`, whose `uuid` is "" on a CPU.
     """
 
     family: str
-    dtype: str
-    manual_cast: str
     bytes: int
     device: str
     uuid: str

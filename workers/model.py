@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from typing import Any
 
-import comfy.model_patcher
-import comfy.sd
-import comfy.utils
 import torch
 from comfy import model_management
 
+from ..loaders.source import Source, changed
 from ..patches.ffn import ChunkedFeedForward
 from ..patches.registry import plan_for
 from ..raylight import cost
 from ..raylight.config import ModelSpec, WorkerSettings
-from ..raylight.errors import LoadError
 from ..raylight.hooks import install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
+from .adopt import adopt, private_bytes
 from .comfy_host import device_uuid
-from .loading import load_options
+from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights
 from .messages import ModelFacts
+
+log = logging.getLogger(__name__)
 
 RATES = {
     "cuda": cost.Machine(linear=1.0e14, attention=8e13, link=6e9, latency=5e-5, call=4e-3),
@@ -31,36 +32,38 @@ RATES = {
 (docs/scaling.md)."""
 
 
+EVERYTHING = 1e30
+"""What ComfyUI's own unload_all_models asks free_memory for."""
+
+
 class WorkerModel:
-    """One loaded model of a worker.
+    """One loaded model of a worker: its weights are the file's memory. Use it outside of inference mode.
+
+    Args:
+        dtype: what plain ComfyUI keeps the weights in.
 
     Raises:
         LoadError: the file changed since the driver looked at it, or ComfyUI does not know the model.
         UnsupportedError: no plan for the family, while the mesh divides sequences.
     """
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, kernel: LocalKernel | None) -> None:
-        now = ModelSpec.of(spec.path, dtype=spec.dtype, options=spec.options)
-        if now != spec:
-            raise LoadError(
-                f"{spec.path} changed while it was being loaded",
-                f"size {spec.size} -> {now.size}, inode {spec.inode} -> {now.inode}",
-                "Wait until the file is complete, then queue the prompt again",
-            )
-        arguments, keywords = load_options(spec)
-        state, metadata = comfy.utils.load_torch_file(spec.path, return_metadata=True)
-        patcher = comfy.sd.load_diffusion_model_state_dict(state, arguments, metadata=metadata, **keywords)
-        if patcher is None:
-            raise LoadError(
-                f"ComfyUI does not recognise a diffusion model in {spec.path}", "", "Choose a diffusion model file"
-            )
-        self.patcher = patcher
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, mesh: Mesh, kernel: LocalKernel | None) -> None:
+        if spec.now() != spec:
+            raise changed(spec.path, "it is not the file that was chosen any more")
+        self.source = Source(spec.path, reader=spec.reader)
+        adopted = adopt(self.source, spec, dtype)
+        weights = Weights(self.source, adopted.homes, _patch_dtype(spec))
+        found = adopted.patcher
+        self._base = MappedPatcher(found.model, found.load_device, found.offload_device)
+        self._base.set_attachments(ATTACHMENT, weights)
+        self._weights = weights
+        self.patcher = self._base
         self.state = ""
-        self._base = patcher
         self._settings = WorkerSettings()
         self._chunked: ChunkedFeedForward | None = None
         self._mesh = mesh
         self._installation = None
+        log.debug("%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted, self.source))
         if mesh.parallel.needs_plan:
             self._installation = install(self.diffusion, plan_for(self.diffusion), mesh, kernel=kernel)
 
@@ -70,13 +73,9 @@ class WorkerModel:
 
     def facts(self) -> ModelFacts:
         """What the driver must know of this copy."""
-        model = self._base.model
         device = model_management.get_torch_device()
-        cast = model.manual_cast_dtype
         return ModelFacts(
             family=type(self.diffusion).__name__,
-            dtype=str(model.get_dtype()).removeprefix("torch."),
-            manual_cast="" if cast is None else str(cast).removeprefix("torch."),
             bytes=self._base.model_size(),
             device=str(device),
             uuid=device_uuid(device),
@@ -106,12 +105,37 @@ class WorkerModel:
         self._settings = settings
 
     def make_resident(self, args: tuple[Any, ...]) -> None:
-        """Bring weights and patches onto the device, with room for a call of these arguments."""
+        """Bring weights and patches onto the device, with room for a call of these arguments.
+
+        Raises:
+            LoadError: the file changed.
+        """
+        self.source.check()
         first = args[0] if args else None
         if isinstance(first, (list, tuple)):
             first = first[0]
         needed = self._base.memory_required(list(first.shape)) if isinstance(first, torch.Tensor) else 0
         model_management.load_models_gpu([self.patcher], memory_required=needed)
+
+    def offload(self) -> None:
+        """Take the weights off the device: from now on parameters are the map again."""
+        others = [
+            loaded
+            for loaded in model_management.current_loaded_models
+            if loaded.model is None or not loaded.model.is_clone(self.patcher)
+        ]
+        model_management.free_memory(EVERYTHING, model_management.get_torch_device(), others)
+        self.patcher.detach()
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the weights occupy on the device now."""
+        return int(self._base.loaded_size())
+
+    @property
+    def size(self) -> int:
+        """What the weights occupy on the device when all of them are there."""
+        return int(self._base.model_size())
 
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method of the diffusion model, under its plan where it is the model's forward."""
@@ -132,13 +156,29 @@ class WorkerModel:
         return cost.advice(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
 
     def weight(self, key: str) -> torch.Tensor:
-        """An unpatched weight by its key in the model's state dict."""
-        backup = self.patcher.backup.get(key)
-        return comfy.utils.get_attr(self._base.model, key) if backup is None else backup.weight
+        """An unpatched weight by its key in the model's state dict, as plain ComfyUI would hold it on the host.
+
+        Raises:
+            LoadError: the file changed.
+        """
+        self.source.check()
+        home = self._weights.homes[key]
+        if getattr(home.module, "quant", "") and home.name == "weight":
+            whole: torch.Tensor = home.module.whole(torch.device("cpu"), torch.float32)  # type: ignore[operator]
+            return whole
+        # float32 holds every value of the types a file has: only a narrower one makes a difference
+        return home.tensor if home.dtype in (None, torch.float32) else home.tensor.to(home.dtype)
 
     def close(self) -> None:
         """Take the hooks out and the weights off the device."""
         self.settle(WorkerSettings())
         if self._installation is not None:
             self._installation.remove()
-        self.patcher.detach()
+        self.offload()
+
+
+def _patch_dtype(spec: ModelSpec) -> torch.dtype | None:
+    """`target` is the dtype that a weight computes in: None here."""
+    if not spec.patch_dtype:
+        return torch.float32
+    return None if spec.patch_dtype == "target" else getattr(torch, spec.patch_dtype)

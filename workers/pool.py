@@ -187,7 +187,15 @@ class Pool:
         self.call_each(
             "join",
             [
-                (JoinRequest(parallel=config.parallel, rank=rank, rendezvous=meet, threads=threads),)
+                (
+                    JoinRequest(
+                        parallel=config.parallel,
+                        rank=rank,
+                        rendezvous=meet,
+                        threads=threads,
+                        readers=self._readers(places, rank),
+                    ),
+                )
                 for rank in range(world)
             ],
         )
@@ -234,6 +242,12 @@ class Pool:
         for member in self.members:
             if member.local:
                 member.actor.follow.options(concurrency_group="control").remote(os.getpid())
+
+    def _readers(self, places: list[WorkerPlace], rank: int) -> tuple[int, int]:
+        """A rank's index among the ranks of its replica on its host, and their number."""
+        replica = next(ranks for ranks in self.replicas if rank in ranks)
+        beside = [other for other in replica if places[other].node == places[rank].node]
+        return beside.index(rank), len(beside)
 
     def _driver_host(self, single: bool) -> str:
         return "127.0.0.1" if single else self._launch.host_address()
@@ -382,7 +396,7 @@ def _running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end between opening and reading
         return False
 
 

@@ -21,6 +21,7 @@ from . import conds, ghost, refusals
 from .comfy_host import describe
 from .link import PREFIX, SETTINGS, ModelLink, interruptible, settings_of
 from .pool import Pool, acquire
+from .transfer import FILE
 
 REMOTE_METHODS = ("_forward", "forward", "preprocess_text_embeds")
 """Methods that need weights and are called from outside the diffusion model. `_forward` lies below the
@@ -38,12 +39,11 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
     model, state = ghost.build(spec)
     if config.parallel.needs_plan:
         plan_for(model.diffusion_model)
-    link = ModelLink(config, spec, refer)
-    facts = link.load()[0]
-    base = ghost.without_weights(
-        model, state, getattr(torch, facts.dtype), getattr(torch, facts.manual_cast) if facts.manual_cast else None
-    )
-    base.diffusion_model = remote_module(model.diffusion_model, link, base, getattr(torch, facts.dtype))
+    dtype = model.get_dtype()
+    link = ModelLink(config, spec, dtype, refer)
+    link.load()
+    base = ghost.without_weights(model, state, dtype, model.manual_cast_dtype)
+    base.diffusion_model = remote_module(model.diffusion_model, link, base, dtype)
     # each rank holds one part of every activation
     base.memory_usage_factor /= config.parallel.sequence
     patcher = RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
@@ -61,15 +61,33 @@ def with_settings(model: Any, **changes: Any) -> RemotePatcher:
     Raises:
         ConfigError: a value that cannot be, or a model that is not on the pool.
     """
+    clone: RemotePatcher = on_pool(model).clone()
+    clone.set_attachments(SETTINGS, dataclasses.replace(settings_of(model), **changes))
+    return clone
+
+
+def on_pool(model: Any) -> RemotePatcher:
+    """The MODEL itself.
+
+    Raises:
+        ConfigError: it is not on the pool.
+    """
     if not isinstance(model, RemotePatcher):
         raise ConfigError(
             "This node needs a model on the pool",
             f"it was given {type(model).__name__}",
             "Connect the ray_actors output of Load Diffusion Model (Ray)",
         )
-    clone: RemotePatcher = model.clone()
-    clone.set_attachments(SETTINGS, dataclasses.replace(settings_of(model), **changes))
-    return clone
+    return model
+
+
+def offload(model: Any) -> None:
+    """Take a MODEL's weights off the workers' devices; its next use brings them back from the file's map.
+
+    Raises:
+        ConfigError: it is not on the pool.
+    """
+    on_pool(model).link.offload()
 
 
 def start_pool(config: PoolConfig) -> Pool:
@@ -80,6 +98,10 @@ def start_pool(config: PoolConfig) -> Pool:
     """
     with interruptible():
         return acquire(config, describe(), model_management.processing_interrupted)
+
+
+FILE_ATTRIBUTE = "raylight_file"
+"""Holds the FileRef of a tensor that workers can take from the same file."""
 
 
 class _RemoteModule(torch.nn.Module):
@@ -144,6 +166,7 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     instance.__dict__.update(_ghost=shadow, link=link, dtype=dtype)
     for key, parameter in shadow.state_dict(keep_vars=True).items():
         parameter.raylight_source = (link.spec, PREFIX + key)
+        parameter.raylight_link = link
     return instance.eval()
 
 
@@ -209,7 +232,10 @@ def refer(value: object) -> tuple[Any, ...] | None:
     """
     if isinstance(value, torch.Tensor):
         source = getattr(value, "raylight_source", None)
-        return None if source is None else ("weight", *source)
+        if source is not None:
+            return ("weight", *source)
+        file = getattr(value, FILE_ATTRIBUTE, None)
+        return None if file is None else (FILE, file)
     if isinstance(value, _RemoteModule):
         return ("diffusion", value.link.spec)
     if isinstance(value, comfy.model_base.BaseModel) and isinstance(value.diffusion_model, _RemoteModule):

@@ -14,7 +14,7 @@ import torch
 
 from ..raylight.config import ModelSpec, WorkerSettings
 from .arena import Arena
-from .messages import Forward, ForwardReply, FunctionRef, ModelFacts, PatchRequest
+from .messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest
 from .transfer import Encoder, Reference
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,10 @@ class Replica:
 
     Args:
         refer: names live objects that the workers have their own of (see transfer.Encoder).
+        models_kept: models that stay loaded although nothing holds them, at most, together with those held.
     """
 
-    def __init__(self, pool: Caller, ranks: Sequence[int], refer: Reference) -> None:
+    def __init__(self, pool: Caller, ranks: Sequence[int], refer: Reference, *, models_kept: int = 2) -> None:
         self.pool = pool
         self.traffic = Traffic()
         self.resident: set[ModelSpec] = set()
@@ -96,19 +97,34 @@ class Replica:
         self._functions: dict[int, tuple[int, Callable[..., Any]]] = {}
         self._next_function = 0
         self._told: set[str] = set()
+        self._models_kept = models_kept
 
-    def load(self, spec: ModelSpec, holder: object) -> list[ModelFacts]:
+    def load(self, request: LoadRequest, holder: object) -> list[ModelFacts]:
         """Have the model loaded on every rank; what each says of its copy.
 
-        It stays loaded as long as one of its holders lives: another load makes room by releasing the others.
+        It stays loaded as long as one of its holders lives. Another load releases what nobody holds, the
+        least recently used first, where there are too many.
         """
+        spec = request.spec
         self._holders.setdefault(spec, weakref.WeakSet()).add(holder)
-        if spec not in self._facts:
-            for unused in [known for known in self._facts if not self._holders[known]]:
-                self._release(unused)
-            self._facts[spec] = self._call("load", spec)
-            self._states[spec] = ()
+        if spec in self._facts:
+            self._facts[spec] = self._facts.pop(spec)  # the last one used
+            return self._facts[spec]
+        unused = [known for known in self._facts if not self._holders[known]]
+        while unused and len(self._facts) >= self._models_kept:
+            self._release(unused.pop(0))
+        if spec.reader == "map":
+            self._facts[spec] = self._call("load", request)
+        else:  # one reader at a time: such files are on a network, and each rank reads all of it
+            self._facts[spec] = [
+                facts for rank in self._ranks for facts in self.pool.call("load", request, ranks=[rank])
+            ]
+        self._states[spec] = ()
         return self._facts[spec]
+
+    def holds(self, spec: ModelSpec, patches: Patches) -> bool:
+        """Whether the model has these patches already."""
+        return _same(self._states[spec], patches.fingerprint)
 
     def share(self, spec: ModelSpec, device: str) -> int:
         """Bytes of the model that may be on the device of this uuid."""
@@ -137,11 +153,12 @@ class Replica:
 
     def patch(self, spec: ModelSpec, patches: Patches) -> None:
         """Bring the model's weight and object patches to a state; does nothing where it is there already."""
-        if _same(self._states[spec], patches.fingerprint):
+        if self.holds(spec, patches):
             return
         parcel = self._encoder.encode((dict(patches.weights), dict(patches.objects)), keep=True)
         state = uuid.uuid4().hex if patches.fingerprint else NO_PATCHES
         self._call("patch", PatchRequest(spec=spec, state=state, patches=parcel, force_cast=patches.force_cast))
+        self._encoder.arrived()
         self._states[spec] = patches.fingerprint
 
     def define(self, functions: Sequence[Callable[..., Any]]) -> dict[int, FunctionRef]:
@@ -191,11 +208,12 @@ class Replica:
             log.warning("%s", first.advice)
         return output, first.random
 
-    def offload(self) -> None:
-        """Take the weights off the workers' devices."""
-        if self.resident and self.pool.alive():
-            self._call("offload")
-            self.resident.clear()
+    def offload(self, spec: ModelSpec | None = None) -> None:
+        """Take a model's weights, or everyone's, off the workers' devices."""
+        chosen = self.resident if spec is None else self.resident & {spec}
+        if chosen and self.pool.alive():
+            self._call("offload", spec)
+            self.resident -= chosen
 
     def _release(self, spec: ModelSpec) -> None:
         del self._facts[spec], self._states[spec], self._holders[spec]

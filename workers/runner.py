@@ -5,21 +5,25 @@ from __future__ import annotations
 import datetime
 import socket
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from comfy import model_management
 from torch import distributed
 
+from ..loaders.prefetch import prefetch
+from ..loaders.source import OpenFiles
 from ..raylight import kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import WorkerError
 from ..raylight.mesh import Mesh
 from .arena import ArenaRef
-from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, ModelFacts, PatchRequest
+from .loading import normal_tensors
+from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, LoadRequest, ModelFacts, PatchRequest
 from .model import WorkerModel
-from .transfer import Decoder, Parcel
+from .transfer import FILE, Decoder, Parcel
 
 LINK_TEST_BYTES = 16 << 20
 
@@ -35,10 +39,12 @@ class Runner:
         self._store: Any = None
         self._listener: socket.socket | None = None
         self._mesh: Mesh | None = None
+        self._readers = (0, 1)
         self._kernel: kernels.LocalKernel | None = None
-        self._models: dict[ModelSpec, WorkerModel] = {}
+        self._models: OrderedDict[ModelSpec, WorkerModel] = OrderedDict()  # the least recently used first
         self._active: tuple[ModelSpec, str] | None = None
         self._functions: dict[int, Callable[..., Any]] = {}
+        self._files = OpenFiles()
         self._decoder = Decoder(self._resolve, model_management.get_torch_device())
 
     @property
@@ -84,6 +90,7 @@ class Runner:
         device, parallel = model_management.get_torch_device(), request.parallel
         # before anything is loaded, so that RayInitializer says it
         self._kernel = kernels.chosen(parallel, device=device)
+        self._readers = request.readers
         if model_management.is_device_cpu(device):
             torch.set_num_threads(request.threads)
         meet = request.rendezvous
@@ -134,16 +141,20 @@ class Runner:
             speeds[axis] = LINK_TEST_BYTES / elapsed / 1e9
         return speeds
 
-    def load(self, spec: ModelSpec) -> ModelFacts:
+    def load(self, request: LoadRequest) -> ModelFacts:
         """Load a model, or say what is known of it where it is already here."""
+        spec = request.spec
         if spec not in self._models:
-            with torch.inference_mode():
-                self._models[spec] = WorkerModel(spec, self.mesh, self._kernel)
+            with normal_tensors():
+                model = WorkerModel(spec, getattr(torch, request.dtype), self.mesh, self._kernel)
+            self._models[spec] = model
+            if spec.reader == "map":
+                prefetch(model.source.fd, spec.size, index=self._readers[0], count=self._readers[1])
         return self._models[spec].facts()
 
     def patch(self, request: PatchRequest) -> None:
         """Replace the weight and object patches of a model."""
-        with torch.inference_mode():
+        with normal_tensors():
             patches, objects = self._decoder.decode(request.patches)
             self._models[request.spec].patch(request.state, patches, objects, force_cast=request.force_cast)
 
@@ -162,8 +173,12 @@ class Runner:
         with torch.inference_mode():
             args, kwargs = self._restore(self._decoder.decode(request.call))
             if self._active != (request.spec, model.state):
-                model.make_resident(args)
+                with normal_tensors():
+                    self._make_room(request.spec)
+                    model.make_resident(args)
                 self._active = (request.spec, model.state)
+                self._models.move_to_end(request.spec)
+            model.source.check()
             if request.random is not None:
                 _set_random(request.random)
             model.settle(request.settings)
@@ -179,11 +194,13 @@ class Runner:
             advice=model.advice() if self._speaks else "",
         )
 
-    def offload(self) -> None:
-        """Take every model off the device; the next call brings it back."""
+    def offload(self, spec: ModelSpec | None = None) -> None:
+        """Take one model, or every one, off the device; the next call brings it back."""
         self._active = None
-        with torch.inference_mode():
-            model_management.unload_all_models()
+        with normal_tensors():
+            for known, model in self._models.items():
+                if spec in (None, known):
+                    model.offload()
             model_management.soft_empty_cache()
 
     def release(self, spec: ModelSpec) -> None:
@@ -191,7 +208,8 @@ class Runner:
         self._active = None
         model = self._models.pop(spec, None)
         if model is not None:
-            model.close()
+            with normal_tensors():
+                model.close()
             del model
             model_management.cleanup_models_gc()
             model_management.soft_empty_cache()
@@ -203,8 +221,21 @@ class Runner:
             self._mesh.close()
             self._mesh = None
 
+    def _make_room(self, spec: ModelSpec) -> None:
+        """Take models off the device that were used least recently, until this one fits beside the others."""
+        device = model_management.get_torch_device()
+        if model_management.is_device_cpu(device):
+            return  # weights stay where they are mapped
+        model = self._models[spec]
+        needed = model.size - model.resident_bytes + model_management.minimum_inference_memory()
+        idle = {known: other.resident_bytes for known, other in self._models.items() if known != spec}
+        for known in least_recent(idle, needed - model_management.get_free_memory(device)):
+            self._models[known].offload()
+
     def _resolve(self, name: tuple[Any, ...]) -> Any:
-        kind, spec, *rest = name
+        kind, spec, *rest = name  # in place of a spec, files have a FileRef
+        if kind == FILE:
+            return self._files.tensor(spec)
         model = self._models[spec]
         if kind == "weight":
             return model.weight(rest[0])
@@ -218,6 +249,22 @@ class Runner:
         if type(value) in (list, tuple):
             return type(value)(self._restore(item) for item in value)
         return value
+
+
+def least_recent(idle: Mapping[ModelSpec, int], missing: int) -> list[ModelSpec]:
+    """Which models to take off the device so that `missing` more bytes are free.
+
+    Args:
+        idle: bytes on the device by model, the least recently used first.
+    """
+    chosen = []
+    for spec, size in idle.items():
+        if missing <= 0:
+            break
+        if size:
+            chosen.append(spec)
+            missing -= size
+    return chosen
 
 
 def _accelerator() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import pickle
@@ -31,6 +32,8 @@ ALIGNMENT = 64
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+FILE = "file"
+"""First part of a name that a `Reference` gives to a tensor of a file; the second is its FileRef."""
 Reference = Callable[[object], tuple[Any, ...] | None]
 
 
@@ -50,6 +53,7 @@ class Parcel:
     """A pickled value whose tensors travel beside it, in the arena or `inline`.
 
     `reply` is the (offset, length) of the arena that the answer may use; (0, 0) where none is shared.
+    A `lasting` arena holds nothing else and is not written again: its tensors are used where they are.
     """
 
     blob: bytes
@@ -58,6 +62,7 @@ class Parcel:
     inline: bytes | None
     dropped: tuple[int, ...]
     reply: tuple[int, int]
+    lasting: bool = False
 
 
 def nbytes(tensor: TensorRef) -> int:
@@ -153,9 +158,10 @@ class Encoder:
     """
 
     def __init__(self, refer: Reference, *, shared: bool) -> None:
-        self._refer = refer
+        self._refer = refer if shared else functools.partial(_anywhere, refer)
         self._shared = shared
         self._arena: Arena | None = None
+        self._lasting: Arena | None = None
         self._next_key = 0
         self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._kept: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -174,7 +180,8 @@ class Encoder:
         Tensors from COMPARE_FROM bytes on that equal one the workers hold are named, not sent; identity
         cannot decide this, since ComfyUI casts and concatenates conditioning anew at every step. `fresh`
         names tensors that change at each call and are never compared. With `keep` tensors are
-        known by identity and stay in the workers as long as the caller's tensor lives (weight patches).
+        known by identity and stay in the workers as long as the caller's tensor lives (weight patches);
+        all workers use one copy of them, which `arrived` leaves to them.
 
         Raises:
             UnsupportedError: something in `value` cannot be pickled.
@@ -225,7 +232,13 @@ class Encoder:
             ) from error
         self._evict(used)
         dropped, self._dropped = tuple(self._dropped), []
+        if keep and self._shared and tensors:
+            return self._lasting_parcel(file.getvalue(), tensors, keys, dropped)
         return self._parcel(file.getvalue(), tensors, keys, dropped)
+
+    def arrived(self) -> None:
+        """The workers have the last parcel with `keep`: from now on its memory is theirs."""
+        self._lasting = None
 
     def decode_reply(self, value: Any) -> Any:
         """The answer of a worker: `Parcel` values become their tensors, copied out of the arena."""
@@ -238,6 +251,16 @@ class Encoder:
             storage = self._arena.bytes
         found = [place(storage, ref).clone() for ref in value.tensors]
         return _Unpickler(io.BytesIO(value.blob), found, {}, None).load()
+
+    def _lasting_parcel(
+        self, blob: bytes, tensors: list[torch.Tensor], keys: list[int | None], dropped: tuple[int, ...]
+    ) -> Parcel:
+        refs, size = lay_out(tensors, keys)
+        self.bytes_sent += len(blob) + size
+        self._lasting = Arena(max(size, ALIGNMENT))
+        for ref, tensor in zip(refs, tensors, strict=True):
+            place(self._lasting.bytes, ref).copy_(tensor)
+        return Parcel(blob, refs, self._lasting.ref, None, dropped, (0, 0), lasting=True)
 
     def _parcel(
         self, blob: bytes, tensors: list[torch.Tensor], keys: list[int | None], dropped: tuple[int, ...]
@@ -279,6 +302,12 @@ class Encoder:
     def _forget_dead(self) -> None:
         dead = [identity for identity, (ref, _) in self._kept.items() if ref() is None]
         self._dropped += [self._kept.pop(identity)[1] for identity in dead]
+
+
+def _anywhere(refer: Reference, value: object) -> tuple[Any, ...] | None:
+    """What `refer` names and a worker on another host has as well: no files of this one."""
+    name = refer(value)
+    return None if name is not None and name[0] == FILE else name
 
 
 class _Unpickler(pickle.Unpickler):
@@ -328,18 +357,18 @@ class Decoder:
         return True
 
     def decode(self, parcel: Parcel) -> Any:
-        """Unpack. Tensors are copies of this process's own: the arena is written again by the next call."""
+        """Unpack. Tensors are copies of this process's own, unless the arena is theirs for good."""
         for key in parcel.dropped:
             self._held.pop(key, None)
         if parcel.arena is not None:
-            storage = self._open(parcel.arena)
+            storage = open_arena(parcel.arena, private=True) if parcel.lasting else self._open(parcel.arena)
         else:
             inline = parcel.inline or b""
             storage = torch.frombuffer(bytearray(inline), dtype=torch.uint8) if inline else torch.empty(0)
         tensors = []
         for ref in parcel.tensors:
             target = self._device if ref.on_device else torch.device("cpu")
-            tensor = place(storage, ref).to(target, copy=True)
+            tensor = place(storage, ref).to(target, copy=not parcel.lasting)
             tensors.append(tensor)
             if ref.key is not None:
                 self._held[ref.key] = tensor

@@ -1,0 +1,61 @@
+"""Brings a cold file into the page cache, read once per host: each worker reads its own share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 8 << 20
+THREADS = 4
+
+
+def prefetch(fd: int, size: int, *, index: int, count: int) -> int:
+    """Read the chunks of a file that are not in the page cache yet, every `count`-th from `index` on.
+
+    Shares are interleaved, so that all workers together read the file from front to back. A file that does
+    not fit into the memory that is free is left alone: its end would push out its beginning.
+
+    Args:
+        fd: the open file.
+        size: of the file, in bytes.
+        index: which worker of this host this is.
+        count: how many workers of this host read the file.
+
+    Returns the bytes that were read; 0 where nothing can be told of the cache.
+    """
+    if not hasattr(os, "RWF_NOWAIT") or size > psutil.virtual_memory().available:
+        return 0
+    starts = [start for start in range(index * CHUNK_BYTES, size, count * CHUNK_BYTES) if _cold(fd, start)]
+    if not starts:
+        return 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        total = sum(pool.map(lambda start: _read(fd, start), starts))
+    log.debug("read %d bytes of a cold file, share %d of %d", total, index, count)
+    return total
+
+
+def _cold(fd: int, start: int) -> bool:
+    """Whether the page at `start` would have to come from the disk."""
+    try:
+        os.preadv(fd, [bytearray(1)], start, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:  # a filesystem that cannot tell
+        return False
+    return False
+
+
+def _read(fd: int, start: int) -> int:
+    # into a small buffer that is read over and over: what counts is what the kernel keeps
+    buffer, done = bytearray(1 << 20), 0
+    while done < CHUNK_BYTES:
+        count = os.preadv(fd, [buffer], start + done)
+        if not count:
+            break
+        done += count
+    return done

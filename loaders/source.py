@@ -1,0 +1,273 @@
+"""An open model file: its checked header, and its tensors as views of the one copy the host has."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import mmap
+import os
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..raylight.config import READERS
+from ..raylight.errors import ConfigError, LoadError
+from .header import Entry, Header, read_header
+
+CHUNK_BYTES = 16 << 20
+"""What one thread reads at a time: large enough for a disk or a network filesystem, small enough to share out."""
+READ_THREADS = 4
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """One tensor of a file, by place: equal refs are equal bytes as long as the file is what it was."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def file(self) -> tuple[str, int, int, int]:
+        """Identity of the file alone."""
+        return (self.path, self.size, self.mtime_ns, self.inode)
+
+
+class Source:
+    """A model file of which nothing is copied: `tensors` are read-only views of one shared map.
+
+    The page cache is the host's only copy, whatever the number of processes that open the same file.
+    Tensors are never written: the map is read-only and a write would end the process.
+
+    Args:
+        path: a safetensors or GGUF file.
+        reader: "map"; "private" reads it into this process's own memory, for filesystems that map badly;
+            "fastsafetensors" does the same with that package.
+
+    Attributes:
+        header: the checked header.
+        tensors: by name, in file order. Quantised GGUF blocks are flat uint8, everything else has its shape.
+
+    Raises:
+        LoadError: the file is missing, damaged, of another kind, or changed while it was read.
+        ConfigError: the reader's package is not installed.
+    """
+
+    def __init__(self, path: str, *, reader: str = "map") -> None:
+        assert reader in READERS
+        self.path = path
+        fd = self._fd = _open(path)
+        self._close = weakref.finalize(self, os.close, fd)
+        stat = os.fstat(fd)
+        self._identity = (stat.st_size, stat.st_mtime_ns)
+        self._inode = stat.st_ino
+        self.header: Header = read_header(path, fd)
+        self._ranges: list[tuple[int, int, int]] = []  # address, end, offset in the file; sorted
+        if reader == "fastsafetensors" and self.header.format == "safetensors":
+            self.tensors: Mapping[str, torch.Tensor] = self._read_fast()
+        else:
+            whole = self._map() if reader == "map" else self._read_private()
+            self.tensors = {name: _view(whole, entry) for name, entry in self.header.entries.items()}
+        self.check()
+
+    @property
+    def fd(self) -> int:
+        """The open file, for readers of their own."""
+        return self._fd
+
+    def check(self) -> None:
+        """Refuse to go on with a file that was truncated or overwritten since it was opened.
+
+        Costs a microsecond. Reading a page that a truncation took away would end the process.
+
+        Raises:
+            LoadError: it changed.
+        """
+        stat = os.fstat(self._fd)
+        if (stat.st_size, stat.st_mtime_ns) != self._identity:
+            raise changed(self.path, f"size {self._identity[0]} -> {stat.st_size}")
+
+    def offset(self, tensor: torch.Tensor) -> int | None:
+        """Where in the file a tensor's memory is, or None where it is not this file's."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return None
+        address = tensor.data_ptr()
+        index = bisect.bisect_right(self._ranges, (address, float("inf"), 0)) - 1
+        if index < 0:
+            return None
+        start, end, at = self._ranges[index]
+        return at + address - start if address + tensor.nbytes <= end and tensor.is_contiguous() else None
+
+    def ref(self, name: str) -> FileRef:
+        """Names a tensor for another process of this host."""
+        entry = self.header.entries[name]
+        size, mtime_ns = self._identity
+        return FileRef(self.path, size, mtime_ns, self._inode, entry.start, entry.dtype, entry.shape)
+
+    def resolve(self, ref: FileRef) -> torch.Tensor:
+        """The tensor another process named.
+
+        Raises:
+            LoadError: the file is not the one that was meant.
+        """
+        if ref.file != (self.path, *self._identity, self._inode):
+            raise changed(self.path, "it was replaced")
+        for name, entry in self.header.entries.items():
+            if (entry.start, entry.dtype, entry.shape) == (ref.start, ref.dtype, ref.shape):
+                return self.tensors[name]
+        raise changed(self.path, f"no tensor at {ref.start}")
+
+    def _map(self) -> torch.Tensor:
+        mapped = mmap.mmap(self._fd, self.header.size, mmap.MAP_SHARED, mmap.PROT_READ)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._ranges = [(whole.data_ptr(), whole.data_ptr() + whole.numel(), 0)]
+        return whole
+
+    def _read_private(self) -> torch.Tensor:
+        whole = torch.empty(self.header.size, dtype=torch.uint8)
+        read_into(self._fd, self.path, 0, whole)
+        self._ranges = [(whole.data_ptr(), whole.data_ptr() + whole.numel(), 0)]
+        return whole
+
+    def _read_fast(self) -> dict[str, torch.Tensor]:
+        module: Any = fastsafetensors()
+        loader = module.SafeTensorsFileLoader(None, "cpu", nogds=True, set_numa=False)
+        loader.add_filenames({0: [self.path]})
+        self._buffers = loader.copy_files_to_device()  # its tensors die with it
+        loader.close()
+        tensors = {name: self._buffers.get_tensor(name) for name in self.header.entries}
+        ranges = []
+        for name, entry in self.header.entries.items():
+            if tensors[name].numel():
+                ranges.append((tensors[name].data_ptr(), tensors[name].data_ptr() + entry.nbytes, entry.start))
+        self._ranges = sorted(ranges)
+        return tensors
+
+
+class OpenFiles:
+    """The files other processes name tensors of; the last few stay open, since the next patch names them again."""
+
+    LIMIT = 16
+
+    def __init__(self) -> None:
+        self._sources: OrderedDict[tuple[str, int, int, int], Source] = OrderedDict()
+
+    def tensor(self, ref: FileRef) -> torch.Tensor:
+        """The tensor of a ref, a view of the map.
+
+        Raises:
+            LoadError: the file is missing here, or not the one that was meant.
+        """
+        source = self._sources.get(ref.file)
+        if source is None:
+            source = self._sources[ref.file] = Source(ref.path)
+        self._sources.move_to_end(ref.file)
+        while len(self._sources) > self.LIMIT:
+            self._sources.popitem(last=False)
+        source.check()
+        return source.resolve(ref)
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[int]:
+    """A descriptor of the file for the length of a block.
+
+    Raises:
+        LoadError: it cannot be opened.
+    """
+    fd = _open(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def fastsafetensors() -> object:
+    """The package of that name.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import fastsafetensors as module
+    except ImportError as error:
+        raise ConfigError(
+            "use_fastsafe is switched on, and the package fastsafetensors cannot be imported",
+            str(error),
+            "Install it where ComfyUI's Python is (pip install fastsafetensors), or switch use_fastsafe off",
+        ) from error
+    return module
+
+
+def changed(path: str, how: str) -> LoadError:
+    """The error for a file that is not what it was when it was opened."""
+    return LoadError(
+        f"{os.path.basename(path)} changed while it was in use",
+        how,
+        "Wait until the file is complete, then queue the prompt again: it is loaded anew",
+    )
+
+
+def read_into(fd: int, path: str, start: int, target: torch.Tensor) -> None:
+    """Fill a contiguous uint8 CPU tensor from `start` of a file, by several threads in file order.
+
+    Raises:
+        LoadError: the file ends before the tensor does: it was truncated.
+    """
+    view = memoryview(target.numpy())  # type: ignore[arg-type]
+
+    def read(begin: int) -> None:
+        end = min(begin + CHUNK_BYTES, len(view))
+        while begin < end:
+            count = os.preadv(fd, [view[begin:end]], start + begin)
+            if not count:
+                raise changed(path, f"it ends at {start + begin}")
+            begin += count
+
+    begins = range(0, len(view), CHUNK_BYTES)
+    if len(begins) <= 1:
+        for begin in begins:
+            read(begin)
+        return
+    with ThreadPoolExecutor(min(READ_THREADS, len(begins))) as pool:
+        for _ in pool.map(read, begins):
+            pass
+
+
+def read_tensor(header: Header, fd: int, entry: Entry) -> torch.Tensor:
+    """A private copy of one tensor, for small ones that are wanted without the rest of the file."""
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    read_into(fd, header.path, entry.start, raw)
+    return raw if entry.quant else raw.view(entry.dtype).view(entry.shape)
+
+
+def _view(whole: torch.Tensor, entry: Entry) -> torch.Tensor:
+    raw = whole[entry.start : entry.stop]
+    if entry.quant:
+        return raw
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    # a view of another dtype must start at a multiple of its size; files need not keep to that
+    raw = raw if entry.aligned else raw.clone()
+    return raw.view(entry.dtype).view(entry.shape)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise LoadError(
+            f"The model file {path} cannot be read", str(error), "Check the file name and its permissions"
+        ) from error

@@ -1,0 +1,1 @@
+"""Mapped weights beside ComfyUI's own loading, one process of ComfyUI and no pool."""

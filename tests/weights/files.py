@@ -1,0 +1,208 @@
+"""The same small model in every kind of file: dtypes, prefixes, ComfyUI's quantised layouts, GGUF."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+State = dict[str, Any]
+PREFIX = "model.diffusion_model."
+FP8_MAX = 448.0
+SMALL = 0.5
+"""Larger weights would overflow where a small model computes in float16."""
+
+SAFETENSORS: dict[str, Callable[[State], tuple[State, dict[str, str]]]] = {}
+"""Makes a state dict and metadata of float32 weights, by the name of the variant."""
+
+
+def variant(function: Callable[[State], tuple[State, dict[str, str]]]) -> Callable[..., Any]:
+    SAFETENSORS[function.__name__] = function
+    return function
+
+
+@variant
+def fp32(state: State) -> tuple[State, dict[str, str]]:
+    return state, {}
+
+
+@variant
+def bf16(state: State) -> tuple[State, dict[str, str]]:
+    return cast(state, "bfloat16"), {}
+
+
+@variant
+def fp16(state: State) -> tuple[State, dict[str, str]]:
+    return cast(state, "float16"), {}
+
+
+@variant
+def fp8(state: State) -> tuple[State, dict[str, str]]:
+    return cast(state, "float8_e4m3fn"), {}
+
+
+@variant
+def mixed(state: State) -> tuple[State, dict[str, str]]:
+    """As most published files are: large weights in bfloat16, norms and biases in float32."""
+    narrow = cast(state, "bfloat16")
+    return {key: narrow[key] if value.ndim > 1 else value for key, value in state.items()}, {}
+
+
+@variant
+def prefixed(state: State) -> tuple[State, dict[str, str]]:
+    """The diffusion model of an all-in-one checkpoint."""
+    import torch
+
+    other = {"first_stage_model.decoder.conv.weight": torch.ones(4, 4), "cond_stage_model.logit_scale": torch.ones(())}
+    return {PREFIX + key: value for key, value in cast(state, "bfloat16").items()} | other, {}
+
+
+@variant
+def misaligned(state: State) -> tuple[State, dict[str, str]]:
+    """A tensor of one byte in front: no other starts where its dtype wants it to."""
+    return state, {"misaligned": "yes"}
+
+
+@variant
+def scaled(state: State) -> tuple[State, dict[str, str]]:
+    """ComfyUI's scaled fp8: `scale_weight` beside every weight, and a marker."""
+    import torch
+
+    made: State = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, value in state.items():
+        if is_linear(key, value):
+            made[key], made[key.replace(".weight", ".scale_weight")] = scaled_fp8(value)
+        else:
+            made[key] = value.to(torch.bfloat16)
+    return made, {}
+
+
+@variant
+def layers(state: State) -> tuple[State, dict[str, str]]:
+    """Mixed precision by metadata, with some layers unquantised."""
+    import torch
+
+    made: State = {}
+    configured = {}
+    for key, value in state.items():
+        if is_linear(key, value) and ".ffn." in key:
+            layer = key.removesuffix(".weight")
+            made[key], made[layer + ".weight_scale"] = scaled_fp8(value)
+            configured[layer] = {"format": "float8_e4m3fn"}
+        else:
+            made[key] = value.to(torch.bfloat16)
+    return made, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": configured})}
+
+
+@variant
+def comfy_quant(state: State) -> tuple[State, dict[str, str]]:
+    """The same by a tensor beside every layer, which ComfyUI 0.3.75 does not know."""
+    import torch
+
+    made, metadata = layers(state)
+    for layer, config in json.loads(metadata["_quantization_metadata"])["layers"].items():
+        made[layer + ".comfy_quant"] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    return made, {}
+
+
+def cast(state: State, dtype: str) -> State:
+    import torch
+
+    return {key: value.to(getattr(torch, dtype)) for key, value in state.items()}
+
+
+def is_linear(key: str, value: torch.Tensor) -> bool:
+    return "blocks." in key and key.endswith(".weight") and value.ndim == 2 and "norm" not in key
+
+
+def scaled_fp8(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    scale = value.abs().max().float() / FP8_MAX
+    return (value.float() / scale).to(torch.float8_e4m3fn), scale.clone()
+
+
+def write_variant(base: Path, path: Path, name: str) -> Path:
+    """Write the weights of `base` as the variant `name`."""
+    from safetensors.torch import load_file, save_file
+
+    state, metadata = SAFETENSORS[name](load_file(base))
+    shift = metadata.pop("misaligned", "")
+    save_file({key: value.contiguous() for key, value in state.items()}, path, metadata or None)
+    if shift:
+        _misalign(path)
+    return path
+
+
+def _misalign(path: Path) -> None:
+    """Pad the header with one space, which the format allows: every tensor moves by a byte."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + length].rstrip(b" ") + b" "
+    while (8 + len(head)) % 2 == 0:
+        head += b" "
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
+
+
+def write_gguf(
+    base: Path, path: Path, kind: str, *, strings: Iterable[tuple[str, str]] = (), prefix: str = ""
+) -> tuple[Path, State]:
+    """Write the weights of `base` as GGUF, matrices quantised as `kind`, and return what they dequantise to.
+
+    Types that the gguf package cannot quantise get random blocks of small weights.
+    """
+    import gguf
+    import numpy
+    import torch
+    from gguf.constants import GGML_QUANT_SIZES
+    from safetensors.torch import load_file
+
+    quant = gguf.GGMLQuantizationType[kind]
+    weights, nbytes = GGML_QUANT_SIZES[quant]
+    writer = gguf.GGUFWriter(path, "wan", use_temp_file=False)
+    for key, text in strings:
+        writer.add_string(key, text)
+    whole: State = {}
+    generator = numpy.random.default_rng(0)
+    for key, value in load_file(base).items():
+        array = value.float().numpy()
+        if value.ndim == 2 and value.shape[1] % weights == 0 and is_linear(key, value):
+            blocks = _quantise(array, quant, nbytes, generator)
+            writer.add_tensor(prefix + key, blocks, raw_dtype=quant)
+            with numpy.errstate(all="ignore"):
+                array = gguf.quants.dequantize(blocks, quant).reshape(array.shape)
+        elif value.ndim > 4:  # GGUF has four dims
+            flat = array.reshape(array.shape[0], -1)
+            writer.add_tensor(prefix + key, flat)
+            writer.add_array(f"comfy.gguf.orig_shape.{prefix}{key}", list(map(int, array.shape)))
+        else:
+            writer.add_tensor(prefix + key, array)
+        whole[key] = torch.from_numpy(numpy.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, whole
+
+
+def _quantise(array: Any, quant: Any, nbytes: int, generator: Any) -> Any:
+    import gguf
+    import numpy
+    from gguf.constants import GGML_QUANT_SIZES
+
+    try:
+        return gguf.quants.quantize(array, quant)
+    except NotImplementedError:
+        weights, _ = GGML_QUANT_SIZES[quant]
+        rows, columns = array.shape
+        blocks = generator.integers(0, 256, (rows, columns // weights * nbytes), dtype=numpy.uint8)
+        with numpy.errstate(all="ignore"):
+            whole = gguf.quants.dequantize(blocks, quant)
+        # any bits are blocks, but most make scales that no model has: take the rows that would do
+        with numpy.errstate(all="ignore"):
+            good = numpy.flatnonzero(numpy.isfinite(whole).all(1) & (abs(whole).max(1) < SMALL))
+        return blocks[good[numpy.arange(rows) % len(good)]] if len(good) else blocks * 0

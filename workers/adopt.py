@@ -1,0 +1,217 @@
+"""Builds a ComfyUI model whose parameters are views of a mapped file: adopted, not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_detection
+import comfy.sd
+import comfy.utils
+import torch
+from comfy import model_management
+from torch import nn
+
+from ..loaders.source import Source
+from ..raylight.config import ModelSpec
+from ..raylight.errors import LoadError
+from . import gguf_ops
+from .loading import load_options
+
+QUANTISED_KEYS = (".comfy_quant", ".scale_weight", ".weight_scale")
+"""Endings of the keys by which ComfyUI knows a quantised file (comfy/utils.py, convert_old_quants)."""
+NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class _Adopt(torch.overrides.TorchFunctionMode):
+    """Turns `parameter.copy_(tensor of the source)` into taking the tensor over, in this thread and scope only.
+
+    Args:
+        convert: take tensors of another dtype over as well: they are converted when they are used.
+
+    Attributes:
+        declared: parameters that were taken over, with the dtype the model had made them in, by id.
+    """
+
+    def __init__(self, source: Source, *, convert: bool) -> None:
+        super().__init__()
+        self._source = source
+        self._convert = convert
+        self.declared: dict[int, tuple[nn.Parameter, torch.dtype]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_ and not kwargs and len(args) == 2 and self._fits(*args):
+            parameter, value = args
+            self.declared[id(parameter)] = (parameter, parameter.dtype)
+            parameter.data = value
+            return parameter
+        return func(*args, **(kwargs or {}))
+
+    def _fits(self, target: Any, value: Any) -> bool:
+        return (
+            isinstance(target, nn.Parameter)
+            and type(value) is torch.Tensor
+            and target.shape == value.shape
+            and target.device == value.device
+            and (target.dtype == value.dtype or (self._convert and value.is_floating_point()))
+            and self._source.offset(value) is not None
+        )
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a parameter lives on the host: memory of the file, or what ComfyUI had to make of it.
+
+    `dtype` is what plain ComfyUI would hold, on the device and as the base of patches; None for quantised
+    tensors, whose layout is ComfyUI's business.
+    """
+
+    module: nn.Module
+    name: str
+    tensor: torch.Tensor
+    dtype: torch.dtype | None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now, wherever it is."""
+        found = self.module._parameters[self.name]
+        assert found is not None
+        return found
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the parameter is that memory now. Scales do not count: ComfyUI copies them at every step."""
+        return address(self.parameter) == address(self.tensor)
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Replace the parameter."""
+        self.module._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A model whose parameters are a file's memory.
+
+    Attributes:
+        patcher: ComfyUI's.
+        homes: where every parameter lives, by its key in the BaseModel.
+    """
+
+    patcher: Any
+    homes: dict[str, Home]
+
+
+def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
+    """Build the model of a file without copying its plain weights.
+
+    ComfyUI detects, converts and builds it through its public loader. Call it outside of inference mode: a
+    parameter that mixes normal and inference tensors cannot be used.
+
+    Args:
+        dtype: what plain ComfyUI keeps the weights in, as the driver found it: ranks must not disagree.
+
+    Raises:
+        LoadError: ComfyUI does not know the model, or would load it wrongly.
+    """
+    arguments, keywords = load_options(spec)
+    arguments["dtype"] = dtype
+    convert = False
+    if source.header.format == "gguf":
+        state: dict[str, torch.Tensor] = gguf_ops.state_dict(source)
+        arguments["custom_operations"] = gguf_ops.operations(spec)
+        convert = not _on_cpu() or dtype == torch.float32
+    else:
+        state = dict(source.tensors)
+        _check_quantisation(source)
+        if not _is_quantised(source):
+            arguments["dtype"], convert = _kept_dtype(state, dtype)
+    metadata = dict(source.header.metadata) or None
+    mode = _Adopt(source, convert=convert)
+    with mode:
+        patcher = comfy.sd.load_diffusion_model_state_dict(state, arguments, metadata=metadata, **keywords)
+    if patcher is None:
+        raise LoadError(
+            f"ComfyUI does not recognise a diffusion model in {spec.path}", "", "Choose a diffusion model file"
+        )
+    kept = arguments["dtype"]
+    found: dict[str, Home] = {}
+    for prefix, module in patcher.model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            _, wanted = mode.declared.get(id(parameter), (None, parameter.dtype))
+            # on a CPU what the model was built in is the file's dtype, and plain ComfyUI's is `dtype`
+            wanted = dtype if wanted == kept and convert else wanted
+            tensor = parameter.detach()
+            scaled = getattr(module, "scale_weight", None) is not None
+            plain = type(tensor) is torch.Tensor and not scaled and tensor.is_floating_point()
+            found[f"{prefix}.{name}" if prefix else name] = Home(module, name, tensor, wanted if plain else None)
+    return Adopted(patcher, found)
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where a parameter's data is."""
+    return parts(tensor)[0].data_ptr()
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors a parameter consists of: ComfyUI's quantised ones hold data and scales inside."""
+    return list(_parts(tensor.data if isinstance(tensor, nn.Parameter) else tensor))
+
+
+def _parts(tensor: Any) -> Iterator[torch.Tensor]:
+    inner = getattr(tensor, "_qdata", None)
+    if inner is None:
+        yield tensor
+        return
+    yield inner
+    params = getattr(tensor, "_params", None) or getattr(tensor, "_layout_params", {})
+    values = params.values() if isinstance(params, dict) else vars(params).values()
+    yield from (value for value in values if isinstance(value, torch.Tensor))
+
+
+def _is_quantised(source: Source) -> bool:
+    """Whether ComfyUI will take a file for one of its own quantised layouts."""
+    if "_quantization_metadata" in source.header.metadata:
+        return True
+    return any(key.endswith((*QUANTISED_KEYS, "scaled_fp8")) for key in source.tensors)
+
+
+def _check_quantisation(source: Source) -> None:
+    """Refuse a layout that this ComfyUI would load without its scales.
+
+    Raises:
+        LoadError: the file needs a newer ComfyUI.
+    """
+    if hasattr(comfy.utils, "convert_old_quants") or not any(key.endswith(".comfy_quant") for key in source.tensors):
+        return
+    raise LoadError(
+        f"{source.path} is quantised in a way that this version of ComfyUI does not know",
+        "it would be loaded without its scales and give a wrong picture",
+        "Update ComfyUI, or choose an fp8 scaled or unquantised file",
+    )
+
+
+def _kept_dtype(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.dtype, bool]:
+    """The dtype to build the model in, and whether tensors of other dtypes are taken over as they are.
+
+    Away from the CPU they are converted on the way to the device. On the CPU the weights that compute are
+    those on the host: they stay as they are in the file where ComfyUI computes in float32, which holds
+    every value of the narrower types, and casts layer by layer; else ComfyUI converts them.
+    """
+    if not _on_cpu():
+        return dtype, True
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+    stored = comfy.utils.weight_dtype(state, prefix) or comfy.utils.weight_dtype(state)
+    if dtype == torch.float32 and stored in NARROW:
+        return stored, True
+    return dtype, False
+
+
+def _on_cpu() -> bool:
+    return bool(model_management.is_device_cpu(model_management.get_torch_device()))
+
+
+def private_bytes(found: Adopted, source: Source) -> int:
+    """Bytes of parameters that ComfyUI had to make anew, out of the file's memory."""
+    tensors = (part for home in found.homes.values() for part in parts(home.tensor))
+    return sum(tensor.nbytes for tensor in tensors if source.offset(tensor) is None)
