@@ -1,9 +1,10 @@
-"""From the file to the device: reader threads, two page-locked buffers and a copy stream behind one small interface."""
+"""From the file to the device: reader threads, page-locked buffers and a copy stream behind one small interface."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,12 +13,12 @@ import torch
 
 from .source import Source, read_into
 
-BUFFER_BYTES = 32 << 20
-"""Size of each of the two buffers: all the host memory an upload takes beyond the page cache."""
-READ_THREADS = 8
-"""That fill a buffer: from the page cache one thread copies a few GB/s, a bus of 16 lanes takes 50."""
-PART_BYTES = 1 << 20
-"""What one of them copies at the least."""
+PART_BYTES = 4 << 20
+"""What one thread reads at a time, into a buffer of that size."""
+READS = 10
+"""Under way at once: from the page cache one thread copies a few GB/s, a bus of 16 lanes takes 50."""
+BUFFERS = 16
+"""More than reads: the others are on their way to the device. All the host memory an upload takes: 64 MB."""
 
 
 class Engine(Protocol):
@@ -25,7 +26,7 @@ class Engine(Protocol):
 
     @property
     def buffers(self) -> Sequence[torch.Tensor]:
-        """Two times BUFFER_BYTES of host memory (uint8) that the device can copy from, the same at every call."""
+        """BUFFERS times PART_BYTES of host memory (uint8) that the device can copy from, the same at every call."""
 
     def allocate(self, size: int) -> torch.Tensor:
         """`size` bytes (uint8) on the device."""
@@ -48,7 +49,7 @@ class HostEngine:
 
     @functools.cached_property
     def buffers(self) -> Sequence[torch.Tensor]:
-        return [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
+        return [torch.empty(PART_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
 
     def allocate(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -74,7 +75,7 @@ class StreamEngine:
     @functools.cached_property
     def buffers(self) -> Sequence[torch.Tensor]:
         # page-locking takes longer than a small model does to load: once for all uploads
-        return [torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        return [torch.empty(PART_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(BUFFERS)]
 
     def allocate(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -120,68 +121,75 @@ def upload(source: Source, pieces: Iterable[Piece], engine: Engine) -> Iterator[
     """Copies of host tensors on the engine's device, in the order of `pieces`; use file order.
 
     Bytes of the file are read into the buffers, not through the map: a file that was truncated ends in an
-    error and not in a signal. While one buffer travels the other is filled. What is yielded may be used by
-    work that is queued after it; no buffer is left in use when the iteration ends.
+    error and not in a signal. Some buffers are filled while others travel. What is yielded may be used by
+    work that is queued after it; no buffer is in use when the iteration ends.
 
     Raises:
         LoadError: the file changed.
     """
     source.check()
-    buffers = _Buffers(engine)
-    with ThreadPoolExecutor(READ_THREADS) as readers:
-        for piece in pieces:
-            raw = engine.allocate(piece.tensor.nbytes)
-            done = 0
-            while done < raw.numel():
-                room = buffers.room(raw.numel() - done)
-                if piece.offset is None:
-                    room.copy_(_bytes(piece.tensor)[done : done + room.numel()])
-                else:
-                    _read(readers, source, piece.offset + done, room)
-                buffers.sent(engine.copy(raw[done : done + room.numel()], room))
-                done += room.numel()
+    marks: list[Any] = [None] * BUFFERS
+    under_way: deque[_Part] = deque()
+
+    def land() -> Iterator[torch.Tensor]:
+        part = under_way.popleft()
+        part.read.result()
+        marks[part.number] = engine.copy(part.target, part.buffer)
+        if part.ends is not None:
             engine.finish()
-            tensor = raw.view(piece.tensor.dtype).view(piece.tensor.shape) if done else piece.tensor.to(raw.device)
-            yield tensor if tensor.dtype == piece.dtype else tensor.to(piece.dtype)
-        buffers.drain()
+            yield part.ends()
+
+    with ThreadPoolExecutor(READS) as readers:
+        for number, (piece, target, start) in enumerate(_parts(pieces, engine)):
+            if len(under_way) == READS:
+                yield from land()
+            turn = number % BUFFERS
+            engine.wait(marks[turn])
+            buffer = engine.buffers[turn][: target.numel()]
+            ends = None
+            if start + target.numel() == piece.tensor.nbytes:
+                ends = functools.partial(_finished, piece, target, start)
+            read = readers.submit(_read, source, piece, start, buffer)
+            under_way.append(_Part(turn, read, buffer, target, ends))
+        while under_way:
+            yield from land()
+    for mark in marks:
+        engine.wait(mark)
     source.check()
 
 
-class _Buffers:
-    """Two host buffers, filled from front to back in turn."""
+@dataclass(frozen=True)
+class _Part:
+    """A read that is under way: into which buffer, from there to where, and what makes the tensor of the last part."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._buffers = engine.buffers
-        self._marks: list[Any] = [None, None]
-        self._turn, self._used = 0, 0
-
-    def room(self, wanted: int) -> torch.Tensor:
-        """Up to `wanted` bytes that no copy reads any more."""
-        if self._used == BUFFER_BYTES:
-            self._turn, self._used = 1 - self._turn, 0
-            self._engine.wait(self._marks[self._turn])
-        start, self._used = self._used, min(BUFFER_BYTES, self._used + wanted)
-        return self._buffers[self._turn][start : self._used]
-
-    def sent(self, mark: Any) -> None:
-        """A copy of the room given last is under way."""
-        self._marks[self._turn] = mark
-
-    def drain(self) -> None:
-        for mark in self._marks:
-            self._engine.wait(mark)
+    number: int
+    read: Future[None]
+    buffer: torch.Tensor
+    target: torch.Tensor
+    ends: Callable[[], torch.Tensor] | None
 
 
-def _read(readers: ThreadPoolExecutor, source: Source, offset: int, buffer: torch.Tensor) -> None:
-    """Fill a buffer from the file, every thread a part of it."""
-    step = max(PART_BYTES, -(-buffer.numel() // READ_THREADS))
-    parts: list[Future[None]] = [
-        readers.submit(read_into, source.fd, source.path, offset + begin, buffer[begin : begin + step])
-        for begin in range(0, buffer.numel(), step)
-    ]
-    for part in parts:
-        part.result()
+def _parts(pieces: Iterable[Piece], engine: Engine) -> Iterator[tuple[Piece, torch.Tensor, int]]:
+    """Every piece in parts: bytes on the device from `start` of the piece on. An empty piece is one empty part."""
+    for piece in pieces:
+        whole = engine.allocate(piece.tensor.nbytes)
+        for start in range(0, max(1, whole.numel()), PART_BYTES):
+            yield piece, whole[start : start + PART_BYTES], start
+
+
+def _finished(piece: Piece, last: torch.Tensor, start: int) -> torch.Tensor:
+    """The tensor whose last part this is; parts are views of one storage."""
+    size = piece.tensor.nbytes
+    raw = last.as_strided((size,), (1,), last.storage_offset() - start)
+    tensor = raw.view(piece.tensor.dtype).view(piece.tensor.shape) if size else piece.tensor.to(last.device)
+    return tensor if tensor.dtype == piece.dtype else tensor.to(piece.dtype)
+
+
+def _read(source: Source, piece: Piece, start: int, buffer: torch.Tensor) -> None:
+    if piece.offset is None:
+        buffer.copy_(_bytes(piece.tensor)[start : start + buffer.numel()])
+    else:
+        read_into(source.fd, source.path, piece.offset + start, buffer)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
