@@ -1,8 +1,9 @@
 """What the pool costs and what it gains, against plain ComfyUI in the same run.
 
-    python benchmarks/pool.py start | overhead | sampling | cfg [--workers 2] [--comfy PATH]
+    python benchmarks/pool.py start | again | overhead | sampling | cfg [--workers 2] [--comfy PATH]
 
-start: seconds from nothing to a pool that can be used. overhead: milliseconds of a model call beyond the
+start: seconds from nothing to a pool that can be used. again: milliseconds of a run of one step outside of its model
+call, with models and LoRAs where the run before left them. overhead: milliseconds of a model call beyond the
 workers' own time, and the bytes that cross. sampling: seconds per step of a Wan-like model wide enough that
 computing dominates, workers with one thread each against plain ComfyUI with one thread. cfg: the same at cfg 4,
 where two workers can share the tokens (ulysses_degree 2) or the conditions (cfg_degree 2).
@@ -29,14 +30,14 @@ STEPS = 2
 def main() -> int:
     """Set up, then measure in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "overhead", "sampling", "cfg"))
+    parser.add_argument("what", choices=("start", "again", "overhead", "sampling", "cfg"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     options = parser.parse_args()
     code = environment.enter(options.comfy)
     if code is not None:
         return code
-    {"start": start, "overhead": overhead, "sampling": sampling, "cfg": guidance}[options.what](options)
+    {"start": start, "again": again, "overhead": overhead, "sampling": sampling, "cfg": guidance}[options.what](options)
     return 0
 
 
@@ -70,6 +71,43 @@ def start(options: argparse.Namespace) -> None:
             f"| {name} | {total:.1f} | {laps['ray']:.1f} | {laps['workers']:.1f} | {laps['groups']:.2f} |", flush=True
         )
         pool.close_all()
+
+
+def again(options: argparse.Namespace) -> None:
+    """Sample twice and more, bare and with a LoRA: what a run takes beside its model call."""
+    import comfy.sample
+    import comfy.sd
+    import comfy.utils
+    import torch
+    from comfy_raylight.raylight.config import ModelSpec
+    from comfy_raylight.tests.host.checkpoints import lora
+    from comfy_raylight.workers import remote
+
+    generator = torch.Generator().manual_seed(1)
+    positive, negative = ([[torch.randn(1, 128, 4096, generator=generator), {}]] for _ in range(2))
+    noise = torch.randn(1, 16, 5, 20, 22, generator=generator)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        file = checkpoint(folder, dim=768, ffn=3072, layers=8)
+        bare = remote.load_model(config(options.workers), ModelSpec.of(file))
+        adapter = comfy.utils.load_torch_file(str(lora(file, Path(folder) / "lora.safetensors")), safe_load=True)
+        print("| model | first run ms | later runs ms, median | worst |")
+        print("|---|---|---|---|")
+        for name, model in (
+            ("bare", bare),
+            ("with a LoRA", comfy.sd.load_lora_for_models(bare, None, adapter, 1, 0)[0]),
+        ):
+            times = []
+            for _ in range(CALLS):
+                inside = model.link.traffic().seconds
+                began = time.perf_counter()
+                comfy.sample.sample(
+                    model.clone(), noise, 1, 1.0, "euler", "simple", positive, negative, torch.zeros_like(noise),
+                    disable_pbar=True, seed=1,
+                )  # fmt: skip
+                times.append((time.perf_counter() - began - (model.link.traffic().seconds - inside)) * 1e3)
+            print(
+                f"| {name} | {times[0]:.1f} | {statistics.median(times[1:]):.1f} | {max(times[1:]):.1f} |", flush=True
+            )
 
 
 def overhead(options: argparse.Namespace) -> None:

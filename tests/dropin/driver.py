@@ -553,6 +553,30 @@ def lora_crosses_once(bench: Bench) -> None:
 
 
 @fact
+def the_same_again_loads_and_patches_nothing(bench: Bench) -> None:
+    patched = bench.with_lora(bench.far, 0.7, -0.3)
+    first = bench.picture(patched)
+    with bench.requests() as verbs:
+        again = bench.picture(patched.clone())
+    must(difference(again, first) == 0, "the second picture is another one")
+    must(set(verbs) <= {"forward", "forget"}, f"the second run sent {sorted(set(verbs))}")
+
+
+@fact
+def offloaded_model_comes_back_equal(bench: Bench) -> None:
+    from comfy_raylight.workers import remote
+
+    for model in (bench.far, bench.with_lora(bench.far, 0.7)):
+        before = bench.picture(model)
+        with bench.requests() as verbs:
+            remote.offload(model)
+            again = bench.picture(model)
+        must(difference(again, before) == 0, "after an offload the picture is another one")
+        must(verbs.count("offload") == 1, f"an offload and a picture sent {verbs}")
+        must(set(verbs) <= {"offload", "forward", "forget"}, f"coming back sent {sorted(set(verbs))}")
+
+
+@fact
 def two_models_stay_loaded(bench: Bench) -> None:
     import comfy.sd
 

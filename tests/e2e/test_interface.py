@@ -32,7 +32,11 @@ OPTIONAL = {
 REQUIRED: dict[str, dict[str, Any]] = {
     "RayInitializer": {**CLUSTER, **DEGREES, **STORE},
     "RayInitializerAdvanced": {**CLUSTER, **STORE, **ADDRESSES, **DEGREES},
+    "RayGGUFLoader": {"unet_name": None, "dequant_dtype": None, "patch_dtype": None, "ray_actors_init": None},
     "RayLTXFFNChunker": {"ray_actors": None, "ffn_chunks": 8},
+    "RayLoraLoader": {"lora_name": None, "strength_model": 1.0},
+    "RayLoraLoaderModelOnly": {"ray_actors": None, "lora_name": None, "strength_model": 1.0},
+    "RayOffloadModel": {"ray_actors": None},
     "RayUNETLoader": {"unet_name": None, "weight_dtype": None, "ray_actors_init": None},
     "XFuserKSamplerAdvanced": {
         "add_noise": None,
@@ -53,11 +57,19 @@ REQUIRED: dict[str, dict[str, Any]] = {
 OUTPUTS = {
     "RayInitializer": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
     "RayInitializerAdvanced": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
+    "RayGGUFLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
     "RayLTXFFNChunker": (["RAY_ACTORS"], ["ray_actors"]),
+    "RayLoraLoader": (["RAY_LORA"], ["ray_lora"]),
+    "RayLoraLoaderModelOnly": (["RAY_ACTORS", "RAY_LORA"], ["ray_actors", "ray_lora"]),
+    "RayOffloadModel": (["LATENT"], ["latent"]),
     "RayUNETLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
     "XFuserKSamplerAdvanced": (["LATENT"], ["LATENT"]),
 }
 DISPLAY = {
+    "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
+    "RayLoraLoader": "Ray LoRA Loader (chain)",
+    "RayLoraLoaderModelOnly": "Ray LoRA Loader",
+    "RayOffloadModel": "Offload Model (Ray)",
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
     "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
@@ -81,7 +93,14 @@ def test_node(client: ComfyClient, node: str) -> None:
     for name, default in REQUIRED[node].items():
         if default is not None:
             assert options(required[name])["default"] == default
-    own: dict[str, dict[str, Any]] = {"XFuserKSamplerAdvanced": {"sigmas": None}}
+    own: dict[str, dict[str, Any]] = {
+        "XFuserKSamplerAdvanced": {"sigmas": None},
+        "RayUNETLoader": {"lora": None},
+        "RayGGUFLoader": {"lora": None},
+        "RayLoraLoaderModelOnly": {"prev_ray_lora": None},
+        "RayLoraLoader": {"prev_ray_lora": None},
+        "RayOffloadModel": {"latent": None},
+    }
     optional = OPTIONAL if node.startswith("RayInitializer") else own.get(node, {})
     assert list(info["input"].get("optional", {})) == list(optional)
     for name, default in optional.items():
