@@ -63,7 +63,14 @@ def build(spec: ModelSpec) -> tuple[Any, Any]:
     options, keywords = load_options(spec)
     with torch.device("meta"), _StayOnMeta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading values into meta parameters is a no-op, and torch says so
-        patcher = comfy.sd.load_diffusion_model_state_dict(dict(state), options, metadata=metadata, **keywords)
+        try:
+            patcher = comfy.sd.load_diffusion_model_state_dict(dict(state), options, metadata=metadata, **keywords)
+        except Exception as error:  # detection trusts a file's shapes and settings; which errors it meets is open
+            raise LoadError(
+                f"ComfyUI cannot build a model from {os.path.basename(spec.path)}",
+                f"{type(error).__name__}: {error}",
+                "The file is damaged or of another kind: choose another one",
+            ) from error
     if patcher is None:
         hint = comfy.sd.model_detection_error_hint(spec.path, state)
         raise LoadError(
@@ -78,9 +85,11 @@ def check_metadata(path: str, state: dict[str, torch.Tensor], metadata: dict[str
     """Refuse files that ComfyUI would take for something they are not.
 
     Raises:
-        LoadError: a GGUF file of another kind of model, or of LTX-2 without its `config`, without which ComfyUI
-            silently builds another model.
+        LoadError: an empty file, a GGUF file of another kind of model, or one of LTX-2 without its `config`,
+            without which ComfyUI silently builds another model.
     """
+    if not state:
+        raise LoadError(f"{os.path.basename(path)} holds no tensors", "", "Choose a diffusion model file")
     architecture = (metadata or {}).get("general.architecture", "")
     if architecture in NO_DIFFUSION:
         raise LoadError(

@@ -208,12 +208,13 @@ class Replica:
             log.warning("%s", first.advice)
         return output, first.random
 
-    def offload(self, spec: ModelSpec | None = None) -> None:
-        """Take a model's weights, or everyone's, off the workers' devices."""
-        chosen = self.resident if spec is None else self.resident & {spec}
-        if chosen and self.pool.alive():
-            self._call("offload", spec)
-            self.resident -= chosen
+    def offload(self, spec: ModelSpec) -> None:
+        """Take a model's weights, and those of models that nobody holds any more, off the workers' devices."""
+        if not self.pool.alive():
+            return
+        for known in [known for known in self.resident if known == spec or not self._holders[known]]:
+            self._call("offload", known)
+            self.resident.discard(known)
 
     def _release(self, spec: ModelSpec) -> None:
         del self._facts[spec], self._states[spec], self._holders[spec]

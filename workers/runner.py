@@ -194,13 +194,11 @@ class Runner:
             advice=model.advice() if self._speaks else "",
         )
 
-    def offload(self, spec: ModelSpec | None = None) -> None:
-        """Take one model, or every one, off the device; the next call brings it back."""
+    def offload(self, spec: ModelSpec) -> None:
+        """Take a model off the device; the next call brings it back."""
         self._active = None
         with normal_tensors():
-            for known, model in self._models.items():
-                if spec in (None, known):
-                    model.offload()
+            self._models[spec].offload()
             model_management.soft_empty_cache()
 
     def release(self, spec: ModelSpec) -> None:

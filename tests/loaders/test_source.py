@@ -1,0 +1,152 @@
+"""Open files: views of the map, other readers, refs between processes, cold files, and the way to a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_raylight.loaders import prefetch, staging
+from comfy_raylight.loaders.source import OpenFiles, Source, read_tensor
+from comfy_raylight.loaders.staging import HostEngine, Piece, upload
+from comfy_raylight.raylight.errors import LoadError
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "large": torch.randn(1500, 1024, generator=generator),
+        "half": torch.randn(33, 7, generator=generator).half(),
+        "none": torch.empty(0, 4),
+        "one": torch.tensor(3.0),
+        "bytes": torch.arange(251, dtype=torch.uint8),
+        "after": torch.randn(5, generator=generator).to(torch.bfloat16),
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file, {"format": "pt"})
+    return str(file)
+
+
+@pytest.mark.parametrize("reader", ["map", "private", "fastsafetensors"])
+def test_tensors_are_the_files(path: str, tensors: dict[str, torch.Tensor], reader: str) -> None:
+    if reader == "fastsafetensors":
+        pytest.importorskip("fastsafetensors")
+    source = Source(path, reader=reader)
+    assert set(source.tensors) == set(tensors)
+    data = Path(path).read_bytes()
+    for name, wanted in tensors.items():
+        found = source.tensors[name]
+        assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+        offset = source.offset(found)
+        if offset is not None:
+            raw = found.reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert data[offset : offset + found.nbytes] == raw
+    assert source.offset(source.tensors["large"]) == source.header.entries["large"].start
+    assert source.offset(source.tensors["large"][3]) == source.header.entries["large"].start + 3 * 4096
+    assert source.offset(source.tensors["large"][:, 3]) is None, "not contiguous"
+    assert source.offset(torch.ones(4)) is None
+
+
+def test_only_the_map_is_shared(path: str) -> None:
+    def mapped(source: Source) -> bool:
+        address = source.tensors["large"].data_ptr()
+        with open("/proc/self/maps") as file:
+            for line in file:
+                first, last = (int(part, 16) for part in line.split()[0].split("-"))
+                if first <= address < last:
+                    return path in line and line.split()[1] == "r--s"
+        raise AssertionError("not in any mapping")
+
+    assert mapped(Source(path))
+    assert not mapped(Source(path, reader="private"))
+
+
+def test_one_tensor_without_the_rest(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    source = Source(path)
+    for name in ("half", "one", "after"):
+        assert torch.equal(read_tensor(source.header, source.fd, source.header.entries[name]), tensors[name])
+
+
+@pytest.mark.parametrize("how", ["truncated", "overwritten"])
+def test_a_change_is_noticed(path: str, how: str) -> None:
+    source = Source(path)
+    source.check()
+    if how == "truncated":
+        os.truncate(path, 5000)
+    else:
+        os.utime(path, ns=(1, 1))
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+    with pytest.raises(LoadError, match="changed while it was in use"):
+        source.check()
+
+
+def test_other_processes_find_tensors_by_place(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    files, ref = OpenFiles(), Source(path).ref("half")
+    found = files.tensor(ref)
+    assert torch.equal(found, tensors["half"])
+    assert files.tensor(ref).data_ptr() == found.data_ptr(), "the file is opened once"
+    save_file({"half": tensors["half"]}, path + ".new")
+    os.replace(path + ".new", path)
+    assert torch.equal(files.tensor(ref), found), "the old file is still the one that was named"
+    with pytest.raises(LoadError, match="replaced"):
+        OpenFiles().tensor(ref)
+    with pytest.raises(LoadError, match="cannot be read"):
+        OpenFiles().tensor(dataclasses.replace(ref, path=path + ".gone"))
+
+
+def test_cold_file_is_read_once_by_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "CHUNK_BYTES", 1 << 20)
+    file = tmp_path / "cold"
+    size = (9 << 20) + 12345
+    file.write_bytes(os.urandom(size))
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if not prefetch._cold(fd, 0):
+            pytest.skip("this filesystem keeps its pages")
+        # a third of the ten chunks each, at most, and together all of them; readahead may bring in neighbours
+        shares = [prefetch.prefetch(fd, size, index=index, count=3) for index in range(3)]
+        assert 0 < sum(shares) <= size and max(shares) <= 4 << 20
+        assert not any(prefetch._cold(fd, start) for start in range(0, size, 1 << 20))
+        assert prefetch.prefetch(fd, size, index=0, count=1) == 0, "a warm file is left alone"
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("part", [1000, 4 << 20])
+def test_upload(path: str, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    """In order, whatever the parts; from the file and from memory; converted where that is asked for."""
+    monkeypatch.setattr(staging, "PART_BYTES", part)
+    source = Source(path)
+    private = torch.randn(100, 3)
+    pieces = [Piece(value, source.offset(value), value.dtype) for value in source.tensors.values()]
+    pieces += [Piece(private, None, torch.bfloat16), Piece(source.tensors["half"], None, torch.float32)]
+    found = list(upload(source, pieces, HostEngine(torch.device("cpu"))))
+    wanted = [*source.tensors.values(), private.bfloat16(), tensors["half"].float()]
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype and one.shape == other.shape
+        assert source.offset(one) is None, "a copy"
+
+
+def test_upload_of_a_truncated_file_is_an_error(path: str) -> None:
+    """Reads of the file are short where a touch of the map would end the process."""
+    source = Source(path)
+    large = source.tensors["large"]
+    pieces = [Piece(large, source.offset(large), large.dtype)] * 3
+    copies = upload(source, pieces, HostEngine(torch.device("cpu")))
+    assert torch.equal(next(copies), large)
+    os.truncate(path, 10000)
+    with pytest.raises(LoadError, match="changed while it was in use"):
+        list(copies)
