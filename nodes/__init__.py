@@ -4,6 +4,7 @@ from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayUNETLoader
 from .ltx import RayLTXFFNChunker
 from .samplers import XFuserKSamplerAdvanced
+from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
@@ -12,6 +13,8 @@ NODE_CLASS_MAPPINGS = {
     "RayInitializerAdvanced": RayInitializerAdvanced,
     "RayLTXFFNChunker": RayLTXFFNChunker,
     "RayUNETLoader": RayUNETLoader,
+    "RayVAEDecodeDistributed": RayVAEDecodeDistributed,
+    "RayVAEEncodeDistributed": RayVAEEncodeDistributed,
     "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
 }
 
@@ -20,5 +23,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
     "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
+    "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
+    "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }
