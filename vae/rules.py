@@ -148,11 +148,8 @@ class RowParallel(TorchFunctionMode):
             self._refuse(func, why=f"a kernel over {span} rows with padding {pad} and stride {step} changes them")
         if step > 1 and any(height % step for height in self._strips.heights(input.shape[ROWS])):
             self._refuse(func, why=f"stride {step} over strips that are no multiple of it")
-        rows, below = self._rows, max(0, span - step - pad)
-        x = rows.extend(input, above=pad, below=below)
-        # the picture's own edges keep the convolution's own zeros
-        edges = (0, 0, pad if rows.top else 0, below if rows.bottom else 0)
-        x = F.pad(x, edges) if any(edges) else x
+        # one copy, with the convolution's own zeros at the picture's edges
+        x = self._rows.extend(input, above=pad, below=max(0, span - step - pad), zeros=True)
         return func(x, weight, bias, stride, _with_rows(padding, weight.ndim - 2, 0), dilation, groups)
 
     def _cudnn(  # noqa: PLR0917, torch.cudnn_convolution's signature
@@ -207,10 +204,11 @@ class RowParallel(TorchFunctionMode):
             return func(input, pad, mode, value)
         if min(above, below) < 0 or mode == "circular":
             self._refuse(func, why=f"mode {mode} with {above} and {below} rows")
-        rows = self._rows
-        x = rows.extend(input, above=above, below=below)
-        edges = (above if rows.top else 0, below if rows.bottom else 0)
-        return func(x, (*pad[:2], *edges, *pad[4:]), mode, value)
+        rows, zeros = self._rows, mode == "constant" and not value
+        x = rows.extend(input, above=above, below=below, zeros=zeros)
+        edges = (0, 0) if zeros else (above if rows.top else 0, below if rows.bottom else 0)
+        rest = (*pad[:2], *edges, *pad[4:])
+        return func(x, rest, mode, value) if any(rest) else x
 
     def _norm(self, func: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Group norm with the statistics of all ranks' rows."""

@@ -96,8 +96,11 @@ class Rows:
         """Whether the own strip is the picture's last."""
         return self.comm.rank == self.comm.size - 1
 
-    def extend(self, x: torch.Tensor, *, above: int, below: int) -> torch.Tensor:
-        """`x` with rows of the neighbours at its inner edges; nothing is added at the picture's own.
+    def extend(self, x: torch.Tensor, *, above: int, below: int, zeros: bool = False) -> torch.Tensor:
+        """`x` with rows of the neighbours at its inner edges.
+
+        Args:
+            zeros: add rows of zeros at the picture's own edges, where else is nothing.
 
         Raises:
             UnsupportedError: a strip is shorter than what its neighbour needs. All ranks raise it.
@@ -109,6 +112,9 @@ class Rows:
                 "Set mode to tiles",
             )
         top, bottom = self.comm.halo(x, dim=x.ndim + ROWS, above=above, below=below)
+        if zeros:
+            top = x.new_zeros(*x.shape[:ROWS], above, x.shape[-1]) if self.top and above else top
+            bottom = x.new_zeros(*x.shape[:ROWS], below, x.shape[-1]) if self.bottom and below else bottom
         parts = [part for part in (top, x, bottom) if part is not None]
         return torch.cat(parts, ROWS) if len(parts) > 1 else x
 

@@ -27,8 +27,13 @@ def load_vae(spec: ModelSpec) -> Any:
         raise LoadError(
             f"{spec.path} changed while it was being loaded", "", "Wait until the file is complete, then try again"
         )
-    state, metadata = comfy.utils.load_torch_file(spec.path, return_metadata=True)
-    vae = comfy.sd.VAE(sd=state, metadata=metadata, dtype=getattr(torch, spec.dtype) if spec.dtype else None)
+    try:
+        state, metadata = comfy.utils.load_torch_file(spec.path, return_metadata=True)
+        vae = comfy.sd.VAE(sd=state, metadata=metadata, dtype=getattr(torch, spec.dtype) if spec.dtype else None)
+    except Exception as error:  # whatever ComfyUI stumbles over in a file that is something else
+        raise LoadError(
+            f"{spec.path} cannot be read as a VAE file", f"{type(error).__name__}: {error}", "Choose a VAE file"
+        ) from error
     if vae.first_stage_model is None:
         raise LoadError(f"ComfyUI does not recognise a VAE in {spec.path}", "", "Choose a VAE file")
     return vae

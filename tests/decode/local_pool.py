@@ -35,7 +35,7 @@ class LocalPool(Pool):
     ) -> None:
         parallel = ParallelConfig(world=world, ulysses=world, ring=1, cfg=1)
         self.config = PoolConfig(parallel=parallel)
-        self.notes = {}
+        self.notes: dict[int, Any] = {}
         self._launch = SimpleNamespace(ready=lambda references: references[0] is not None, kill=self._kill)
         self._interrupted = interrupted
         self._closed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ def main(result: str, root: str, folder: str) -> None:
     logging.disable(logging.INFO)
     results: Results = {}
     with torch.inference_mode():
-        for check in (equal, tiled, encoded, without_sharing, on_disk, cancelled, killed, refused, memory):
+        for check in (equal, tiled, encoded, without_sharing, on_disk, cancelled, killed, refused, smooth):
             try:
                 check(results, Path(folder))
                 Path(result).write_text(json.dumps(results), encoding="utf-8")
@@ -102,8 +103,7 @@ def equal(results: Results, folder: Path) -> None:
 
 def tiled(results: Results, folder: Path) -> None:
     """Tiles against VAEDecodeTiled, bit for bit."""
-    import nodes
-
+    nodes: Any = importlib.import_module("nodes")
     for world in (2, 3):
         workers = pool(world)
         for name in ("wan", "wan batch", "wan image", "taesd batch"):
@@ -274,23 +274,18 @@ def refused(results: Results, folder: Path) -> None:
     workers.close()
 
 
-def memory(results: Results, folder: Path) -> None:
-    """Peak of each rank's own memory while it decodes, by number of ranks."""
-    for world in (1, 2, 4):
-        workers, latent = pool(world), random(1, 16, 3, 48, 32, seed=3)
-        run(workers, latent[:, :, :1, :8], spec(folder, "wan"))
-        run(workers, latent[:, :, :, :8], spec(folder, "wan"))
-        before = [own(member.place.pid) for member in workers.members]
-        run(workers, latent, spec(folder, "wan"))
-        grown = [own(member.place.pid) - base for member, base in zip(workers.members, before, strict=True)]
-        results[f"peak, {world}"] = grown
-        workers.close()
-
-
-def own(pid: int) -> int:
-    """Most KiB that a process has had resident so far."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+def smooth(results: Results, folder: Path) -> None:
+    """Change from frame to frame of a smooth video, at the first rows of strips and at all others."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 12), torch.linspace(0, 1, 10), indexing="ij")
+    waves = [torch.sin(3 * (x + y) + channel + 0.3 * frame) for channel in range(16) for frame in range(3)]
+    latent = torch.stack(waves).view(1, 16, 3, 12, 10)
+    workers = pool(3)
+    video = run(workers, latent, spec(folder, "wan"))
+    workers.close()
+    step = (video[1:] - video[:-1]).abs().mean((0, 2, 3))
+    borders = [row for strip in (32, 64) for row in (strip - 1, strip)]
+    elsewhere = [row for row in range(8, 88) if row not in borders]
+    results["smooth"] = [step[borders].mean().item(), step[elsewhere].mean().item()]
 
 
 if __name__ == "__main__":
