@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
+from comfy_raylight.tests.engine.ranks import mesh_of
 from comfy_raylight.workers.pool import Member, Pool
-from engine.ranks import mesh_of
 
 CONTEXT: Any = multiprocessing.get_context("fork")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.ranks import enter_comfy
+from comfy_raylight.tests.engine.ranks import enter_comfy
 
 from .families import random
 

@@ -34,6 +34,24 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "RayInitializerAdvanced": {**CLUSTER, **STORE, **ADDRESSES, **DEGREES},
     "RayLTXFFNChunker": {"ray_actors": None, "ffn_chunks": 8},
     "RayUNETLoader": {"unet_name": None, "weight_dtype": None, "ray_actors_init": None},
+    "RayVAEDecodeDistributed": {
+        "ray_actors": None,
+        "samples": None,
+        "vae_name": None,
+        "vae_dtype": "auto",
+        "tile_size": 512,
+        "overlap": 64,
+        "temporal_size": 64,
+        "temporal_overlap": 8,
+        "release_vae": True,
+    },
+    "RayVAEEncodeDistributed": {
+        "ray_actors": None,
+        "pixels": None,
+        "vae_name": None,
+        "vae_dtype": "auto",
+        "release_vae": True,
+    },
     "XFuserKSamplerAdvanced": {
         "add_noise": None,
         "noise_seed": 0,
@@ -55,6 +73,8 @@ OUTPUTS = {
     "RayInitializerAdvanced": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
     "RayLTXFFNChunker": (["RAY_ACTORS"], ["ray_actors"]),
     "RayUNETLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
+    "RayVAEDecodeDistributed": (["IMAGE"], ["IMAGE"]),
+    "RayVAEEncodeDistributed": (["LATENT"], ["LATENT"]),
     "XFuserKSamplerAdvanced": (["LATENT"], ["LATENT"]),
 }
 DISPLAY = {
@@ -62,6 +82,8 @@ DISPLAY = {
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
     "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
+    "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
+    "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }
 
@@ -81,7 +103,10 @@ def test_node(client: ComfyClient, node: str) -> None:
     for name, default in REQUIRED[node].items():
         if default is not None:
             assert options(required[name])["default"] == default
-    own: dict[str, dict[str, Any]] = {"XFuserKSamplerAdvanced": {"sigmas": None}}
+    own: dict[str, dict[str, Any]] = {
+        "XFuserKSamplerAdvanced": {"sigmas": None},
+        "RayVAEDecodeDistributed": {"mode": "auto"},
+    }
     optional = OPTIONAL if node.startswith("RayInitializer") else own.get(node, {})
     assert list(info["input"].get("optional", {})) == list(optional)
     for name, default in optional.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.tests.decode.files import write
-from comfy_raylight.tests.host.client import ComfyClient, Prompt
+from comfy_raylight.tests.host import processes
+from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, Case, PoolCase, pool
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
@@ -56,7 +60,7 @@ def stock(latent: Latent, *, tiled: bool = False) -> Prompt:
         "latent": node("RLTestLatent", **latent.inputs),
         "vae": node("VAELoader", vae_name=f"{latent.vae}.safetensors"),
         NODE: decoder if tiled else node("VAEDecode", samples=["latent", 0], vae=["vae", 0]),
-        "save": node("RLTestSavePixels", images=[NODE, 0], name="stock"),
+        "save": node("RLTestSavePixels", images=[NODE, 0], name=f"stock-{uuid.uuid4().hex}"),
     }
 
 
@@ -80,12 +84,13 @@ def ray(latent: Latent, *, workers: int = 2, release: bool = True, **widgets: An
             release_vae=release,
             **{**TILES, **widgets},
         ),
-        "save": node("RLTestSavePixels", images=[NODE, 0], name="ray"),
+        "save": node("RLTestSavePixels", images=[NODE, 0], name=f"ray-{uuid.uuid4().hex}"),
     }
 
 
 def pixels(server: ComfyServer, name: str) -> torch.Tensor:
-    path = server.output / f"{name}.safetensors"
+    """What the last prompt of `stock` or `ray` saved, under a name of its own: ComfyUI runs nothing twice."""
+    (path,) = server.output.glob(f"{name}-*.safetensors")
     found = load_file(path)["pixels"].clone()
     path.unlink()
     return found
@@ -145,3 +150,104 @@ def test_equals_comfyui(  # noqa: PLR0917, fixtures and parameters
         assert torch.equal(a, b)
     else:
         assert (a - b).abs().max() <= CLOSE
+
+
+@pytest.mark.usefixtures("vaes", "clean")
+def test_progress_counts_frames(server: ComfyServer, client: ComfyClient) -> None:
+    found = client.run(ray(WAN, mode="seamless"), timeout=400)
+    seen = [(value, most) for _, value, most in found.progress(NODE)]
+    assert seen and seen[-1] == (9, 9) and seen == sorted(seen)
+
+
+@pytest.mark.usefixtures("vaes", "clean")
+def test_kept_until_the_file_changes(server: ComfyServer, client: ComfyClient) -> None:
+    """A kept VAE is not loaded again; the model and the pool go on as before."""
+    client.run(ray(WAN, release=False, overlap=0), timeout=400)
+    first = pixels(server, "ray")
+    client.run(ray(WAN, release=False, overlap=32), timeout=400)
+    assert torch.equal(pixels(server, "ray"), first)
+
+
+@pytest.mark.usefixtures("vaes", "clean")
+def test_killed_worker(server: ComfyServer, client: ComfyClient) -> None:
+    """The next prompt builds a new pool."""
+    client.run(ray(WAN), timeout=400)
+    first = pixels(server, "ray")
+    long = Latent(vae="wan", channels=16, height=24, width=24, frames=15)
+    prompt_id = client.queue(ray(long, mode="seamless"))
+    wait_for_progress(client, prompt_id)
+    victim = workers_of(server)[-1]
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(PromptError, match="died"):
+        client.wait(prompt_id, timeout=120)
+    client.run(ray(WAN, overlap=0), timeout=400)
+    assert torch.equal(pixels(server, "ray"), first)
+
+
+@pytest.mark.usefixtures("vaes", "clean")
+def test_interrupt(server: ComfyServer, client: ComfyClient) -> None:
+    """Cancel ends a decode between frames; the workers live on."""
+    long = Latent(vae="wan", channels=16, height=24, width=24, frames=15)
+    prompt_id = client.queue(ray(long, mode="seamless", overlap=96))
+    wait_for_progress(client, prompt_id)
+    alive = workers_of(server)
+    client.interrupt()
+    with pytest.raises(PromptError) as caught:
+        client.wait(prompt_id, timeout=120)
+    assert caught.value.kind == "interrupted"
+    client.run(ray(WAN, overlap=64), timeout=400)
+    assert workers_of(server) == alive
+
+
+@pytest.mark.usefixtures("vaes", "clean")
+@pytest.mark.parametrize("vae,frames", [("wan", 9), ("wan", 1), ("taesd", 2)])
+def test_encode_equals_comfyui(server: ComfyServer, client: ComfyClient, vae: str, frames: int) -> None:
+    picture = node("RLTestPixels", frames=frames, height=70, width=48)
+    plain = {
+        "pixels": picture,
+        "vae": node("VAELoader", vae_name=f"{vae}.safetensors"),
+        "encoder": node("VAEEncode", pixels=["pixels", 0], vae=["vae", 0]),
+        "save": node("RLTestSaveLatent", samples=["encoder", 0], name="stock"),
+    }
+    encoder = node(
+        "RayVAEEncodeDistributed",
+        ray_actors=[LOADER, 0],
+        pixels=["pixels", 0],
+        vae_name=f"{vae}.safetensors",
+        vae_dtype="auto",
+        release_vae=True,
+    )
+    save = node("RLTestSaveLatent", samples=["encoder", 0], name="ray")
+    client.run(plain)
+    client.run({**on_pool(PoolCase(workers=2)), "pixels": picture, "encoder": encoder, "save": save}, timeout=400)
+    a, b = (load_file(server.output / f"{name}.safetensors")["samples"] for name in ("stock", "ray"))
+    assert a.shape == b.shape and (a - b).abs().max() <= CLOSE * a.abs().max()
+
+
+REFUSED = [
+    pytest.param({"vae_name": "missing.safetensors"}, "not in list", id="missing"),
+    pytest.param({"vae_name": "text.safetensors"}, "cannot be read as a VAE file", id="text"),
+    pytest.param({"mode": "diagonal"}, "not in list", id="mode"),
+]
+
+
+@pytest.mark.parametrize("widgets,words", REFUSED)
+def test_refused(client: ComfyClient, vaes: Path, widgets: dict[str, Any], words: str) -> None:
+    (vaes / "text.safetensors").write_text("this is a text file\n" * 100)
+    prompt = ray(WAN)
+    prompt[NODE]["inputs"].update(widgets)
+    with pytest.raises(PromptError, match=words):
+        client.run(prompt, timeout=400)
+
+
+def workers_of(server: ComfyServer) -> list[int]:
+    return [process.pid for process in processes.tree(server.pid) if process.command.startswith("ray::Worker")]
+
+
+def wait_for_progress(client: ComfyClient, prompt_id: str, *, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if any(event.kind == "progress" and int(event.data["value"]) > 0 for event in client.events_of(prompt_id)):
+            return
+        time.sleep(0.05)
+    raise AssertionError("decoding did not begin")
