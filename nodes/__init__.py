@@ -6,6 +6,7 @@ from .loras import RayLoraLoader, RayLoraLoaderModelOnly
 from .ltx import RayLTXFFNChunker
 from .memory import RayOffloadModel
 from .samplers import XFuserKSamplerAdvanced
+from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
@@ -18,6 +19,8 @@ NODE_CLASS_MAPPINGS = {
     "RayLoraLoaderModelOnly": RayLoraLoaderModelOnly,
     "RayOffloadModel": RayOffloadModel,
     "RayUNETLoader": RayUNETLoader,
+    "RayVAEDecodeDistributed": RayVAEDecodeDistributed,
+    "RayVAEEncodeDistributed": RayVAEEncodeDistributed,
     "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
 }
 
@@ -30,5 +33,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayLoraLoaderModelOnly": "Ray LoRA Loader",
     "RayOffloadModel": "Offload Model (Ray)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
+    "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
+    "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }

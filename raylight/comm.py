@@ -23,7 +23,8 @@ class Meter:
             unless each is synchronised.
         bytes_sent: payload that this rank has given to other ranks, by kind: "all_to_all" and "ring" what
             goes to others, "all_gather" and "all_reduce" its own part times size - 1, "broadcast" the
-            same on the rank that gives it. Padding does not count.
+            same on the rank that gives it, "halo" and "first" what goes to neighbours and to rank 0. Padding
+            does not count.
     """
 
     def __init__(self) -> None:
@@ -169,12 +170,67 @@ class Comm:
             works = dist.batch_isend_irecv(steps) if steps else []
         return Passing(tensors, coming, works, self.meter)
 
+    def halo(
+        self, x: torch.Tensor, *, dim: int, above: int, below: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The neighbours' slices that border on `x`, where the ranks hold consecutive stretches of `dim`.
+
+        Args:
+            x: equal on all ranks in every other dim, with at least max(above, below) slices on each.
+            above: slices to get from the end of the rank before, as every rank does.
+            below: slices to get from the beginning of the rank after.
+
+        Returns:
+            Both, None where there is no such rank or nothing to get.
+        """
+        length = x.shape[dim]
+        assert max(above, below) <= length, (above, below, tuple(x.shape))
+        # what one side gets of its neighbour, the neighbour gives
+        sides = [(self.rank - 1, above, 0, below), (self.rank + 1, below, length - above, above)]
+        steps, kept, got, sent = [], [], [], 0
+        for peer, wanted, start, given in sides:
+            here = 0 <= peer < self.size
+            got.append(x.new_empty([*x.shape[:dim], wanted, *x.shape[dim + 1 :]]) if here and wanted else None)
+            if here and given:
+                kept.append(x.narrow(dim, start, given).contiguous())
+                steps.append(self._step(dist.isend, kept[-1], self.ranks[peer]))
+                sent += kept[-1].nbytes
+            if got[-1] is not None:
+                steps.append(self._step(dist.irecv, got[-1], self.ranks[peer]))
+        with self.meter.collective("halo", sent):
+            for work in dist.batch_isend_irecv(steps) if steps else ():
+                work.wait()
+        return got[0], got[1]
+
+    def to_first(self, x: torch.Tensor | None, *, source: int, like: torch.Tensor) -> Passing:
+        """Start giving rank `source`'s `x` to rank 0, which gets one of the shape and dtype of `like`.
+
+        Every rank counts it as one collective, also those that have no part in it; the others pass no `x`.
+        """
+        steps: list[dist.P2POp] = []
+        going = [x.contiguous()] if x is not None and 0 != self.rank == source else []
+        coming = [torch.empty_like(like)] if self.rank == 0 != source else []
+        with self.meter.collective("first", sum(t.nbytes for t in going)):
+            steps += [self._step(dist.isend, t, self.ranks[0]) for t in going if t.numel()]
+            steps += [self._step(dist.irecv, t, self.ranks[source]) for t in coming if t.numel()]
+            works = dist.batch_isend_irecv(steps) if steps else []
+        return Passing(going, coming, works, self.meter)
+
+    def start_maximum(self, x: torch.Tensor) -> Passing:
+        """Start the maximum of every rank's `x`, all of one shape and dtype."""
+        out = x.clone(memory_format=torch.contiguous_format)
+        if self.size == 1:
+            return Passing([], [out], [], self.meter)
+        with self.meter.collective("all_reduce", x.nbytes * (self.size - 1)):
+            work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return Passing([], [out], [work], self.meter)
+
     def _step(self, verb: Callable[..., Any], t: torch.Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(verb, t.view(-1).view(torch.uint8), peer, group=self._group)
 
 
 class Passing:
-    """Tensors on their way around a ring; `wait` for them also before giving up on an error."""
+    """Tensors on their way between ranks; `wait` for them also before giving up on an error."""
 
     def __init__(
         self, going: Sequence[torch.Tensor], coming: list[torch.Tensor], works: Sequence[Any], meter: Meter

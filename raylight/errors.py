@@ -41,6 +41,10 @@ class LoadError(RaylightError, ValueError):
     """A file that is missing, damaged, or not a model."""
 
 
+class Cancelled(RaylightError):
+    """The user cancelled what the workers did; all of them have left it at the same point."""
+
+
 class WorkerError(RaylightError, RuntimeError):
     """A worker failed, died or stopped answering.
 

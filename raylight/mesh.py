@@ -27,13 +27,22 @@ class Mesh:
     """
 
     def __init__(
-        self, parallel: ParallelConfig, *, rank: int, comms: Mapping[str, Comm], control: Comm, meter: Meter
+        self,
+        parallel: ParallelConfig,
+        *,
+        rank: int,
+        comms: Mapping[str, Comm],
+        control: Comm,
+        meter: Meter,
+        timeout: timedelta = timedelta(0),
     ) -> None:
         self.parallel = parallel
         self.rank = rank
         self.control = control
         self._comms = MappingProxyType(dict(comms))
         self._meter = meter
+        self._first: dict[int, Comm | None] = {}
+        self._timeout = timeout
 
     @classmethod
     def create(
@@ -79,7 +88,7 @@ class Mesh:
                 comms["sequence"] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
         group = dist.new_group(list(everyone), timeout=timeout, backend="gloo")
         control = cls._comm(everyone, rank=rank, group=group, meter=Meter())
-        return cls(parallel, rank=rank, comms=comms, control=control, meter=meter)
+        return cls(parallel, rank=rank, comms=comms, control=control, meter=meter, timeout=timeout)
 
     @classmethod
     def single(cls, parallel: ParallelConfig | None = None) -> Mesh:
@@ -106,6 +115,18 @@ class Mesh:
         "sequence" is ring and ulysses together, ulysses innermost, and "world" all ranks.
         """
         return self._comms[name]
+
+    def first(self, count: int) -> Comm | None:
+        """The first `count` ranks of the world, None on the others; every rank must ask for it at the same point."""
+        world = self._comms["world"]
+        if count == world.size:
+            return world
+        if count not in self._first:
+            ranks = tuple(range(count))
+            group = dist.new_group(list(ranks), timeout=self._timeout) if count > 1 else None
+            mine = self.rank < count
+            self._first[count] = self._comm(ranks, rank=self.rank, group=group, meter=self._meter) if mine else None
+        return self._first[count]
 
     @property
     def sequence(self) -> Comm:

@@ -24,7 +24,7 @@ QUANTISED_KEYS = (".comfy_quant", ".scale_weight", ".weight_scale")
 NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class _Adopt(torch.overrides.TorchFunctionMode):
+class Adopting(torch.overrides.TorchFunctionMode):
     """Turns `parameter.copy_(tensor of the source)` into taking the tensor over, in this thread and scope only.
 
     Args:
@@ -127,7 +127,7 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
         if not _is_quantised(source):
             arguments["dtype"], convert = _kept_dtype(state, dtype)
     metadata = dict(source.header.metadata) or None
-    mode = _Adopt(source, convert=convert)
+    mode = Adopting(source, convert=convert)
     with mode:
         patcher = comfy.sd.load_diffusion_model_state_dict(state, arguments, metadata=metadata, **keywords)
     if patcher is None:

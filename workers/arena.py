@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 import uuid
 import weakref
 from dataclasses import dataclass
@@ -31,13 +32,26 @@ class Arena:
     the system has no such memory; parcels then carry their bytes.
     """
 
-    def __init__(self, size: int) -> None:
-        self._fd = os.memfd_create("raylight", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, size)
+    def __init__(self, size: int, *, folder: str = "") -> None:
+        """Args:
+        size: bytes.
+        folder: make it a file there that has no name any more, for what memory has no room for.
+
+        Raises:
+            OSError: the folder's disk has no room.
+        """
+        if folder:
+            self._fd, path = tempfile.mkstemp(dir=folder, prefix="raylight")
+            weakref.finalize(self, os.close, self._fd)
+            os.unlink(path)
+            os.posix_fallocate(self._fd, 0, size)
+        else:
+            self._fd = os.memfd_create("raylight", os.MFD_CLOEXEC)
+            weakref.finalize(self, os.close, self._fd)
+            os.ftruncate(self._fd, size)
         self._map = mmap.mmap(self._fd, size)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self.ref = ArenaRef(os.getpid(), self._fd, size, uuid.uuid4().hex)
-        weakref.finalize(self, os.close, self._fd)
 
     @staticmethod
     def supported() -> bool:

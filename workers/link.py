@@ -16,7 +16,7 @@ from ..loaders.source import changed
 from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ..raylight.errors import UnsupportedError, WorkerError
-from . import refusals
+from . import random_states, refusals
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
@@ -130,7 +130,7 @@ class ModelLink:
                     continue
                 if several:
                     _refuse_random(self.config.parallel.degrees["cfg"])
-                _set_random_states(after)
+                random_states.put(after)
             return outputs
 
     def offload(self) -> None:
@@ -223,7 +223,7 @@ class ModelLink:
             functions=tuple(found),
             patches=patches,
             fresh=tuple(cfg.tensors(args[:1])),
-            random=_random_states() if found or patches.objects else None,
+            random=random_states.take() if found or patches.objects else None,
             settings=settings_of(patcher),
         )
 
@@ -279,24 +279,6 @@ def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     if isinstance(value, torch.Tensor):
         return change(value)
     return type(value)(_map_tensors(item, change) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _generators() -> Iterator[Any]:
-    yield torch
-    device = model_management.get_torch_device()
-    if not model_management.is_device_cpu(device):
-        yield torch.get_device_module(device)
-
-
-def _random_states() -> tuple[Any, Any]:
-    states = [module.get_rng_state().numpy() for module in _generators()]
-    return states[0], states[1] if len(states) > 1 else None
-
-
-def _set_random_states(states: tuple[Any, Any]) -> None:
-    for module, state in zip(_generators(), states, strict=False):
-        if state is not None:
-            module.set_rng_state(torch.from_numpy(state.copy()))
 
 
 def _equal(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from ..loaders.source import Source
 from ..loaders.staging import Engine, Piece, engine_for, upload
 from .adopt import Home, address, parts
 from .gguf_ops import BlockPatch
+from .loading import normal_tensors
 
 ATTACHMENT = "raylight_weights"
 
@@ -66,11 +68,19 @@ class Weights:
         return iter(sorted(self.homes.items(), key=order))
 
 
-class MappedPatcher(comfy.model_patcher.ModelPatcher):
-    """Loads, patches and unloads as ComfyUI does, but weights come from the map and go back to it.
+def outside_inference(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a method of a patcher run outside of inference mode, wherever ComfyUI calls it from."""
 
-    Use it outside of inference mode.
-    """
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with normal_tensors():
+            return method(*args, **kwargs)
+
+    return call
+
+
+class MappedPatcher(comfy.model_patcher.ModelPatcher):
+    """Loads, patches and unloads as ComfyUI does, but weights come from the map and go back to it."""
 
     @property
     def weights(self) -> Weights:
@@ -85,6 +95,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
             self.weights.size = sum(map(_device_bytes, self.weights.homes.values()))
         return self.weights.size
 
+    @outside_inference
     def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's, with the copies to the device made from the file."""
         if self._is_home(device_to):
@@ -97,6 +108,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         self._round_what_stayed()
         return result
 
+    @outside_inference
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
         """ComfyUI's; weights are home before it would copy them back."""
         if unpatch_weights and ATTACHMENT in self.attachments:
@@ -108,6 +120,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
             self.weights.applied.clear()
         return super().unpatch_model(device_to, unpatch_weights)
 
+    @outside_inference
     def partially_unload(self, device_to: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's; what it moves off the device goes home."""
         before = {key: address(home.parameter) for key, home in self.weights.homes.items()}
@@ -123,6 +136,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         self._round_what_stayed()
         return freed
 
+    @outside_inference
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
         """ComfyUI's; where only patches differ, it finds them changed already, weight by weight."""
         model = self.model

@@ -159,6 +159,22 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a worker tells before its answer to request `id`: `done` of `total`."""
+
+    id: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    """What the driver tells while it waits for the answers to request `id`: end it. It has no answer of its own."""
+
+    id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """A Python exception of a worker, as data.
 

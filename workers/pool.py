@@ -17,7 +17,17 @@ from typing import Any
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import RaylightError, WorkerError
-from .messages import Failure, HostEnvironment, JoinRequest, Rendezvous, Reply, Request, WorkerPlace
+from .messages import (
+    Cancel,
+    Failure,
+    HostEnvironment,
+    JoinRequest,
+    Progress,
+    Rendezvous,
+    Reply,
+    Request,
+    WorkerPlace,
+)
 
 log = logging.getLogger(__name__)
 
@@ -116,17 +126,35 @@ class Pool:
             self.close()
         return not self._closed
 
-    def call(self, verb: str, *arguments: Any, ranks: Sequence[int] | None = None) -> list[Any]:
+    def call(
+        self,
+        verb: str,
+        *arguments: Any,
+        ranks: Sequence[int] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
         """Send one request to all `ranks` (default: everyone) and wait for every answer, in rank order.
 
+        Args:
+            progress: called with what is done and the total, as a rank tells it. The request is then one that the
+                workers end together when ComfyUI's cancel flag is set.
+
         Raises:
+            Cancelled: they did; the pool stays alive.
             RaylightError: every rank refused with the same error of ours; the pool stays alive.
             WorkerError: a rank failed, died or stopped; the pool is closed unless all ranks failed alike,
                 at the same point.
         """
-        return self.call_groups(verb, [(range(len(self.members)) if ranks is None else ranks, arguments)])[0]
+        everyone = range(len(self.members)) if ranks is None else ranks
+        return self.call_groups(verb, [(everyone, arguments)], progress=progress)[0]
 
-    def call_groups(self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]) -> list[list[Any]]:
+    def call_groups(
+        self,
+        verb: str,
+        groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Any]]:
         """Like `call`, for groups of ranks with arguments of their own, at the same time.
 
         Groups share no collective, so only ranks of one group must fail alike for the pool to stay alive; the
@@ -137,7 +165,7 @@ class Pool:
         sent = [
             dict.fromkeys(ranks, pickle.dumps(request)) for (ranks, _), request in zip(groups, requests, strict=True)
         ]
-        return self._exchange(sent, requests[0])
+        return self._exchange(sent, requests[0], progress)
 
     def call_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Like `call`, with arguments of its own for each rank."""
@@ -262,7 +290,12 @@ class Pool:
 
     # ---- calls ---------------------------------------------------------------------------------
 
-    def _exchange(self, groups: Sequence[dict[int, bytes]], request: Request) -> list[list[Any]]:
+    def _exchange(
+        self,
+        groups: Sequence[dict[int, bytes]],
+        request: Request,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Any]]:
         """Send what each rank of each group is to get, and collect the answers in the same order."""
         if self._closed:
             raise WorkerError("The pool is closed", "", "Queue the prompt again: it starts a new one")
@@ -275,7 +308,7 @@ class Pool:
                         member.connection.send_bytes(payload)
                     except OSError as error:
                         raise self._dead(member, request.verb) from error
-            replies = self._collect(groups, request)
+            replies = self._collect(groups, request, progress)
         except BaseException:
             # a rank may be left inside a collective, or hold an answer that a later call would read
             self.close()
@@ -285,21 +318,37 @@ class Pool:
             self._raise(failures, [len(group) for group in groups], request.verb)
         return [[replies[rank].value for rank in group] for group in groups]
 
-    def _collect(self, groups: Sequence[Collection[int]], request: Request) -> dict[int, Reply]:
+    def _collect(
+        self,
+        groups: Sequence[Collection[int]],
+        request: Request,
+        progress: Callable[[int, int], None] | None,
+    ) -> dict[int, Reply]:
         """Everyone's replies; ends early when a failure leaves the others of its group without hope."""
         replies: dict[int, Reply] = {}
         waiting = [self.members[rank] for group in groups for rank in group]
         heard = time.monotonic()
         deadlines: dict[int, float] = {}
+        cancel = pickle.dumps(Cancel(id=request.id))
+        cancelled = progress is None
         while waiting:
+            if not cancelled and self._interrupted():
+                cancelled = True
+                for member in waiting:
+                    member.connection.send_bytes(cancel)
             by_connection = {member.connection: member for member in waiting}
             for connection in wait(list(by_connection), timeout=POLL_S):
                 member = by_connection[connection]  # type: ignore[index]
                 try:
-                    reply: Reply = pickle.loads(member.connection.recv_bytes())
+                    reply: Reply | Progress = pickle.loads(member.connection.recv_bytes())
                 except (EOFError, OSError) as error:
                     raise self._dead(member, request.verb) from error
                 assert reply.id == request.id
+                if isinstance(reply, Progress):
+                    heard = time.monotonic()
+                    if progress is not None:
+                        progress(reply.done, reply.total)
+                    continue
                 replies[member.rank] = reply
                 member.busy = False
                 waiting.remove(member)

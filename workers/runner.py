@@ -19,11 +19,15 @@ from ..raylight import kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import WorkerError
 from ..raylight.mesh import Mesh
+from . import random_states
 from .arena import ArenaRef
 from .loading import normal_tensors
 from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, LoadRequest, ModelFacts, PatchRequest
 from .model import WorkerModel
 from .transfer import FILE, Decoder, Parcel
+from .vae_messages import DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
+from .vaes import WorkerVAEs
+from .wire import Line, Silence
 
 LINK_TEST_BYTES = 16 << 20
 
@@ -46,6 +50,9 @@ class Runner:
         self._functions: dict[int, Callable[..., Any]] = {}
         self._files = OpenFiles()
         self._decoder = Decoder(self._resolve, model_management.get_torch_device())
+        self._vaes = WorkerVAEs()
+        self.wire: Line = Silence()
+        """The way to the driver during the request at hand."""
 
     @property
     def collectives(self) -> int:
@@ -180,7 +187,7 @@ class Runner:
                 self._models.move_to_end(request.spec)
             model.source.check()
             if request.random is not None:
-                _set_random(request.random)
+                random_states.put(request.random)
             model.settle(request.settings)
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs)
@@ -188,11 +195,41 @@ class Runner:
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         return ForwardReply(
             output=parcel,
-            random=_get_random() if request.random is not None and self._speaks else None,
+            random=random_states.take() if request.random is not None and self._speaks else None,
             seconds=seconds,
             waiting=waited,
             advice=model.advice() if self._speaks else "",
         )
+
+    def plan_vae(self, request: VAEPlan) -> VAEFacts | None:
+        """Load a VAE and find out what this rank can do with it; see WorkerVAEs."""
+        self._active = None  # a model may have to make room
+        with torch.inference_mode():
+            return self._vaes.plan(request, self.mesh)
+
+    def tiled_shape(self, spec: ModelSpec, shape: tuple[int, ...], tiles: TileSizes) -> tuple[int, ...]:
+        """Shape of what a tiled decode of a latent of this shape makes."""
+        return self._vaes.tiled_shape(spec, shape, tiles)
+
+    def decode(self, request: DecodeRequest) -> PartReply:
+        """Decode this rank's part of a latent."""
+        self._active = None
+        with torch.inference_mode():
+            if request.random is not None:
+                random_states.put(request.random)
+            return self._vaes.decode(request, self.mesh, self.wire)
+
+    def encode(self, request: EncodeRequest) -> PartReply:
+        """Encode this rank's part of a picture."""
+        self._active = None
+        with torch.inference_mode():
+            if request.random is not None:
+                random_states.put(request.random)
+            return self._vaes.encode(request, self.mesh, self.wire)
+
+    def release_vae(self, spec: ModelSpec) -> None:
+        """Forget a VAE."""
+        self._vaes.release(spec)
 
     def offload(self, spec: ModelSpec) -> None:
         """Take a model off the device; the next call brings it back."""
@@ -263,20 +300,3 @@ def least_recent(idle: Mapping[ModelSpec, int], missing: int) -> list[ModelSpec]
             chosen.append(spec)
             missing -= size
     return chosen
-
-
-def _accelerator() -> Any:
-    device = model_management.get_torch_device()
-    return None if model_management.is_device_cpu(device) else torch.get_device_module(device)
-
-
-def _get_random() -> tuple[Any, Any]:
-    module = _accelerator()
-    return torch.get_rng_state().numpy(), module.get_rng_state().numpy() if module else None
-
-
-def _set_random(states: tuple[Any, Any]) -> None:
-    torch.set_rng_state(torch.from_numpy(states[0].copy()))
-    module = _accelerator()
-    if module and states[1] is not None:
-        module.set_rng_state(torch.from_numpy(states[1].copy()))

@@ -9,13 +9,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..raylight.errors import RaylightError
-from .messages import Failure, Reply, Request
+from .messages import Cancel, Failure, Reply, Request
 from .runner import Runner
+from .wire import Wire
 
 log = logging.getLogger(__name__)
 
 VERBS = frozenset(
     {"open_store", "join", "share", "check_links", "load", "patch", "define", "forget", "forward", "offload", "release"}
+    | {"plan_vae", "tiled_shape", "decode", "encode", "release_vae"}
 )
 
 
@@ -26,8 +28,11 @@ def serve(connection: Connection, runner: Runner) -> None:
             request = pickle.loads(connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             break
+        if isinstance(request, Cancel):
+            continue  # its request was answered before it came
         if request.verb == "close":
             break
+        runner.wire = Wire(connection, request.id)
         reply = answer(request, runner)
         try:
             connection.send_bytes(pickle.dumps(reply))

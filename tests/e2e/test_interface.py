@@ -38,6 +38,24 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "RayLoraLoaderModelOnly": {"ray_actors": None, "lora_name": None, "strength_model": 1.0},
     "RayOffloadModel": {"ray_actors": None},
     "RayUNETLoader": {"unet_name": None, "weight_dtype": None, "ray_actors_init": None},
+    "RayVAEDecodeDistributed": {
+        "ray_actors": None,
+        "samples": None,
+        "vae_name": None,
+        "vae_dtype": "auto",
+        "tile_size": 512,
+        "overlap": 64,
+        "temporal_size": 64,
+        "temporal_overlap": 8,
+        "release_vae": True,
+    },
+    "RayVAEEncodeDistributed": {
+        "ray_actors": None,
+        "pixels": None,
+        "vae_name": None,
+        "vae_dtype": "auto",
+        "release_vae": True,
+    },
     "XFuserKSamplerAdvanced": {
         "add_noise": None,
         "noise_seed": 0,
@@ -63,6 +81,8 @@ OUTPUTS = {
     "RayLoraLoaderModelOnly": (["RAY_ACTORS", "RAY_LORA"], ["ray_actors", "ray_lora"]),
     "RayOffloadModel": (["LATENT"], ["latent"]),
     "RayUNETLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
+    "RayVAEDecodeDistributed": (["IMAGE"], ["IMAGE"]),
+    "RayVAEEncodeDistributed": (["LATENT"], ["LATENT"]),
     "XFuserKSamplerAdvanced": (["LATENT"], ["LATENT"]),
 }
 DISPLAY = {
@@ -74,6 +94,8 @@ DISPLAY = {
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
     "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
+    "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
+    "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }
 
@@ -100,6 +122,7 @@ def test_node(client: ComfyClient, node: str) -> None:
         "RayLoraLoaderModelOnly": {"prev_ray_lora": None},
         "RayLoraLoader": {"prev_ray_lora": None},
         "RayOffloadModel": {"latent": None},
+        "RayVAEDecodeDistributed": {"mode": "auto"},
     }
     optional = OPTIONAL if node.startswith("RayInitializer") else own.get(node, {})
     assert list(info["input"].get("optional", {})) == list(optional)

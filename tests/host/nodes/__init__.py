@@ -201,5 +201,59 @@ class RLTestLatentImage:
         return (torch.nn.functional.interpolate(image, scale_factor=8).movedim(1, -1),)
 
 
-NODES = (RLTestConditioning, RLTestLatent, RLTestSigmas, RLTestSaveLatent, RLTestLatentImage)
+class RLTestPixels:
+    """Random pictures, or frames of a smooth pattern that moves."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        size = {"default": 64, "min": 1, "max": 4096}
+        return {
+            "required": {
+                "frames": ("INT", size),
+                "height": ("INT", size),
+                "width": ("INT", size),
+                "channels": ("INT", {"default": 3, "min": 1, "max": 4}),
+                "smooth": ("BOOLEAN", {"default": False}),
+            }
+        }
+
+    def make(self, *, frames: int, height: int, width: int, channels: int, smooth: bool) -> tuple[torch.Tensor]:
+        if not smooth:
+            return (torch.rand(frames, height, width, channels, generator=torch.Generator().manual_seed(1)),)
+        t, y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (frames, height, width)), indexing="ij")
+        waves = [torch.sin(6 * (x * (c + 1) + y * (3 - c) + t)) for c in range(channels)]
+        return (torch.stack(waves, -1) / 2 + 0.5,)
+
+
+class RLTestSavePixels:
+    """Writes pictures to NAME.safetensors in the output folder as they are."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"images": ("IMAGE",), "name": ("STRING", {"default": "pixels"})}}
+
+    def save(self, images: torch.Tensor, name: str) -> dict[str, Any]:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        save_file({"pixels": images.detach().cpu().contiguous()}, path)
+        return {"ui": {"pixels": [{"path": str(path), "shape": list(images.shape)}]}}
+
+
+NODES = (
+    RLTestConditioning,
+    RLTestLatent,
+    RLTestSigmas,
+    RLTestSaveLatent,
+    RLTestLatentImage,
+    RLTestPixels,
+    RLTestSavePixels,
+)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

@@ -1,0 +1,1 @@
+"""Decoding in strips and by tiles, on forked ranks with ComfyUI's own classes."""

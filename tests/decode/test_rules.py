@@ -1,0 +1,156 @@
+"""The rules on one process, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy_raylight.raylight.comm import Meter
+from comfy_raylight.raylight.errors import Cancelled, UnsupportedError
+from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.vae import budget
+from comfy_raylight.vae.rules import RowParallel, strip_of
+from comfy_raylight.vae.strips import Rows, Strips
+from comfy_raylight.vae.tiles import deal
+from comfy_raylight.vae.watch import Watch, counting, last_convolution
+
+
+def rows(height: int = 4) -> Rows:
+    return Rows(Mesh.single().axis("world"), Strips.of(height, ranks=1, rank=0))
+
+
+X = torch.arange(96.0).reshape(1, 4, 4, 6)
+
+REFUSED = {
+    "even kernel": lambda: F.conv2d(X, torch.ones(4, 4, 4, 3), padding=1),
+    "same": lambda: F.conv2d(X, torch.ones(4, 4, 3, 3), padding="same"),
+    "bilinear": lambda: F.interpolate(X, scale_factor=2.0, mode="bilinear"),
+    "to half a row": lambda: F.interpolate(X, size=(6, 6)),
+    "overlapping windows": lambda: F.max_pool2d(X, 3, stride=1, padding=1),
+    "norm over rows": lambda: F.layer_norm(X, (4, 6)),
+    "statistics of the batch": lambda: F.batch_norm(X, None, None, training=True),
+    "instance norm": lambda: F.instance_norm(X),
+    "unfold": lambda: F.unfold(X, 2),
+    "circular": lambda: F.pad(X, (1, 1, 1, 1), mode="circular"),
+    "cut rows": lambda: F.pad(X, (0, 0, -1, 0)),
+    "transposed": lambda: F.conv_transpose2d(X, torch.ones(4, 4, 3, 3), stride=2),
+    "other draws": lambda: torch.empty(1, 4, 4, 6).normal_(),
+    "direct group norm": lambda: torch.group_norm(X, 2),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_refused_by_name(call: Callable[[], torch.Tensor]) -> None:
+    call()
+    with pytest.raises(UnsupportedError, match="divided over workers by rows.*tiles"), RowParallel(rows()):
+        call()
+
+
+ALLOWED = {
+    "conv": lambda: F.conv2d(X, torch.ones(2, 4, 3, 3), padding=1),
+    "strided": lambda: F.conv2d(X, torch.ones(2, 4, 3, 3), stride=2, padding=(1, 0)),
+    "strided, even kernel": lambda: F.conv2d(X, torch.ones(2, 4, 4, 4), stride=2, padding=1),
+    "patches": lambda: F.conv2d(X, torch.ones(2, 4, 2, 2), stride=2),
+    "transposed": lambda: F.conv_transpose2d(X, torch.ones(4, 2, 4, 4), stride=2, padding=1),
+    "reflect": lambda: F.pad(X, (1, 1, 1, 2), mode="reflect"),
+    "below only": lambda: F.conv2d(F.pad(X, (0, 1, 0, 1)), torch.ones(2, 4, 3, 3), stride=2),
+    "group norm": lambda: F.group_norm(X, 2, torch.arange(4.0), torch.ones(4)),
+    "nearest": lambda: F.interpolate(X, scale_factor=2.0),
+    "patch mean": lambda: F.avg_pool2d(X, 2),
+}
+
+
+@pytest.mark.parametrize("call", ALLOWED.values(), ids=ALLOWED)
+def test_one_strip_is_the_whole(call: Callable[[], torch.Tensor]) -> None:
+    expected = call()
+    with RowParallel(rows()):
+        found = call()
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_attention_comes_back_after_an_error() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimized_attention = len
+
+    block = Block()
+    with pytest.raises(ValueError, match="inside"), strip_of(block, rows(), lambda q, k, v: q):
+        assert block.optimized_attention is not len
+        raise ValueError("inside")
+    assert block.optimized_attention is len
+
+
+def test_uneven_strips() -> None:
+    strips = Strips.of(7, ranks=3, rank=1)
+    assert strips.sizes == (3, 2, 2) and (strips.start, strips.height, strips.total) == (3, 2, 7)
+    assert strips.heights(8) == (12, 8, 8) and strips.least(8) == 8
+    assert torch.equal(strips.own(torch.arange(14.0)[:, None])[:, 0], torch.arange(6.0, 10.0))
+    with pytest.raises(UnsupportedError):
+        strips.heights(5)
+
+
+def test_tiles_go_to_whoever_has_least() -> None:
+    assert deal([4, 4, 2, 2, 1], 2) == [0, 1, 0, 1, 0]
+    assert deal([1, 8, 1, 1, 1], 2) == [0, 1, 0, 0, 0]
+
+
+def test_time_is_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of uneven strips gives the same number of chunks, and the function is back afterwards."""
+    import sys
+
+    def own(device: torch.device) -> int:
+        return 1000
+
+    class Model(torch.nn.Module):
+        pass
+
+    here = sys.modules[Model.__module__]
+    monkeypatch.setattr(here, budget.NAME, own, raising=False)
+    model = Model()
+    assert budget.budget(model, torch.device("cpu")) == 1000
+    for made in range(1, 4000, 37):  # bytes per row
+        chunks = set()
+        for rank in range(3):
+            strips = Strips.of(7, ranks=3, rank=rank)
+            with budget.agreed(model, strips, 3000):
+                limit = getattr(here, budget.NAME)(None)
+            chunks.add((made * strips.height + limit - 1) // limit)
+        assert len(chunks) == 1
+    assert getattr(here, budget.NAME) is own
+
+
+def test_watch_ends_one_step_later() -> None:
+    told: list[tuple[int, int]] = []
+    comm = Mesh.single().axis("world")
+    flags = iter([False, True, False])
+    watch = Watch(
+        comm, total=3, device=torch.device("cpu"), report=lambda *a: told.append(a), wanted=lambda: next(flags)
+    )
+    watch.step(2)
+    watch.step(2)
+    with pytest.raises(Cancelled):
+        watch.step(2)
+    assert told == [(2, 3), (3, 3), (3, 3)]
+    assert isinstance(comm.meter, Meter)
+
+
+def test_frames_are_counted_at_the_last_convolution() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.SiLU(), torch.nn.Conv2d(1, 1, 1), torch.nn.SiLU())
+    x = torch.ones(5, 1, 2, 2)
+    _, last = last_convolution(model, lambda: model(x))
+    assert last is model[2]
+    told: list[int] = []
+    watch = Watch(
+        Mesh.single().axis("world"),
+        total=10,
+        device=torch.device("cpu"),
+        report=lambda done, total: told.append(done),
+        wanted=lambda: False,
+    )
+    with counting(last, watch):
+        model(x)
+    model(x)
+    assert told == [5]

@@ -1,0 +1,276 @@
+"""Makes an unmodified decoder or encoder work on a strip of rows: a TorchFunctionMode with a rule per kind of call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..raylight.errors import UnsupportedError
+from .strips import ROWS, Rows, Strips
+
+Rule = Callable[..., Any]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Attention of [batch, channels, ..., rows, width] over all positions, where keys may be more than queries."""
+
+MIXING = (
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
+    F.affine_grid,
+    F.fold,
+    F.grid_sample,
+    F.instance_norm,
+    F.local_response_norm,
+    F.lp_pool2d,
+    F.unfold,
+    torch.bernoulli,
+    torch.flip,
+    torch.group_norm,
+    torch.instance_norm,
+    torch.native_group_norm,
+    torch.normal,
+    torch.poisson,
+    torch.randint,
+    torch.randperm,
+    torch.Tensor.bernoulli_,
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+)
+"""Calls that mix rows, or draw for them, in ways that no rule covers."""
+
+
+@contextmanager
+def strip_of(model: torch.nn.Module, rows: Rows, attention: Attention) -> Iterator[None]:
+    """While it is entered, calls of `model` on this rank's rows give this rank's rows of the whole picture's result.
+
+    All ranks must make the same calls, and draw from equal random states. The mode belongs to the thread that
+    enters it. Modules that name their attention `optimized_attention` get one with keys and values of all rows;
+    they have their own back afterwards, also on error.
+
+    Args:
+        attention: used in place of the modules' own, which may want as many keys as queries.
+    """
+    found = [module for module in model.modules() if "optimized_attention" in vars(module)]
+    own = [module.optimized_attention for module in found]
+
+    def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, rows.gather(k), rows.gather(v))
+
+    mode: Any = RowParallel(rows)
+    try:
+        for module in found:
+            module.optimized_attention = gathered  # type: ignore[assignment]
+        with mode:
+            yield
+    finally:
+        for module, function in zip(found, own, strict=True):
+            module.optimized_attention = function  # type: ignore[assignment]
+
+
+class RowParallel(TorchFunctionMode):
+    """Sees every torch call of a decoder, after ComfyUI has cast weights, joined caches of time and padded.
+
+    A convolution is known by its call, not by its module. What no rule names is taken to leave rows alone;
+    `self_test` of a VAE finds out whether that is so.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self._rows = rows
+        self._strips: Strips = rows.strips
+        transposed: dict[Any, Rule] = dict.fromkeys((torch.conv_transpose2d, torch.conv_transpose3d), self._transposed)
+        pools: dict[Any, Rule] = dict.fromkeys(
+            (F.avg_pool2d, F.avg_pool3d, torch.nn.functional.max_pool2d, F.max_pool3d), self._pool
+        )
+        self._rules: dict[Any, Rule] = {
+            **dict.fromkeys(MIXING, self._refuse),
+            **transposed,
+            **pools,
+            torch.conv2d: self._conv,
+            torch.conv3d: self._conv,
+            torch.cudnn_convolution: self._cudnn,
+            F.pad: self._pad,
+            F.group_norm: self._norm,
+            F.layer_norm: self._layer_norm,
+            F.batch_norm: self._batch_norm,
+            F.interpolate: self._interpolate,
+            torch.randn: self._random,
+            torch.rand: self._random,
+            torch.randn_like: functools.partial(self._random_like, torch.randn),
+            torch.rand_like: functools.partial(self._random_like, torch.rand),
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = self._rules.get(func)
+        # inside, the mode itself is off
+        return rule(func, *args, **(kwargs or {})) if rule else func(*args, **(kwargs or {}))
+
+    def _refuse(self, func: Any, *args: Any, why: str = "it mixes rows", **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            f"This VAE calls {getattr(func, '__name__', func)}, which cannot be divided over workers by rows",
+            why,
+            "Set mode to tiles",
+        )
+
+    def _conv(  # noqa: PLR0917, torch.conv2d's signature
+        self,
+        func: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> torch.Tensor:
+        """A convolution that pads itself gets neighbours' rows for its padding.
+
+        With `rest` = 2 padding - span + stride of 0 to stride - 1, where span is the kernel's height, the rows of
+        a picture of a multiple of `stride` rows come out as rows / stride. Where it pads nothing, the caller has
+        (rule `_pad`), or windows do not overlap.
+        """
+        step, span = _of_rows(stride), _of_rows(dilation) * (weight.shape[ROWS] - 1) + 1
+        if isinstance(padding, str):
+            if span > 1:
+                self._refuse(func, why=f"padding is {padding!r}")
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        pad = _of_rows(padding)
+        if pad == 0:
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        if not 0 <= 2 * pad - span + step < step:
+            self._refuse(func, why=f"a kernel over {span} rows with padding {pad} and stride {step} changes them")
+        if step > 1 and any(height % step for height in self._strips.heights(input.shape[ROWS])):
+            self._refuse(func, why=f"stride {step} over strips that are no multiple of it")
+        # one copy, with the convolution's own zeros at the picture's edges
+        x = self._rows.extend(input, above=pad, below=max(0, span - step - pad), zeros=True)
+        return func(x, weight, bias, stride, _with_rows(padding, weight.ndim - 2, 0), dilation, groups)
+
+    def _cudnn(  # noqa: PLR0917, torch.cudnn_convolution's signature
+        self,
+        func: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        padding: Any,
+        stride: Any,
+        dilation: Any,
+        groups: int,
+        **more: Any,
+    ) -> torch.Tensor:
+        """ComfyUI's way around a slow Conv3d of some cuDNN versions: the arguments in another order."""
+
+        def call(x: Any, w: Any, bias: Any, *geometry: Any) -> Any:
+            stride, padding, dilation, groups = geometry
+            return func(x, w, padding, stride, dilation, groups, **more)
+
+        return self._conv(call, input, weight, None, stride, padding, dilation, groups)
+
+    def _transposed(  # noqa: PLR0917, torch.conv_transpose2d's signature
+        self,
+        func: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> torch.Tensor:
+        """A transposed convolution that makes `stride` rows of each gets the rows it overlaps; surplus is cut off."""
+        step, pad, span = _of_rows(stride), _of_rows(padding), weight.shape[ROWS]
+        if span - step != 2 * pad or _of_rows(dilation) != 1 or _of_rows(output_padding):
+            self._refuse(func, why=f"a kernel of {span} rows with stride {step} and padding {pad} changes them")
+        if pad == 0:
+            return func(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        more = -(-pad // step)
+        x = self._rows.extend(input, above=more, below=more)
+        out = func(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        surplus = 0 if self._rows.top else more * step
+        return out.narrow(ROWS, surplus, input.shape[ROWS] * step)
+
+    def _pad(
+        self, func: Any, input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    ) -> torch.Tensor:
+        """Padding in height is neighbours' rows inside, and the mode's own rows at the picture's edges."""
+        above, below = pad[2:4] if len(pad) >= 4 else (0, 0)
+        if not (above or below):
+            return func(input, pad, mode, value)
+        if min(above, below) < 0 or mode == "circular":
+            self._refuse(func, why=f"mode {mode} with {above} and {below} rows")
+        rows, zeros = self._rows, mode == "constant" and not value
+        x = rows.extend(input, above=above, below=below, zeros=zeros)
+        edges = (0, 0) if zeros else (above if rows.top else 0, below if rows.bottom else 0)
+        rest = (*pad[:2], *edges, *pad[4:])
+        return func(x, rest, mode, value) if any(rest) else x
+
+    def _norm(self, func: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Group norm with the statistics of all ranks' rows."""
+        names = ("num_groups", "weight", "bias", "eps")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return self._rows.group_norm(input, given.pop("num_groups"), **given)
+
+    def _layer_norm(self, func: Any, input: torch.Tensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """Local over channels only."""
+        if len(normalized_shape) > 1:
+            self._refuse(func, why=f"over {tuple(normalized_shape)}")
+        return func(input, normalized_shape, *args, **kwargs)
+
+    def _batch_norm(self, func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Local with given statistics."""
+        if kwargs.get("training", args[5] if len(args) > 5 else False):
+            self._refuse(func, why="with statistics of the batch")
+        result: torch.Tensor = func(*args, **kwargs)
+        return result
+
+    def _pool(self, func: Any, input: torch.Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Local where windows do not overlap; strips are a multiple of them, or the result is short."""
+        names = ("stride", "padding")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        size = _of_rows(kernel_size)
+        stride = _of_rows(given.get("stride") or kernel_size)
+        if size != stride or _of_rows(given.get("padding", 0)):
+            self._refuse(func, why=f"windows of {size} rows, {stride} apart")
+        return func(input, kernel_size, *args, **kwargs)
+
+    def _interpolate(self, func: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Local where each row becomes the same number of equal rows."""
+        names = ("size", "scale_factor", "mode")
+        given = {"mode": "nearest", **dict(zip(names, args, strict=False)), **kwargs}
+        size, scale = given.get("size"), given.get("scale_factor")
+        ratio = _of_rows(size) / input.shape[ROWS] if size is not None else float(_of_rows(scale))
+        if given["mode"] not in ("nearest", "nearest-exact") or ratio != int(ratio):
+            self._refuse(func, why=f"mode {given['mode']} to {ratio:g} times the rows")
+        return func(input, *args, **kwargs)
+
+    def _random(self, func: Any, *size: Any, **kwargs: Any) -> torch.Tensor:
+        """Draw for all rows, keep the own: every rank draws the same, as one process would."""
+        shape = list(kwargs.pop("size", None) or (size if not size or isinstance(size[0], int) else size[0]))
+        if len(shape) < 2:
+            return func(shape, **kwargs)
+        shape[ROWS] = sum(self._strips.heights(shape[ROWS]))
+        return self._strips.own(func(shape, **kwargs)).contiguous()
+
+    def _random_like(self, draw: Any, func: Any, input: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("memory_format", None)
+        return self._random(draw, input.shape, **{"dtype": input.dtype, "device": input.device, **kwargs})
+
+
+def _of_rows(value: Any) -> Any:
+    """The part for rows of an argument given once or for every dim."""
+    if isinstance(value, (int, float)):
+        return value
+    return value[0] if len(value) == 1 else value[ROWS]
+
+
+def _with_rows(value: Any, dims: int, rows: int) -> list[int]:
+    """An argument for every dim, with another part for rows."""
+    result = [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+    result[ROWS] = rows
+    return result
