@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 from comfy_raylight.tests.dropin import driver
 from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.reports import reporter
 
 TOLERANCE = 1e-5
 EFFECT = 1e-3
@@ -23,31 +21,16 @@ TIMEOUT_S = 600
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Callable[[Path], dict[str, Any]]:
-    """Runs the script once per ComfyUI, also where it ends badly."""
+    """What the script says of each ComfyUI."""
     folder = tmp_path_factory.mktemp("dropin")
     files = [tiny_wan, *(folder / f"wan-{seed}.safetensors" for seed in (1, 2))]
 
-    @functools.cache
-    def run(root: Path) -> dict[str, Any] | str:
+    def checkpoints(root: Path) -> list[Path]:
         jobs = [Job(family="wan", path=path, seed=seed) for seed, path in enumerate(files)]
         write(jobs, comfy_root=root, python=Path(sys.executable))
-        out = folder / f"{len(list(folder.iterdir()))}.json"
-        command = [sys.executable, driver.__file__, str(root), str(out), *map(str, files)]
-        log = out.with_suffix(".log")
-        with log.open("wb") as file:
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=TIMEOUT_S, check=False).returncode
-        if code:
-            return f"the driver ended with {code}:\n{log.read_text(errors='replace')[-4000:]}"
-        report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return report
+        return files
 
-    def results_of(root: Path) -> dict[str, Any]:
-        report = run(root)
-        if isinstance(report, str):
-            pytest.fail(report)
-        return report
-
-    return results_of
+    return reporter(driver.__file__, folder, checkpoints, timeout=TIMEOUT_S)
 
 
 @pytest.mark.timeout(TIMEOUT_S + 100)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.host.reports import reporter
 from comfy_raylight.tests.weights import driver
 
 TIMEOUT_S = 600
@@ -19,28 +16,9 @@ TIMEOUT_S = 600
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Callable[[Path], dict[str, Any]]:
-    """Runs the script once per ComfyUI, also where it ends badly."""
+    """What the script says of each ComfyUI."""
     folder = tmp_path_factory.mktemp("weights")
-
-    @functools.cache
-    def run(root: Path) -> dict[str, Any] | str:
-        out = folder / f"{len(list(folder.iterdir()))}.json"
-        log = out.with_suffix(".log")
-        with log.open("wb") as file:
-            command = [sys.executable, driver.__file__, str(root), str(out), str(tiny_wan)]
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=TIMEOUT_S, check=False).returncode
-        if code:
-            return f"the driver ended with {code}:\n{log.read_text(errors='replace')[-4000:]}"
-        report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return report
-
-    def results_of(root: Path) -> dict[str, Any]:
-        report = run(root)
-        if isinstance(report, str):
-            pytest.fail(report)
-        return report
-
-    return results_of
+    return reporter(driver.__file__, folder, lambda _: [tiny_wan], timeout=TIMEOUT_S)
 
 
 @pytest.mark.timeout(TIMEOUT_S + 100)

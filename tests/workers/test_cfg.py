@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.reports import reporter
 from comfy_raylight.tests.workers import cfg_driver
 from comfy_raylight.tests.workers.cfg_checks import CHECKS
 from comfy_raylight.tests.workers.cfg_facts import FACTS
@@ -24,33 +22,17 @@ SETTINGS = ("wan:2", "unet:2", "wan:4")
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Mapping[str, Any]]:
-    """Runs the script once per ComfyUI, also where it ends badly."""
+    """What the script says of each ComfyUI."""
     folder = tmp_path_factory.mktemp("cfg")
 
-    @functools.cache
-    def run(root: Path) -> dict[str, Any] | str:
+    def settings(root: Path) -> list[str]:
         files = {family: folder / f"{family}.safetensors" for family in ("wan", "unet")}
         jobs = [Job(family=family, path=path) for family, path in files.items()]
         write(jobs, comfy_root=root, python=Path(sys.executable))
-        out = folder / f"{len(list(folder.iterdir()))}.json"
         given = [(setting.partition(":")[0], setting.partition(":")[2]) for setting in SETTINGS]
-        settings = [f"{family}={files[family]}:{workers}" for family, workers in given]
-        log = out.with_suffix(".log")
-        with log.open("wb") as file:
-            command = [sys.executable, cfg_driver.__file__, str(root), str(out), *settings]
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=TIMEOUT_S, check=False).returncode
-        if code:
-            return f"the driver ended with {code}:\n{log.read_text(errors='replace')[-4000:]}"
-        report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return report
+        return [f"{family}={files[family]}:{workers}" for family, workers in given]
 
-    def results_of(root: Path) -> Mapping[str, Any]:
-        report = run(root)
-        if isinstance(report, str):
-            pytest.fail(report)
-        return report
-
-    return results_of
+    return reporter(cfg_driver.__file__, folder, settings, timeout=TIMEOUT_S)
 
 
 def cases(table: Mapping[str, tuple[Any, ...]]) -> list[str]:
