@@ -280,7 +280,7 @@ class Run:
         from comfy_raylight.tests.weights.files import write_gguf
 
         whole, size = self._forwards(self.file)
-        print("| GGUF | tokens | bf16 s per forward | from blocks s | ratio | GB on the device (bf16) |")
+        print("| GGUF | tokens | unquantised s per forward | from blocks s | ratio | GB on the device (unquantised) |")
         print("|---|---|---|---|---|---|")
         for kind in ("Q8_0", "Q4_K"):
             path = self.folder / f"{kind}.gguf"
