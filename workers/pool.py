@@ -321,7 +321,10 @@ class Pool:
             if not cancelled and self._interrupted():
                 cancelled = True
                 for member in waiting:
-                    member.connection.send_bytes(cancel)
+                    try:
+                        member.connection.send_bytes(cancel)
+                    except OSError as error:
+                        raise self._dead(member, request.verb) from error
             by_connection = {member.connection: member for member in waiting}
             for connection in wait(list(by_connection), timeout=POLL_S):
                 member = by_connection[connection]  # type: ignore[index]
