@@ -186,7 +186,12 @@ def _decode(pool: Pool, latent: torch.Tensor, facts: Sequence[VAEFacts], job: _J
         seed=int(torch.from_numpy(states[0].copy()).to(torch.int64).sum()),
         random=states,
     )
-    replies = _ask(pool, "decode", request, range(job.ranks))
+    try:
+        replies = _ask(pool, "decode", request, range(job.ranks))
+    except BaseException:
+        # the error keeps this frame, which must not keep the memory
+        del output, given
+        raise
     if any(reply.drew for reply in replies):
         log.warning("this VAE draws noise: each tile has a seed of its own, so tiles differ from VAEDecodeTiled's")
     if output is None:

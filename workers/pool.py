@@ -10,13 +10,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
 from ..raylight.config import PoolConfig
-from ..raylight.errors import RaylightError, WorkerError
+from ..raylight.errors import WorkerError
+from .failures import dead, describe, failures_of
 from .messages import (
     Cancel,
     Failure,
@@ -42,7 +43,9 @@ SILENCE_S = 60.0
 GRACE_S = 0.5
 """After a first failure the others' are collected: the first one seen is often a victim's."""
 CLOSE_GRACE_S = 0.5
-TRANSPORT_SIGNS = ("gloo", "NCCL", "Connection closed", "reset by peer", "Broken pipe", "Timed out waiting")
+
+Tell = Callable[[int, int], None]
+"""Takes what is done, and the total."""
 
 REGISTRY: dict[PoolConfig, Pool] = {}
 """The live pools of this process: the pack's only mutable module state."""
@@ -127,11 +130,7 @@ class Pool:
         return not self._closed
 
     def call(
-        self,
-        verb: str,
-        *arguments: Any,
-        ranks: Sequence[int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, verb: str, *arguments: Any, ranks: Sequence[int] | None = None, progress: Tell | None = None
     ) -> list[Any]:
         """Send one request to all `ranks` (default: everyone) and wait for every answer, in rank order.
 
@@ -149,11 +148,7 @@ class Pool:
         return self.call_groups(verb, [(everyone, arguments)], progress=progress)[0]
 
     def call_groups(
-        self,
-        verb: str,
-        groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]],
-        *,
-        progress: Callable[[int, int], None] | None = None,
+        self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]], *, progress: Tell | None = None
     ) -> list[list[Any]]:
         """Like `call`, for groups of ranks with arguments of their own, at the same time.
 
@@ -291,10 +286,7 @@ class Pool:
     # ---- calls ---------------------------------------------------------------------------------
 
     def _exchange(
-        self,
-        groups: Sequence[dict[int, bytes]],
-        request: Request,
-        progress: Callable[[int, int], None] | None = None,
+        self, groups: Sequence[dict[int, bytes]], request: Request, progress: Tell | None = None
     ) -> list[list[Any]]:
         """Send what each rank of each group is to get, and collect the answers in the same order."""
         if self._closed:
@@ -307,23 +299,18 @@ class Pool:
                     try:
                         member.connection.send_bytes(payload)
                     except OSError as error:
-                        raise self._dead(member, request.verb) from error
+                        raise dead(member.rank, member.place.pid, request.verb) from error
             replies = self._collect(groups, request, progress)
         except BaseException:
             # a rank may be left inside a collective, or hold an answer that a later call would read
             self.close()
             raise
-        failures = [_failures(replies, group) for group in groups]
+        failures = [failures_of(replies, group) for group in groups]
         if any(failures):
             self._raise(failures, [len(group) for group in groups], request.verb)
         return [[replies[rank].value for rank in group] for group in groups]
 
-    def _collect(
-        self,
-        groups: Sequence[Collection[int]],
-        request: Request,
-        progress: Callable[[int, int], None] | None,
-    ) -> dict[int, Reply]:
+    def _collect(self, groups: Sequence[Collection[int]], request: Request, progress: Tell | None) -> dict[int, Reply]:
         """Everyone's replies; ends early when a failure leaves the others of its group without hope."""
         replies: dict[int, Reply] = {}
         waiting = [self.members[rank] for group in groups for rank in group]
@@ -335,14 +322,17 @@ class Pool:
             if not cancelled and self._interrupted():
                 cancelled = True
                 for member in waiting:
-                    member.connection.send_bytes(cancel)
+                    try:
+                        member.connection.send_bytes(cancel)
+                    except OSError as error:
+                        raise dead(member.rank, member.place.pid, request.verb) from error
             by_connection = {member.connection: member for member in waiting}
             for connection in wait(list(by_connection), timeout=POLL_S):
                 member = by_connection[connection]  # type: ignore[index]
                 try:
                     reply: Reply | Progress = pickle.loads(member.connection.recv_bytes())
                 except (EOFError, OSError) as error:
-                    raise self._dead(member, request.verb) from error
+                    raise dead(member.rank, member.place.pid, request.verb) from error
                 assert reply.id == request.id
                 if isinstance(reply, Progress):
                     heard = time.monotonic()
@@ -359,7 +349,7 @@ class Pool:
             now = time.monotonic()
             left = {member.rank for member in waiting}
             if any(now > deadline and not left.isdisjoint(groups[group]) for group, deadline in deadlines.items()):
-                raise self._describe(_failures(replies, replies), request.verb)
+                raise describe(failures_of(replies, replies), request.verb)
             if waiting and now - heard > HEARTBEAT_S:
                 self._check_heartbeats(waiting, now - heard, request.verb)
         return replies
@@ -373,20 +363,13 @@ class Pool:
             if self._launch.ready([reference]):
                 member.heartbeat = None
                 if self._launch.ready([member.serving]):
-                    raise self._dead(member, verb)
+                    raise dead(member.rank, member.place.pid, verb)
             elif time.monotonic() - asked > SILENCE_S:
                 raise WorkerError(
                     f"Worker {member.rank} (process {member.place.pid}) has stopped answering",
                     f"no sign of life for {silent:.0f} s during {verb}",
                     "It was ended. Queue the prompt again: a new pool starts by itself",
                 )
-
-    def _dead(self, member: Member, verb: str) -> WorkerError:
-        return WorkerError(
-            f"Worker {member.rank} (process {member.place.pid}) died during {verb}",
-            "its process ended; out of memory is the usual cause (see the system log)",
-            "Queue the prompt again: a new pool starts by itself. If it recurs, use a smaller size or fewer workers",
-        )
 
     def _raise(self, groups: Sequence[dict[int, Failure]], counts: Sequence[int], verb: str) -> None:
         """Everybody answered, some with failures: decide what it means."""
@@ -396,23 +379,11 @@ class Pool:
             if len(group) not in (0, count) or not same_point:
                 # someone went on without the others: the groups cannot be trusted any more
                 self.close()
-                raise self._describe(failures, verb)
+                raise describe(failures, verb)
         error = failures[min(failures)].error
         if error is not None:
             raise error
-        raise self._describe(failures, verb)
-
-    def _describe(self, failures: dict[int, Failure], verb: str) -> RaylightError:
-        rank, failure = min(failures.items(), key=lambda item: (_from_transport(item[1]), item[0]))
-        log.error("worker %d failed during %s:\n%s", rank, verb, failure.traceback)
-        if failure.error is not None:
-            return failure.error
-        remedy = "The worker's traceback is in ComfyUI's log"
-        if "OutOfMemory" in failure.kind:
-            remedy = "Use a smaller size or batch, more workers, or a smaller weight_dtype. " + remedy
-        return WorkerError(
-            f"Worker {rank} failed during {verb}", f"{failure.kind}: {failure.message}", remedy, failure.kind
-        )
+        raise describe(failures, verb)
 
     # ---- end -----------------------------------------------------------------------------------
 
@@ -429,15 +400,6 @@ class Pool:
                     os.kill(member.place.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
                 except ProcessLookupError:
                     log.debug("worker %d ended by itself", member.rank)
-
-
-def _failures(replies: Mapping[int, Reply], ranks: Iterable[int]) -> dict[int, Failure]:
-    found = {rank: replies[rank].failure for rank in ranks}
-    return {rank: failure for rank, failure in found.items() if failure is not None}
-
-
-def _from_transport(failure: Failure) -> bool:
-    return any(sign in failure.message for sign in TRANSPORT_SIGNS)
 
 
 def _running(pid: int) -> bool:

@@ -33,9 +33,9 @@ def decode(vae: Any, request: DecodeRequest, comm: Comm, line: Line) -> PartRepl
     first = comm.rank == 0
     images = _walk(vae, dealer, latent, request.tiles, vae.output_device if first else torch.device("meta"))
     dealer.finish()
-    line.report(len(owners), len(owners))
     if not first:
         return PartReply(rows=(0, 0), drew=dealer.drew)
+    line.report(len(owners), len(owners))
     if request.output is None or request.output.arena is None:
         return PartReply(rows=(0, images.shape[1]), part=inline(images.cpu()), drew=dealer.drew)
     # a frame at a time, so that a conversion needs no second copy of all
