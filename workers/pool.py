@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import secrets
-import signal
 import socket
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import WorkerError
+from . import processes
 from .failures import dead, describe, failures_of
 from .messages import (
     Cancel,
@@ -177,7 +177,7 @@ class Pool:
         for member in self.members:
             member.connection.close()
         self._launch.kill(self._actors)
-        self._kill_survivors()
+        processes.end((member.place.pid for member in self.members if member.local), grace=CLOSE_GRACE_S)
         self._actors = []
         self.members = []
 
@@ -189,7 +189,7 @@ class Pool:
         launch.ensure_ray(config)
         self._lap("ray", begun)
         world = config.parallel.world
-        threads = max(1, _usable_cores() // world)
+        threads = max(1, processes.usable_cores() // world)
         variables = [launch.worker_variables(config, environment, rank, threads) for rank in range(world)]
         self._actors = launch.make_actors(config, environment)
         packed = pickle.dumps(environment)
@@ -384,32 +384,3 @@ class Pool:
         if error is not None:
             raise error
         raise describe(failures, verb)
-
-    # ---- end -----------------------------------------------------------------------------------
-
-    def _kill_survivors(self) -> None:
-        """SIGKILL local workers that did not obey Ray: a stopped process does not."""
-        deadline = time.monotonic() + CLOSE_GRACE_S
-        for member in self.members:
-            if not member.local:
-                continue
-            while _running(member.place.pid) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if _running(member.place.pid):
-                try:
-                    os.kill(member.place.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-                except ProcessLookupError:
-                    log.debug("worker %d ended by itself", member.rank)
-
-
-def _running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # it may end between opening and reading
-        return False
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
