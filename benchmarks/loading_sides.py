@@ -14,7 +14,7 @@ from typing import Any
 
 import environment
 
-STRENGTHS = (1.0, 0.5)
+STRENGTH = 0.5
 TOKENS = 8
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -57,9 +57,10 @@ class Plain:
         """Make the model ready for a forward; the seconds until that could start."""
         return timed(lambda: self._each("resume"))
 
-    def patch(self, sets: Sequence[Sequence[Path]], *, stock: bool = True) -> None:
+    def patch(self, stays: Path, others: Sequence[Path], *, stock: bool = True) -> None:
+        """Make sets of two LoRAs known, one for each of the others; with nodes of ComfyUI, or Ray nodes."""
         assert stock
-        self._each("patch", sets)
+        self._each("patch", stays, others)
 
     def switch(self, number: int) -> tuple[float, int]:
         """Use one of the sets: seconds until a forward can start, and bytes sent for it."""
@@ -135,8 +136,9 @@ class PlainWorker:
 
         model_management.load_models_gpu([self._patcher])
 
-    def patch(self, sets: Sequence[Sequence[Path]]) -> None:
-        self._sets = [stock_loras(self._patcher, paths) for paths in sets]
+    def patch(self, stays: Path, others: Sequence[Path]) -> None:
+        first = stock_lora(self._patcher, stays)
+        self._sets = [stock_lora(first, path) for path in others]
 
     def switch(self, number: int) -> None:
         from comfy import model_management
@@ -188,8 +190,10 @@ class Pool:
     def resume(self) -> float:
         return self._call(self._model)
 
-    def patch(self, sets: Sequence[Sequence[Path]], *, stock: bool = True) -> None:
-        self._sets = [(stock_loras if stock else ray_loras)(self._model, paths) for paths in sets]
+    def patch(self, stays: Path, others: Sequence[Path], *, stock: bool = True) -> None:
+        add = stock_lora if stock else ray_lora
+        first = add(self._model, stays)
+        self._sets = [add(first, path) for path in others]
 
     def switch(self, number: int) -> tuple[float, int]:
         traffic = self._model.link.traffic()
@@ -237,22 +241,20 @@ def inputs(tokens: int) -> Arguments:
     return (x, torch.tensor([500.0]), context), {"transformer_options": options}
 
 
-def stock_loras(patcher: Any, paths: Sequence[Path]) -> Any:
-    """What a chain of LoraLoaderModelOnly makes of a MODEL."""
+def stock_lora(patcher: Any, path: Path) -> Any:
+    """What LoraLoaderModelOnly makes of a MODEL."""
     import comfy.sd
     import comfy.utils
 
-    for path, strength in zip(paths, STRENGTHS, strict=True):
-        state = comfy.utils.load_torch_file(str(path), safe_load=True)
-        patcher = comfy.sd.load_lora_for_models(patcher, None, state, strength, 0)[0]
-    return patcher
+    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    return comfy.sd.load_lora_for_models(patcher, None, state, STRENGTH, 0)[0]
 
 
-def ray_loras(model: Any, paths: Sequence[Path]) -> Any:
-    """What the Ray LoRA nodes make of it."""
+def ray_lora(model: Any, path: Path) -> Any:
+    """What RayLoraLoaderModelOnly and its chain make of it."""
     from comfy_raylight.workers.loras import Lora, with_loras
 
-    return with_loras(model, tuple(Lora(str(path), s) for path, s in zip(paths, STRENGTHS, strict=True)))
+    return with_loras(model, (Lora(str(path), STRENGTH),))
 
 
 def timed(act: Callable[[], object]) -> float:

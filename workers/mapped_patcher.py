@@ -34,6 +34,7 @@ class Weights:
         applied: patches that are in the parameters now, by key.
         engine: makes what brings bytes to a device.
         size: bytes of all of it on the device, once they were counted.
+        force_cast: whether layers were told to cast whatever they have.
         engines: those that were made, with their buffers.
     """
 
@@ -43,6 +44,7 @@ class Weights:
     applied: dict[str, list[Any]] = field(default_factory=dict)
     engine: Callable[[torch.device], Engine] = engine_for
     size: int | None = None
+    force_cast: bool = False
     engines: dict[torch.device, Engine] = field(default_factory=dict)
 
     def on_model_patcher_clone(self) -> Weights:
@@ -98,6 +100,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
     @outside_inference
     def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's, with the copies to the device made from the file."""
+        self.weights.force_cast = self.force_cast_weights
         if self._is_home(device_to):
             return super().load(device_to, *args, **kwargs)
         if kwargs.get("full_load"):
@@ -141,6 +144,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's; where only patches differ, it finds them changed already, weight by weight."""
         model = self.model
         loaded = model.model_loaded_weight_memory > 0 and not model.model_lowvram
+        loaded = loaded and self.weights.force_cast == self.force_cast_weights
         if loaded and not force_patch_weights and model.current_weight_patches_uuid not in (None, self.patches_uuid):
             self._switch(device_to)
             model.current_weight_patches_uuid = self.patches_uuid
@@ -176,8 +180,10 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
     def _switch(self, device: Any) -> None:
         """Recompute the weights whose patches differ from those that are in them, and only those."""
         applied = self.weights.applied
+        # ComfyUI leaves parameters of modules that have others inside as they are
+        reached = {f"{name}.{parameter}" for *_, name, _, names in self._load_list() for parameter in names}
         for key, home in self.weights.in_file_order():
-            if same_patches(applied.get(key, []), self.patches.get(key, [])):
+            if key not in reached or same_patches(applied.get(key, []), self.patches.get(key, [])):
                 continue
             if key in self.patches:
                 self.patch_weight_to_device(key, device_to=device)

@@ -278,6 +278,26 @@ def only_weights_whose_patches_change_are_computed(bench: Bench) -> None:
 
 
 @check
+def merge_reaches_the_weights_that_comfyui_reaches(bench: Bench) -> None:
+    """ComfyUI leaves parameters of modules with others inside alone, as Wan's modulation tables."""
+    path, other = (write_variant(bench.base, bench.path(), name) for name in ("fp32", "fp8"))
+    plain, second = bench.plain(path), bench.mapped(other)
+    merged = plain.clone()
+    for key, patches in bench.plain(other).get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patches}, 1.5, -0.5)
+    wanted = bench.run(merged)
+    differ(wanted, bench.run(plain), "a merge")
+    model = bench.mapped(path)
+    bench.run(model)
+    patches = {
+        key: [(strength, [(second.weight(key), lambda weight, **_: weight)], *rest)]
+        for key, [(strength, _, *rest)] in merged.patches.items()
+    }
+    model.patch("merged", patches, {}, force_cast=False)
+    same(bench.run(model), wanted, "a merge")
+
+
+@check
 def inference_mode_outside_changes_nothing(bench: Bench) -> None:
     import torch
 
