@@ -132,7 +132,7 @@ def cached(fd: int) -> float:
 def loads(files: Files, workers: Sequence[int]) -> None:
     """Load to ready."""
     print(
-        "| processes | page cache | side | load s | load + first forward s | later forward s | ratio load | ratio both |"
+        "| processes | page cache | side | load s | load + first forward s | later forward s | ratio load | ratio sum |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for count in workers or (1, 2):
