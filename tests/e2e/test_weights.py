@@ -18,7 +18,6 @@ from comfy_raylight.tests.weights.adapters import ADAPTERS, write_adapter
 from comfy_raylight.tests.weights.files import write_gguf, write_variant
 from safetensors.torch import save_file
 
-from .test_failures import wait_for_progress
 from .test_sampling import FP32, latent
 
 EFFECT = 1e-3
@@ -271,18 +270,6 @@ def test_file_that_changes_between_prompts(
         client.run(pool(sampling))
     path.write_bytes(whole)
     check()
-
-
-def test_file_truncated_while_sampling(server: ComfyServer, client: ComfyClient, comfy_root: Path, result: Run) -> None:
-    """Whether a worker notices it or dies of it: one error that names the file, and the next prompt works."""
-    path = server.models / "wan-shrinking.safetensors"
-    shutil.copy(server.models / "wan.safetensors", path)
-    prompt_id = client.queue(pool(case(path.name, steps=400, name="shrinking")))
-    wait_for_progress(client, prompt_id)
-    os.truncate(path, path.stat().st_size // 3)
-    with pytest.raises(PromptError, match="wan-shrinking.safetensors changed while it was in use"):
-        client.wait(prompt_id, timeout=120)
-    assert apart(result(pool(WAN)), result(plain(WAN))) <= FP32
 
 
 GGUF = [
