@@ -22,7 +22,7 @@ BUFFERS = 16
 
 
 class Engine(Protocol):
-    """What an upload needs of a device. Times are the device's own: `after` orders a copy before a later reuse."""
+    """What an upload needs of a device."""
 
     @property
     def buffers(self) -> Sequence[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +211,7 @@ def _on_cpu() -> bool:
     return bool(model_management.is_device_cpu(model_management.get_torch_device()))
 
 
-def private_bytes(found: Adopted, source: Source) -> int:
+def private_bytes(homes: Mapping[str, Home], source: Source) -> int:
     """Bytes of parameters that ComfyUI had to make anew, out of the file's memory."""
-    tensors = (part for home in found.homes.values() for part in parts(home.tensor))
+    tensors = (part for home in homes.values() for part in parts(home.tensor))
     return sum(tensor.nbytes for tensor in tensors if source.offset(tensor) is None)

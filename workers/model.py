@@ -63,7 +63,9 @@ class WorkerModel:
         self._chunked: ChunkedFeedForward | None = None
         self._mesh = mesh
         self._installation = None
-        log.debug("%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted, self.source))
+        log.debug(
+            "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
+        )
         if mesh.parallel.needs_plan:
             self._installation = install(self.diffusion, plan_for(self.diffusion), mesh, kernel=kernel)
 

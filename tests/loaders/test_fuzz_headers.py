@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
-import pytest
 from comfy_raylight.loaders.header import Header
 from comfy_raylight.raylight.errors import LoadError
 from gguf import GGUFReader
@@ -68,20 +66,6 @@ def _place(error: LoadError) -> tuple[str, int]:
     while trace.tb_next is not None:
         trace = trace.tb_next
     return os.path.basename(trace.tb_frame.f_code.co_filename), trace.tb_lineno
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Scratch]:
-    made = Scratch(tmp_path)
-    yield made
-    os.close(made.fd)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    spy = Reads()
-    monkeypatch.setattr(os, "pread", spy)
-    return spy
 
 
 def test_safetensors(scratch: Scratch, reads: Reads) -> None:

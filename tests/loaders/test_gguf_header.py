@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +37,6 @@ from .header_files import (
 
 NAME = "model.gguf"
 U8, INT32 = 0, 5
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Scratch]:
-    made = Scratch(tmp_path)
-    yield made
-    os.close(made.fd)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    spy = Reads()
-    monkeypatch.setattr(os, "pread", spy)
-    return spy
 
 
 def agrees(header: Header, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,6 @@ from .header_cases_safetensors import ACCEPTED, REFUSED
 from .header_files import Reads, Scratch, must_hold, safetensors, tensor
 
 NAME = "model.safetensors"
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Scratch]:
-    made = Scratch(tmp_path)
-    yield made
-    os.close(made.fd)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    spy = Reads()
-    monkeypatch.setattr(os, "pread", spy)
-    return spy
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -121,10 +121,9 @@ class Sets:
 
 
 def private_bytes(model: WorkerModel) -> int:
-    from comfy_raylight.workers.adopt import parts
+    from comfy_raylight.workers import adopt
 
-    tensors = (part for home in model._weights.homes.values() for part in parts(home.tensor))
-    return sum(part.nbytes for part in tensors if model.source.offset(part) is None)
+    return adopt.private_bytes(model._weights.homes, model.source)
 
 
 # ---- files ---------------------------------------------------------------------------------------
