@@ -11,6 +11,8 @@ import psutil
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 << 20
+PROBE_BYTES = 512 << 10
+"""Between the pages that are looked at: the kernel reads and drops files in runs of about that size."""
 THREADS = 4
 
 
@@ -30,7 +32,7 @@ def prefetch(fd: int, size: int, *, index: int, count: int) -> int:
     """
     if not hasattr(os, "RWF_NOWAIT") or size > psutil.virtual_memory().available:
         return 0
-    starts = [start for start in range(index * CHUNK_BYTES, size, count * CHUNK_BYTES) if _cold(fd, start)]
+    starts = [start for start in range(index * CHUNK_BYTES, size, count * CHUNK_BYTES) if _cold(fd, size, start)]
     if not starts:
         return 0
     with ThreadPoolExecutor(THREADS) as pool:
@@ -39,10 +41,13 @@ def prefetch(fd: int, size: int, *, index: int, count: int) -> int:
     return total
 
 
-def _cold(fd: int, start: int) -> bool:
-    """Whether the page at `start` would have to come from the disk."""
+def _cold(fd: int, size: int, start: int) -> bool:
+    """Whether some of the chunk at `start` would have to come from the disk."""
+    end = min(start + CHUNK_BYTES, size)
+    page = [bytearray(1)]
     try:
-        os.preadv(fd, [bytearray(1)], start, os.RWF_NOWAIT)
+        for position in (*range(start, end, PROBE_BYTES), end - 1):
+            os.preadv(fd, page, position, os.RWF_NOWAIT)
     except BlockingIOError:
         return True
     except OSError:  # a filesystem that cannot tell

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from comfy_raylight.loaders import prefetch, staging
-from comfy_raylight.loaders.source import OpenFiles, Source, read_tensor
+from comfy_raylight.loaders.source import OpenFiles, Source, opened, read_tensor
 from comfy_raylight.loaders.staging import HostEngine, Piece, upload
 from comfy_raylight.raylight.errors import LoadError
 from safetensors.torch import save_file
@@ -104,24 +105,39 @@ def test_other_processes_find_tensors_by_place(path: str, tensors: dict[str, tor
         OpenFiles().tensor(dataclasses.replace(ref, path=path + ".gone"))
 
 
+def drop(fd: int, size: int, start: int, length: int) -> None:
+    """Take a part of the file out of the page cache."""
+    chunk = start // prefetch.CHUNK_BYTES * prefetch.CHUNK_BYTES
+    for _ in range(50):  # pages that were written or read just now stay for a moment
+        os.fsync(fd)
+        os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
+        if prefetch._cold(fd, size, chunk):
+            return
+        time.sleep(0.05)
+    pytest.skip("this filesystem keeps its pages")
+
+
 def test_cold_file_is_read_once_by_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "CHUNK_BYTES", 1 << 20)
     file = tmp_path / "cold"
     size = (9 << 20) + 12345
     file.write_bytes(os.urandom(size))
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if not prefetch._cold(fd, 0):
-            pytest.skip("this filesystem keeps its pages")
+    with opened(str(file)) as fd:
+        drop(fd, size, 0, size)
         # a third of the ten chunks each, at most, and together all of them; readahead may bring in neighbours
         shares = [prefetch.prefetch(fd, size, index=index, count=3) for index in range(3)]
         assert 0 < sum(shares) <= size and max(shares) <= 4 << 20
-        assert not any(prefetch._cold(fd, start) for start in range(0, size, 1 << 20))
+        assert not any(prefetch._cold(fd, size, start) for start in range(0, size, 1 << 20))
         assert prefetch.prefetch(fd, size, index=0, count=1) == 0, "a warm file is left alone"
-    finally:
-        os.close(fd)
+
+
+def test_what_is_missing_of_a_warm_file_is_read(tmp_path: Path) -> None:
+    file, size = tmp_path / "part", 3 * prefetch.CHUNK_BYTES
+    file.write_bytes(os.urandom(size))
+    with opened(str(file)) as fd:
+        # the second half of the second chunk: the kernel drops pages in runs of several megabytes
+        drop(fd, size, size // 2, prefetch.CHUNK_BYTES // 2)
+        assert prefetch.prefetch(fd, size, index=0, count=1) == prefetch.CHUNK_BYTES
 
 
 @pytest.mark.parametrize("part", [1000, 4 << 20])
