@@ -73,6 +73,7 @@ class Source:
         self._inode = stat.st_ino
         self.header: Header = read_header(path, fd)
         self._ranges: list[tuple[int, int, int]] = []  # address, end, offset in the file; sorted
+        self._names: dict[tuple[int, torch.dtype, tuple[int, ...]], str] = {}  # by place, once one is asked for
         if reader == "fastsafetensors" and self.header.format == "safetensors":
             self.tensors: Mapping[str, torch.Tensor] = self._read_fast()
         else:
@@ -122,10 +123,13 @@ class Source:
         """
         if ref.file != (self.path, *self._identity, self._inode):
             raise changed(self.path, "it was replaced")
-        for name, entry in self.header.entries.items():
-            if (entry.start, entry.dtype, entry.shape) == (ref.start, ref.dtype, ref.shape):
-                return self.tensors[name]
-        raise changed(self.path, f"no tensor at {ref.start}")
+        if not self._names:
+            entries = self.header.entries.items()
+            self._names = {(entry.start, entry.dtype, entry.shape): name for name, entry in entries}
+        name = self._names.get((ref.start, ref.dtype, ref.shape))
+        if name is None:
+            raise changed(self.path, f"no tensor at {ref.start}")
+        return self.tensors[name]
 
     def _map(self) -> torch.Tensor:
         mapped = mmap.mmap(self._fd, self.header.size, mmap.MAP_SHARED, mmap.PROT_READ)
