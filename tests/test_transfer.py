@@ -12,7 +12,7 @@ import torch
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.workers.arena import Arena
 from comfy_raylight.workers.path_modules import resolve
-from comfy_raylight.workers.transfer import HELD_LIMIT, Decoder, Encoder
+from comfy_raylight.workers.transfer import HELD_LIMIT, Decoder, Encoder, Shelf
 
 
 def pair(*, shared: bool) -> tuple[Encoder, Decoder]:
@@ -95,6 +95,20 @@ def test_kept_tensors_live_as_long_as_the_callers(ends: tuple[Encoder, Decoder])
     gc.collect()
     decoder.decode(encoder.encode(0))
     assert not decoder._held
+
+
+@pytest.mark.skipif(not Arena.supported(), reason="this system has no anonymous shared memory")
+def test_groups_share_what_is_kept() -> None:
+    shelf = Shelf(2)
+    first, second = (Encoder(lambda _: None, shared=True, shelf=shelf) for _ in range(2))
+    weights = [torch.randn(300, 300), torch.randn(7)]
+    second.encode([torch.randn(5)], keep=True)  # what only one of them sends changes nothing for the other
+    parcels = [encoder.encode(weights, keep=True) for encoder in (first, second)]
+    assert parcels[0].arena == parcels[1].arena
+    found = [pair(shared=True)[1].decode(parcel) for parcel in parcels]
+    for weight, one, other in zip(weights, *found, strict=True):
+        assert torch.equal(one, weight) and torch.equal(other, weight)
+    assert parcels[0].arena != first.encode([*weights, torch.randn(3)], keep=True).arena
 
 
 def test_failed_encoding_leaves_nothing_behind(ends: tuple[Encoder, Decoder]) -> None:

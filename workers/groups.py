@@ -13,7 +13,7 @@ from ..raylight.errors import RaylightError
 from .messages import LoadRequest, ModelFacts
 from .pool import Pool
 from .replica import Call, Patches, Replica
-from .transfer import Reference
+from .transfer import Reference, Shelf
 
 T = TypeVar("T")
 Message = tuple[str, tuple[Any, ...], Sequence[int]]
@@ -37,10 +37,9 @@ class Groups:
         self.pool = pool
         self._together = cfg.Together()
         size = pool.config.parallel.sequence
-        self.replicas = [
-            Replica(self, ranks[start : start + size], refer, models_kept=pool.config.models_kept)
-            for start in range(0, len(ranks), size)
-        ]
+        parts = [ranks[start : start + size] for start in range(0, len(ranks), size)]
+        shelf = Shelf(len(parts))
+        self.replicas = [Replica(self, part, refer, models_kept=pool.config.models_kept, shelf=shelf) for part in parts]
 
     def load(self, request: LoadRequest, holder: object) -> list[ModelFacts]:
         """Have the model loaded on every rank; see Replica.load."""

@@ -15,7 +15,7 @@ import torch
 from ..raylight.config import ModelSpec, WorkerSettings
 from .arena import Arena
 from .messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest
-from .transfer import Encoder, Reference
+from .transfer import Encoder, Reference, Shelf
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +83,23 @@ class Replica:
     Args:
         refer: names live objects that the workers have their own of (see transfer.Encoder).
         models_kept: models that stay loaded although nothing holds them, at most, together with those held.
+        shelf: shared with the replicas that get the same patches.
     """
 
-    def __init__(self, pool: Caller, ranks: Sequence[int], refer: Reference, *, models_kept: int = 2) -> None:
+    def __init__(
+        self,
+        pool: Caller,
+        ranks: Sequence[int],
+        refer: Reference,
+        *,
+        models_kept: int = 2,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.pool = pool
         self.traffic = Traffic()
         self.resident: set[ModelSpec] = set()
         self._ranks = tuple(ranks)
-        self._encoder = Encoder(refer, shared=self._can_share())
+        self._encoder = Encoder(refer, shared=self._can_share(), shelf=shelf)
         self._facts: dict[ModelSpec, list[ModelFacts]] = {}
         self._holders: dict[ModelSpec, weakref.WeakSet[Any]] = {}
         self._states: dict[ModelSpec, tuple[Any, ...]] = {}

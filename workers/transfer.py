@@ -9,7 +9,7 @@ import pickle
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,17 +149,61 @@ class _Pickler(cloudpickle.Pickler):
         return reduced
 
 
+class Shelf:
+    """Kept tensors on their way to several groups of workers: all use the copy that was made for the first.
+
+    Args:
+        readers: how many encoders share it.
+    """
+
+    def __init__(self, readers: int = 1) -> None:
+        self._readers = readers
+        self._waiting: list[_Shelved] = []
+
+    def put(self, tensors: Sequence[torch.Tensor], refs: Sequence[TensorRef], size: int) -> Arena:
+        """The arena that has these tensors at the offsets of their refs. Whoever sends it holds it until it is sent.
+
+        It waits here for the others as long as the tensors live.
+        """
+        self._waiting = [known for known in self._waiting if all(ref() is not None for ref in known.tensors)]
+        for known in self._waiting:
+            if len(known.tensors) == len(tensors) and all(
+                ref() is tensor for ref, tensor in zip(known.tensors, tensors, strict=True)
+            ):
+                known.readers -= 1
+                if not known.readers:
+                    self._waiting.remove(known)
+                return known.arena
+        arena = Arena(max(size, ALIGNMENT))
+        for ref, tensor in zip(refs, tensors, strict=True):
+            place(arena.bytes, ref).copy_(tensor.detach())
+        if self._readers > 1:
+            self._waiting.append(_Shelved([weakref.ref(tensor) for tensor in tensors], arena, self._readers - 1))
+        return arena
+
+
+@dataclass(eq=False)
+class _Shelved:
+    """An arena, what it was filled with, and how many are still to come for it."""
+
+    tensors: list[weakref.ref[torch.Tensor]]
+    arena: Arena
+    readers: int
+
+
 class Encoder:
     """The driver's side: packs values and remembers which tensors the workers already hold.
 
     Args:
         refer: maps a live object to a plain tuple that names it in the workers, None for all others.
         shared: whether every worker can open this process's arena.
+        shelf: shared with the encoders of other groups of workers on the same pool.
     """
 
-    def __init__(self, refer: Reference, *, shared: bool) -> None:
+    def __init__(self, refer: Reference, *, shared: bool, shelf: Shelf | None = None) -> None:
         self._refer = refer if shared else functools.partial(_anywhere, refer)
         self._shared = shared
+        self._shelf = shelf or Shelf()
         self._arena: Arena | None = None
         self._lasting: Arena | None = None
         self._next_key = 0
@@ -212,7 +256,7 @@ class Encoder:
                 key = self._new_key(new)
                 self._held[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
                 used.add(key)
-            tensors.append(tensor.detach())
+            tensors.append(tensor)
             keys.append(key)
             return ("tensor", len(tensors) - 1)
 
@@ -257,9 +301,7 @@ class Encoder:
     ) -> Parcel:
         refs, size = lay_out(tensors, keys)
         self.bytes_sent += len(blob) + size
-        self._lasting = Arena(max(size, ALIGNMENT))
-        for ref, tensor in zip(refs, tensors, strict=True):
-            place(self._lasting.bytes, ref).copy_(tensor)
+        self._lasting = self._shelf.put(tensors, refs, size)
         return Parcel(blob, refs, self._lasting.ref, None, dropped, (0, 0), lasting=True)
 
     def _parcel(
@@ -270,12 +312,12 @@ class Encoder:
         if not self._shared:
             storage = torch.empty(size, dtype=torch.uint8)
             for ref, tensor in zip(refs, tensors, strict=True):
-                place(storage, ref).copy_(tensor)
+                place(storage, ref).copy_(tensor.detach())
             return Parcel(blob, refs, None, storage.numpy().tobytes(), dropped, (0, 0))
         if self._arena is None or self._arena.ref.size < size + self._reply_bytes:
             self._arena = Arena(2 * (size + self._reply_bytes))
         for ref, tensor in zip(refs, tensors, strict=True):
-            place(self._arena.bytes, ref).copy_(tensor)
+            place(self._arena.bytes, ref).copy_(tensor.detach())
         return Parcel(blob, refs, self._arena.ref, None, dropped, (size, self._arena.ref.size - size))
 
     def _find(self, tensor: torch.Tensor) -> int | None:
