@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,14 +60,15 @@ class Weights:
         ]
         return upload(self.source, pieces, self.engines[device])
 
-    def in_file_order(self) -> Iterator[tuple[str, Home]]:
+    @functools.cached_property
+    def in_file_order(self) -> Sequence[tuple[str, Home]]:
         """Every home, as its bytes come in the file; what is not of the file last."""
 
         def order(item: tuple[str, Home]) -> float:
             offset = self.source.offset(parts(item[1].tensor)[0])
             return float("inf") if offset is None else offset
 
-        return iter(sorted(self.homes.items(), key=order))
+        return sorted(self.homes.items(), key=order)
 
 
 def outside_inference(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +105,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         if self._is_home(device_to):
             return super().load(device_to, *args, **kwargs)
         if kwargs.get("full_load"):
-            self._upload(device_to)
+            self._upload(device_to, [home for _, home in self.weights.in_file_order])
         with _Uploading(self.weights, device_to):
             result = super().load(device_to, *args, **kwargs)
         self._patch_blocks()
@@ -171,9 +172,9 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
     def _is_home(self, device: Any) -> bool:
         return device is None or torch.device(device) == self.offload_device
 
-    def _upload(self, device: Any) -> None:
-        """Bring every weight to the device in file order; ComfyUI then patches what is to be patched there."""
-        pending = [home for _, home in self.weights.in_file_order() if home.at_home and len(parts(home.tensor)) == 1]
+    def _upload(self, device: Any, homes: Iterable[Home]) -> None:
+        """Bring weights to the device, given in file order; ComfyUI then patches what is to be patched there."""
+        pending = [home for home in homes if home.at_home and len(parts(home.tensor)) == 1]
         for home, tensor in zip(pending, self.weights.upload(pending, device), strict=True):
             home.put(tensor)
 
@@ -182,17 +183,25 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         applied = self.weights.applied
         # ComfyUI leaves parameters of modules that have others inside as they are
         reached = {f"{name}.{parameter}" for *_, name, _, names in self._load_list() for parameter in names}
-        for key, home in self.weights.in_file_order():
-            if key not in reached or same_patches(applied.get(key, []), self.patches.get(key, [])):
-                continue
+        changed = [
+            (key, home)
+            for key, home in self.weights.in_file_order
+            if key in reached and not same_patches(applied.get(key, []), self.patches.get(key, []))
+        ]
+        for key, home in changed:
+            applied.pop(key, None)
+            self.backup.pop(key, None)
+            if _is_blocks(home):
+                _unhook(home)
+            else:
+                home.put(home.tensor)
+        if not self._is_home(device):
+            self._upload(device, [home for _, home in changed])
+        for key, home in changed:
             if key in self.patches:
                 self.patch_weight_to_device(key, device_to=device)
-                continue
-            _unhook(home)
-            self.backup.pop(key, None)
-            del applied[key]
-            if not _is_blocks(home):
-                home.put(home.tensor if self._is_home(device) else self._native(home, device))
+            elif home.at_home and not _is_blocks(home) and not self._is_home(device):
+                home.put(self._native(home, device))
 
     def _native(self, home: Home, device: Any) -> torch.Tensor:
         """An unpatched weight as ComfyUI would hold it on a device: on the host, the map where that is the same."""
