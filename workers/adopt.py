@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,24 +28,33 @@ class Adopting(torch.overrides.TorchFunctionMode):
     """Turns `parameter.copy_(tensor of the source)` into taking the tensor over, in this thread and scope only.
 
     Args:
-        convert: take tensors of another dtype over as well: they are converted when they are used.
-
-    Attributes:
-        declared: parameters that were taken over, with the dtype the model had made them in, by id.
+        convert: take tensors of another dtype over as well: they are converted when they are used. What
+            `module.to(dtype)` says of parameters that were taken over is remembered, and not done.
     """
 
     def __init__(self, source: Source, *, convert: bool) -> None:
         super().__init__()
         self._source = source
         self._convert = convert
-        self.declared: dict[int, tuple[nn.Parameter, torch.dtype]] = {}
+        # with the parameters themselves, so that an id is never another one's
+        self._declared: dict[int, tuple[nn.Parameter, torch.dtype]] = {}
+
+    def dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
+        """What the model means a parameter to be, whatever it was taken over as."""
+        return self._declared.get(id(parameter), (parameter, parameter.dtype))[1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.copy_ and not kwargs and len(args) == 2 and self._fits(*args):
             parameter, value = args
-            self.declared[id(parameter)] = (parameter, parameter.dtype)
+            self._declared[id(parameter)] = (parameter, parameter.dtype)
             parameter.data = value
             return parameter
+        if func is torch.Tensor.to and self._convert and id(args[0]) in self._declared:
+            # as Module.to calls it: device, dtype or None, whether to block
+            dtypes = [value for value in args[1:] if isinstance(value, torch.dtype)]
+            if len(dtypes) == 1 and args[0].is_floating_point():
+                self._declared[id(args[0])] = (args[0], dtypes[0])
+                return args[0]
         return func(*args, **(kwargs or {}))
 
     def _fits(self, target: Any, value: Any) -> bool:
@@ -120,7 +129,7 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
     if source.header.format == "gguf":
         state: dict[str, torch.Tensor] = gguf_ops.state_dict(source)
         arguments["custom_operations"] = gguf_ops.operations(spec)
-        convert = not _on_cpu() or dtype == torch.float32
+        convert = not on_cpu() or dtype == torch.float32
     else:
         state = dict(source.tensors)
         _check_quantisation(source)
@@ -135,17 +144,30 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
             f"ComfyUI does not recognise a diffusion model in {spec.path}", "", "Choose a diffusion model file"
         )
     kept = arguments["dtype"]
+
+    def wanted(parameter: nn.Parameter) -> torch.dtype:
+        # on a CPU what the model was built in is the file's dtype, and plain ComfyUI's is `dtype`
+        found = mode.dtype_of(parameter)
+        return dtype if found == kept and convert else found
+
+    return Adopted(patcher, homes_of(patcher.model, wanted))
+
+
+def homes_of(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> dict[str, Home]:
+    """Where every parameter of a model is now, by its key.
+
+    Args:
+        wanted: what plain ComfyUI would hold a parameter in.
+    """
     found: dict[str, Home] = {}
-    for prefix, module in patcher.model.named_modules():
+    for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            _, wanted = mode.declared.get(id(parameter), (None, parameter.dtype))
-            # on a CPU what the model was built in is the file's dtype, and plain ComfyUI's is `dtype`
-            wanted = dtype if wanted == kept and convert else wanted
             tensor = parameter.detach()
             scaled = getattr(module, "scale_weight", None) is not None
             plain = type(tensor) is torch.Tensor and not scaled and tensor.is_floating_point()
-            found[f"{prefix}.{name}" if prefix else name] = Home(module, name, tensor, wanted if plain else None)
-    return Adopted(patcher, found)
+            key = f"{prefix}.{name}" if prefix else name
+            found[key] = Home(module, name, tensor, wanted(parameter) if plain else None)
+    return found
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -198,7 +220,7 @@ def _kept_dtype(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[tor
     those on the host: they stay as they are in the file where ComfyUI computes in float32, which holds
     every value of the narrower types, and casts layer by layer; else ComfyUI converts them.
     """
-    if not _on_cpu():
+    if not on_cpu():
         return dtype, True
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     stored = comfy.utils.weight_dtype(state, prefix) or comfy.utils.weight_dtype(state)
@@ -207,7 +229,8 @@ def _kept_dtype(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[tor
     return dtype, False
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether models are used where they are mapped."""
     return bool(model_management.is_device_cpu(model_management.get_torch_device()))
 
 

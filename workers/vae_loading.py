@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.ops
@@ -11,8 +12,11 @@ import torch
 from ..loaders.source import Source, changed
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
-from .adopt import Adopting
+from .adopt import Adopting, homes_of, on_cpu
 from .loading import normal_tensors
+from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights
+
+log = logging.getLogger(__name__)
 
 
 def load_vae(spec: ModelSpec) -> tuple[Any, Source]:
@@ -28,9 +32,10 @@ def load_vae(spec: ModelSpec) -> tuple[Any, Source]:
         raise changed(spec.path, "it is not the file that was chosen any more")
     source = Source(spec.path, reader=spec.reader)
     metadata = dict(source.header.metadata) or None
+    # on a CPU only what is in the file as ComfyUI computes with it stays the file's memory
+    mode = Adopting(source, convert=not on_cpu())
     try:
-        # weights that are in the file as ComfyUI computes with them stay the file's memory
-        with normal_tensors(), Adopting(source, convert=False):
+        with normal_tensors(), mode:
             vae = comfy.sd.VAE(
                 sd=dict(source.tensors), metadata=metadata, dtype=getattr(torch, spec.dtype) if spec.dtype else None
             )
@@ -40,6 +45,10 @@ def load_vae(spec: ModelSpec) -> tuple[Any, Source]:
         ) from error
     if vae.first_stage_model is None:
         raise LoadError(f"ComfyUI does not recognise a VAE in {spec.path}", "", "Choose a VAE file")
+    found = vae.patcher
+    vae.patcher = MappedPatcher(found.model, found.load_device, found.offload_device)
+    vae.patcher.set_attachments(ATTACHMENT, Weights(source, homes_of(found.model, mode.dtype_of)))
+    log.debug("%s is loaded as a VAE", spec.path)
     return vae, source
 
 
