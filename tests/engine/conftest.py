@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.host.reports import reporter
 
-TESTS = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 1800
 
 
 def comfy_roots() -> list[Any]:
@@ -29,23 +27,5 @@ def comfy_roots() -> list[Any]:
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """Results of `ranks.main` for a ComfyUI root, or "" for the collectives: computed once each."""
-    known: dict[str, dict[str, Any]] = {}
-
-    def run(root: str) -> dict[str, Any]:
-        if root not in known:
-            result = tmp_path_factory.mktemp("ranks") / "results.json"
-            path = [str(TESTS), str(TESTS.parent / "workers" / "import_root"), os.environ.get("PYTHONPATH", "")]
-            done = subprocess.run(
-                [sys.executable, "-B", "-m", "engine.ranks", str(result), *([root] if root else [])],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "CUDA_VISIBLE_DEVICES": ""},
-                check=False,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=1800,
-            )
-            assert done.returncode == 0, done.stdout
-            known[root] = json.loads(result.read_text())
-        return known[root]
-
-    return run
+    report = reporter("engine.ranks", tmp_path_factory.mktemp("ranks"), timeout=TIMEOUT_S)
+    return lambda root: report(Path(root) if root else None)

@@ -1,6 +1,6 @@
-"""Runs the engine on P ranks over gloo, all in one command: `python -m engine.ranks RESULTS [COMFYUI_ROOT [CASES]]`.
+"""Runs the engine on P ranks over gloo, all in one command: `python -m engine.ranks COMFYUI_ROOT RESULTS [CASES]`.
 
-Without a ComfyUI root the collectives run by themselves, else all cases whose names match the pattern. The
+With "" for the root the collectives run by themselves, else all cases whose names match the pattern. The
 ranks are forked from one process that has imported everything and computed the references, since importing
 ComfyUI once per rank would take longer than all cases. Results are one JSON object.
 """
@@ -234,7 +234,7 @@ def one_process(prepared: list[tuple[Case, Any, Any]]) -> dict[str, float]:
     return results
 
 
-def main(result: str, root: str = "", chosen: str = "*") -> None:
+def main(root: str, result: str, chosen: str = "*") -> None:
     """Compute the chosen cases' references, then all ranks' results, and write them down."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""SequenceAttention on every grid of ranks against attention over the whole: `python -m engine.ring_cases RESULTS`.
+"""SequenceAttention on every grid of ranks against attention over the whole: `python -m engine.ring_cases "" RESULTS`.
 
 Each check puts a number under a name: an error relative to the largest value, or 0.0 and 1.0 for what holds and
 what does not. `LIMITS` says what the tests ask of them.
@@ -424,8 +424,8 @@ def two_sequences(rank: int, size: int, path: str) -> dict[str, float]:
     return grid.found
 
 
-def main(result: str) -> None:
-    """Run every grid and write down what each rank found."""
+def main(_: str, result: str) -> None:
+    """Run every grid and write down what each rank found; no ComfyUI takes part."""
     torch.set_num_threads(1)
     found = {f"{u}x{r}": fork(u * r, check, u, r) for u, r in GRIDS}
     found["2x2 twice"] = fork(8, two_sequences)
@@ -434,4 +434,4 @@ def main(result: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:3])

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_raylight.raylight.ring import merge
+from comfy_raylight.tests.host.reports import reporter
 
-from .conftest import TESTS
 from .ring_cases import GRIDS, LIMITS
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every rank of every grid found."""
-    result = tmp_path_factory.mktemp("ring") / "results.json"
-    path = [str(TESTS), str(TESTS.parent / "workers" / "import_root"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-B", "-m", "engine.ring_cases", str(result)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout
-    return json.loads(Path(result).read_text())
+    return reporter("engine.ring_cases", tmp_path_factory.mktemp("ring"), timeout=500)(None)
 
 
 @pytest.mark.parametrize("name", [*(f"{u}x{r}" for u, r in GRIDS), "2x2 twice"])

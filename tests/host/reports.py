@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,34 +13,45 @@ from typing import Any
 
 import pytest
 
+TESTS = Path(__file__).resolve().parents[1]
 Report = dict[str, Any]
 
 
 def reporter(
-    script: str, folder: Path, arguments: Callable[[Path], Sequence[object]], *, timeout: float
-) -> Callable[[Path], Report]:
+    script: str,
+    folder: Path,
+    arguments: Callable[[Path], Sequence[object]] = lambda root: (),
+    *,
+    timeout: float,
+) -> Callable[[Path | None], Report]:
     """What gives the report of a script for a ComfyUI; a test that asks fails with its log where there is none.
 
     Args:
-        script: called with the root of a ComfyUI, the JSON file to write, and `arguments` of the root.
+        script: a file, or the name of a module below `tests`. It is called with the root of a ComfyUI ("" for
+            None), the JSON file to write, and `arguments` of the root.
         folder: for reports and logs.
         timeout: seconds for one run.
     """
+    path = [str(TESTS), str(TESTS.parent / "workers" / "import_root"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "CUDA_VISIBLE_DEVICES": ""}
+    start = [script] if script.endswith(".py") else ["-m", script]
 
     @functools.cache
-    def run(root: Path) -> Report | str:
-        more = arguments(root)
+    def run(root: Path | None) -> Report | str:
+        more = arguments(root) if root else ()
         out = folder / f"{len(list(folder.iterdir()))}.json"
         log = out.with_suffix(".log")
+        command = [sys.executable, "-B", *start, str(root or ""), str(out), *map(str, more)]
         with log.open("wb") as file:
-            command = [sys.executable, script, str(root), str(out), *map(str, more)]
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=timeout, check=False).returncode
+            code = subprocess.run(
+                command, env=environment, stdout=file, stderr=file, timeout=timeout, check=False
+            ).returncode
         if code:
             return f"the driver ended with {code}:\n{log.read_text(errors='replace')[-4000:]}"
         report: Report = json.loads(out.read_text(encoding="utf-8"))
         return report
 
-    def report_of(root: Path) -> Report:
+    def report_of(root: Path | None) -> Report:
         report = run(root)
         if isinstance(report, str):
             pytest.fail(report)

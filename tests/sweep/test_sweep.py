@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.reports import reporter
 
 PACK = Path(__file__).resolve().parents[2]
 SCRIPT = PACK / "tests" / "sweep" / "sweep.py"
@@ -60,9 +60,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs the script once per ComfyUI and family."""
     folder = tmp_path_factory.mktemp("sweep")
 
-    @functools.cache
     def run(root: Path, family: str) -> dict[str, Any]:
-        files = [folder / f"{family}-{seed}.safetensors" for seed in (0, 1)]
+        return reports[family](root)
+
+    def arguments(family: str, root: Path) -> list[object]:
+        files = [folder / f"{family}-{version_of(root)}-{seed}.safetensors" for seed in (0, 1)]
         write(
             [
                 Job(family=family, path=path, dtype="float32", seed=seed, size=SIZES[family])
@@ -71,17 +73,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Any:
             comfy_root=root,
             python=Path(sys.executable),
         )
-        out = folder / f"{len(list(folder.iterdir()))}.json"
-        command = [sys.executable, str(SCRIPT), str(root), str(out), "--second", str(files[1])]
-        command += ["--model", f"{family}={files[0]}:{WORKERS[family]}"]
-        log = out.with_suffix(".log")
-        with log.open("wb") as file:
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=TIMEOUT_S, check=False).returncode
-        if code:
-            pytest.fail(f"the sweep of {family} ended with {code}:\n{log.read_text(errors='replace')[-4000:]}")
-        report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return report
+        return ["--second", files[1], "--model", f"{family}={files[0]}:{WORKERS[family]}"]
 
+    reports = {
+        family: reporter(str(SCRIPT), folder, functools.partial(arguments, family), timeout=TIMEOUT_S)
+        for family in WORKERS
+    }
     return run
 
 
