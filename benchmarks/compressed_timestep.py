@@ -41,7 +41,7 @@ def main() -> int:
     import torch
     from comfy_raylight.patches.ltx import local_timestep
     from comfy_raylight.raylight.layout import Layout, Segment
-    from live_bytes import LiveBytes
+    from comfy_raylight.tests.host.live_bytes import LiveBytes
 
     tokens = options.frames * options.patches
     # rows of a frame are equal, and nothing is stored

@@ -68,7 +68,7 @@ def measure(name: str, model: Any, make: Callable[[], Any], options: argparse.Na
     import torch
     from comfy_raylight.patches.ffn import ChunkedFeedForward, feed_forwards
     from comfy_raylight.tests.engine.ranks import difference, forward_of
-    from live_bytes import LiveBytes
+    from comfy_raylight.tests.host.live_bytes import LiveBytes
 
     forward, (layer, *_) = forward_of(model), feed_forwards(model)
     with torch.inference_mode():

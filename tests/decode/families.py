@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 WIDTH = 4
+TALL = (1, 16, 2, 30, 8)
+"""A latent of Wan's whose decode is weighed."""
 
 KL: Mapping[str, Any] = {
     "double_z": True,

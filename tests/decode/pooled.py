@@ -1,12 +1,14 @@
-"""VAE files on a pool, against comfy.sd.VAE: `python -m decode.pooled RESULTS COMFYUI_ROOT FOLDER`."""
+"""VAE files on a pool, against comfy.sd.VAE: `python -m decode.pooled COMFYUI_ROOT RESULTS FOLDER`."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,22 +20,25 @@ from typing import Any
 
 import torch
 from comfy_raylight.tests.engine.ranks import enter_comfy
+from comfy_raylight.tests.weights.memory import Watch, private
 
 from .families import random
 
 Results = dict[str, Any]
 
 
-def main(result: str, root: str, folder: str) -> None:
+def main(root: str, result: str, folder: str) -> None:
     """Run every check in one process, and write down what each found."""
     torch.set_num_threads(1)
     enter_comfy(root)
     logging.disable(logging.INFO)
     results: Results = {}
     with torch.inference_mode():
-        for check in (equal, tiled, encoded, without_sharing, on_disk, cancelled, killed, refused, smooth):
+        for check in CHECKS:
+            began = time.monotonic()
             try:
                 check(results, Path(folder))
+                results[f"seconds of {check.__name__}"] = time.monotonic() - began
                 Path(result).write_text(json.dumps(results), encoding="utf-8")
             except Exception as error:
                 error.add_note(f"in {check.__name__}")
@@ -63,16 +68,19 @@ def flat(images: torch.Tensor) -> torch.Tensor:
     return images.reshape(-1, *images.shape[-3:])
 
 
-def run(workers: Any, latent: torch.Tensor, of: Any, *, mode: str = "seamless", keep: bool = True) -> torch.Tensor:
+def run(
+    workers: Any, latent: torch.Tensor, of: Any, *, mode: str = "seamless", keep: bool = True, times: int = 1
+) -> torch.Tensor:
     from comfy_raylight.workers.decode import decode_on
 
-    return decode_on(workers, latent, of, mode=mode, tiles=sizes(), keep=keep)  # type: ignore[arg-type]
+    return decode_on(workers, latent, of, mode=mode, tiles=sizes(times), keep=keep)  # type: ignore[arg-type]
 
 
-def sizes() -> Any:
+def sizes(times: int = 1) -> Any:
+    """Tiles of 64 pixels and 8 frames, or that many times as large."""
     from comfy_raylight.workers.vae_messages import TileSizes
 
-    return TileSizes(size=64, overlap=32, frames=8, frame_overlap=4)
+    return TileSizes(size=64 * times, overlap=32 * times, frames=8 * times, frame_overlap=4 * times)
 
 
 LATENTS = {
@@ -289,6 +297,96 @@ def smooth(results: Results, folder: Path) -> None:
     elsewhere = [row for row in range(8, 88) if row not in borders]
     results["smooth"] = [step[borders].mean().item(), step[elsewhere].mean().item()]
 
+
+def kept(results: Results, folder: Path) -> None:
+    """A kept VAE is loaded once by each worker; a released one and a changed file anew."""
+    from comfy_raylight.workers import vaes
+
+    notes, file = folder / "loads", folder / "changing.safetensors"
+
+    def count(runner: Any) -> None:
+        load = vaes.load_vae
+
+        def counted(of: Any) -> Any:
+            with notes.open("a") as log:
+                log.write(".")
+            return load(of)
+
+        vaes.load_vae = counted  # in the worker, which is a process of its own
+
+    workers, latent = pool(2, before=count), random(*LATENTS["taesd batch"], seed=3)
+    shutil.copy(folder / "taesd.safetensors", file)
+    loads, pixels = [], []
+    for keep in (True, True, False, True):
+        pixels.append(run(workers, latent, spec(folder, "changing"), keep=keep))
+        loads.append(len(notes.read_text()))
+    os.utime(file)
+    pixels.append(run(workers, latent, spec(folder, "changing")))
+    loads.append(len(notes.read_text()))
+    workers.close()
+    results["loads"] = loads
+    results["loads, equal"] = all(torch.equal(found, pixels[0]) for found in pixels)
+
+
+def moved(results: Results, folder: Path) -> None:
+    """Weights are the file's memory, are converted on the way to the device, and go home to the file."""
+    from comfy_raylight.workers import vae_loading
+    from comfy_raylight.workers.mapped_patcher import ATTACHMENT
+
+    plain, source = vae_loading.load_vae(spec(folder, "wan"))
+    results["private bytes"] = private_bytes(plain.patcher.attachments[ATTACHMENT].homes, source)
+    on_cpu, vae_loading.on_cpu = vae_loading.on_cpu, lambda: False
+    try:
+        half, source = vae_loading.load_vae(dataclasses.replace(spec(folder, "wan"), dtype="bfloat16"))
+    finally:
+        vae_loading.on_cpu = on_cpu
+    homes = half.patcher.attachments[ATTACHMENT].homes
+    elsewhere = torch.device("cpu", 0)  # `to` copies to it, as to any other device
+    for _ in range(2):
+        half.patcher.load(elsewhere, full_load=True)
+        there = half.first_stage_model.state_dict()
+        wanted = {key: value.bfloat16() for key, value in plain.first_stage_model.state_dict().items()}
+        results["on the device"] = all(torch.equal(there[key], value) for key, value in wanted.items())
+        results["bytes there"] = private_bytes(homes, source, now=True)
+        results["bytes wanted"] = sum(value.nbytes for value in wanted.values())
+        del there
+        half.patcher.detach()
+        results["bytes after"] = private_bytes(homes, source, now=True)
+
+
+def private_bytes(homes: Any, source: Any, *, now: bool = False) -> int:
+    """Bytes of weights that are not the file's memory, on the host or (`now`) wherever they are."""
+    tensors = [home.parameter.detach() if now else home.tensor for home in homes.values()]
+    return sum(tensor.nbytes for tensor in tensors if source.offset(tensor) is None)
+
+
+def driver_memory(results: Results, folder: Path) -> None:
+    """What a decode takes of the driver besides its output, which is shared memory: nothing of that size."""
+    workers, latent = pool(2), random(1, 128, 5, 12, 12, seed=3)
+    for mode in ("seamless", "tiles"):
+        small = run(workers, latent[..., :2, :2, :2], spec(folder, "ltxv"), mode=mode, times=4)
+        before = private([os.getpid()])
+        with Watch(private, [os.getpid()]) as own:
+            images = run(workers, latent, spec(folder, "ltxv"), mode=mode, times=4)
+        results[f"driver, {mode}"] = [own.peak - before, images.nbytes]
+        del images, small
+    workers.close()
+
+
+CHECKS = (
+    equal,
+    tiled,
+    encoded,
+    without_sharing,
+    on_disk,
+    kept,
+    moved,
+    driver_memory,
+    cancelled,
+    killed,
+    refused,
+    smooth,
+)
 
 if __name__ == "__main__":
     main(*sys.argv[1:4])

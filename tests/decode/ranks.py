@@ -1,4 +1,4 @@
-"""Runs VAEs in strips and by tiles on forked ranks: `python -m decode.ranks RESULTS COMFYUI_ROOT [all | NAME]`.
+"""Runs VAEs in strips and by tiles on forked ranks: `python -m decode.ranks COMFYUI_ROOT RESULTS [all | NAME]`.
 
 ComfyUI is imported and the undivided results are computed once, before the ranks are forked. Results are one
 JSON object: per number of ranks, per rank, per check.
@@ -17,13 +17,14 @@ import torch
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.tests.engine.ranks import enter_comfy, fork, mesh_of
+from comfy_raylight.tests.host.live_bytes import LiveBytes
 from comfy_raylight.vae import budget
 from comfy_raylight.vae.rules import strip_of
 from comfy_raylight.vae.strips import Rows, Strips
 from comfy_raylight.vae.tiles import Dealer, Survey, deal
 from comfy_raylight.vae.watch import Watch
 
-from .families import FAMILIES, Family, fill
+from .families import FAMILIES, TALL, Family, fill, random
 
 HEIGHTS: dict[int, tuple[int, ...]] = {1: (3,), 2: (5,), 3: (3,), 5: (7,)}
 """Rows of the latent by number of ranks: uneven, and one each."""
@@ -131,6 +132,22 @@ def tiles_job(rank: int, size: int, path: str, prepared: list[Prepared], wholes:
     return results
 
 
+def memory_job(rank: int, size: int, path: str, model: Any, latent: torch.Tensor) -> int:
+    """Most bytes of tensors alive on this rank while it decodes its strip."""
+    attend = sys.modules["comfy_raylight.workers.vae_loading"].attend
+    mesh = mesh_of(ParallelConfig(world=size, ulysses=size, ring=1, cfg=1), rank=rank, path=path)
+    strips = Strips.of(latent.shape[-2], ranks=size, rank=rank)
+    with torch.inference_mode(), ExitStack() as stack:
+        meter = stack.enter_context(LiveBytes())
+        own = strips.own(latent).contiguous()
+        if size > 1:
+            stack.enter_context(strip_of(model, Rows(mesh.axis("world"), strips), attend))
+        model.decode(own)
+    mesh.control.all_reduce(torch.zeros(1))
+    mesh.close()
+    return meter.peak
+
+
 def watching(mesh: Mesh, total: int, told: list[int]) -> Watch:
     return Watch(
         mesh.axis("world"),
@@ -180,7 +197,7 @@ def seeded(decode: Any) -> Any:
 TILED = ("kl", "wan 2.1", "ltxv noise", "wan 2.1 image, qwen image")
 
 
-def main(result: str, root: str, chosen: str = "") -> None:
+def main(root: str, result: str, chosen: str = "") -> None:
     """Compute what one process makes, then what all ranks do, and write it down."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -205,6 +222,10 @@ def main(result: str, root: str, chosen: str = "") -> None:
         "strips": {size: fork(size, strips_job, prepared, heights) for size, heights in chosen_heights.items()},
         "tiles": {size: fork(size, tiles_job, tile, wholes) for size in HEIGHTS},
     }
+    if chosen in ("", "all"):
+        wan = next(one.model for one in prepared if one.family.name == "wan 2.1")
+        latent = random(*TALL, seed=3)
+        everything["memory"] = {size: fork(size, memory_job, wan, latent) for size in HEIGHTS}
     with open(result, "w", encoding="utf-8") as file:
         json.dump(everything, file)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .conftest import Table
-from .families import FAMILIES
+from .families import FAMILIES, TALL
 
 CLOSE = 1e-5
 FAR = 0.1
@@ -64,3 +64,12 @@ def test_tiles_have_the_same_bits(on_ranks: OnRanks, comfy_root: Path, name: str
     assert set(owners) == set(range(int(size))), "every rank decodes some tile"
     told = first[f"{name}, told"]
     assert told == sorted(told) and len(owners) - int(size) <= told[-1] <= len(owners)
+
+
+def test_a_rank_needs_its_part(on_ranks: OnRanks, comfy_root: Path) -> None:
+    """Of the memory: its rows, a neighbour's beside them, and one activation twice while those are put together."""
+    peaks = {int(size): max(ranks.values()) for size, ranks in on_ranks(comfy_root)["memory"].items()}
+    assert set(peaks) == set(map(int, SIZES)) and peaks[1] > 10e6
+    for size, peak in peaks.items():
+        part = -(-TALL[-2] // size) / TALL[-2]
+        assert peak <= (1.2 if size > 1 else 1) * part * peaks[1], f"{peak / peaks[1]:.2f} of one rank's on {size}"

@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .files import write
 from .pooled import LATENTS
 
-TESTS = Path(__file__).resolve().parents[1]
 CLOSE = 1e-5
 Found = Callable[[Path], dict[str, Any]]
 
 pytestmark = pytest.mark.timeout(1800)  # the first test of a ComfyUI waits for all of its results
-
-
-@pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Results of `pooled.main` for a ComfyUI, computed once each."""
-    known: dict[Path, dict[str, Any]] = {}
-
-    def run(root: Path) -> dict[str, Any]:
-        if root not in known:
-            folder = tmp_path_factory.mktemp("vaes")
-            write(folder, comfy_root=root)
-            result = folder / "results.json"
-            path = [str(TESTS), str(TESTS.parent / "workers" / "import_root"), os.environ.get("PYTHONPATH", "")]
-            done = subprocess.run(
-                [sys.executable, "-B", "-m", "decode.pooled", str(result), str(root), str(folder)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "CUDA_VISIBLE_DEVICES": ""},
-                check=False,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=1800,
-            )
-            assert done.returncode == 0, done.stdout
-            known[root] = json.loads(result.read_text())
-        return known[root]
-
-    return run
 
 
 @pytest.mark.parametrize("workers", (1, 3))
@@ -112,3 +79,23 @@ def test_smooth_video_has_no_seam(found: Found, comfy_root: Path) -> None:
     """Frames change across the borders of what each worker had as they do elsewhere."""
     seam, elsewhere = found(comfy_root)["smooth"]
     assert 0 < seam <= 1.5 * elsewhere
+
+
+def test_a_kept_vae_is_loaded_once(found: Found, comfy_root: Path) -> None:
+    """By two workers: kept, kept, released, loaded again; then the file is another one by its time."""
+    results = found(comfy_root)
+    assert results["loads"] == [2, 2, 2, 4, 6] and results["loads, equal"]
+
+
+def test_weights_are_the_files(found: Found, comfy_root: Path) -> None:
+    """Also after they were on a device, in another type."""
+    results = found(comfy_root)
+    assert results["private bytes"] == 0
+    assert results["on the device"] and results["bytes there"] == results["bytes wanted"] > 0
+    assert results["bytes after"] == 0
+
+
+@pytest.mark.parametrize("way", ("seamless", "tiles"))
+def test_the_driver_holds_the_output_only(found: Found, comfy_root: Path, way: str) -> None:
+    beside, output = found(comfy_root)[f"driver, {way}"]
+    assert output > 50e6 and beside <= 0.1 * output

@@ -19,9 +19,10 @@ from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, Case, PoolCase, 
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(
+LARGE = pytest.mark.skipif(
     os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0", reason="slow: RAYLIGHT_TEST_LARGE=1 runs it"
 )
+"""What `tests/decode` shows as well, without a server."""
 
 CLOSE = 1e-5
 NODE = "decoder"
@@ -122,16 +123,16 @@ def clean() -> Any:
 
 CASES = [
     pytest.param(WAN, 2, {}, "seamless", id="wan"),
-    pytest.param(WAN, 3, {"mode": "seamless"}, "seamless", id="wan on 3"),
-    pytest.param(WAN_IMAGE, 2, {}, "seamless", id="wan image"),
-    pytest.param(WAN_BATCH, 2, {}, "seamless", id="wan batch"),
-    pytest.param(WAN_LOW, 3, {}, "seamless", id="wan lower than workers"),
+    pytest.param(WAN, 3, {"mode": "seamless"}, "seamless", id="wan on 3", marks=LARGE),
+    pytest.param(WAN_IMAGE, 2, {}, "seamless", id="wan image", marks=LARGE),
+    pytest.param(WAN_BATCH, 2, {}, "seamless", id="wan batch", marks=LARGE),
+    pytest.param(WAN_LOW, 3, {}, "seamless", id="wan lower than workers", marks=LARGE),
     pytest.param(TAESD, 2, {}, "seamless", id="taesd batch"),
-    pytest.param(TAESD, 1, {}, "seamless", id="taesd alone"),
-    pytest.param(LTXV, 2, {}, "seamless", id="ltxv with noise"),
+    pytest.param(TAESD, 1, {}, "seamless", id="taesd alone", marks=LARGE),
+    pytest.param(LTXV, 2, {}, "seamless", id="ltxv with noise", marks=LARGE),
     pytest.param(WAN, 2, {"mode": "tiles"}, "tiles", id="wan tiles"),
-    pytest.param(WAN, 3, {"mode": "tiles"}, "tiles", id="wan tiles on 3"),
-    pytest.param(TAESD, 2, {"mode": "tiles"}, "tiles", id="taesd tiles"),
+    pytest.param(WAN, 3, {"mode": "tiles"}, "tiles", id="wan tiles on 3", marks=LARGE),
+    pytest.param(TAESD, 2, {"mode": "tiles"}, "tiles", id="taesd tiles", marks=LARGE),
 ]
 
 
@@ -163,6 +164,7 @@ def test_progress_counts_frames(server: ComfyServer, client: ComfyClient) -> Non
     assert seen and seen[-1] == (9, 9) and seen == sorted(seen)
 
 
+@LARGE
 @pytest.mark.usefixtures("vaes", "clean")
 def test_kept_until_the_file_changes(server: ComfyServer, client: ComfyClient) -> None:
     """A kept VAE is not loaded again; the model and the pool go on as before."""
@@ -172,6 +174,7 @@ def test_kept_until_the_file_changes(server: ComfyServer, client: ComfyClient) -
     assert torch.equal(pixels(server, "ray"), first)
 
 
+@LARGE
 @pytest.mark.usefixtures("vaes", "clean")
 def test_killed_worker(server: ComfyServer, client: ComfyClient) -> None:
     """The next prompt builds a new pool."""
@@ -204,7 +207,9 @@ def test_interrupt(server: ComfyServer, client: ComfyClient) -> None:
 
 
 @pytest.mark.usefixtures("vaes", "clean")
-@pytest.mark.parametrize("vae,frames", [("wan", 9), ("wan", 1), ("taesd", 2)])
+@pytest.mark.parametrize(
+    "vae,frames", [("wan", 9), pytest.param("wan", 1, marks=LARGE), pytest.param("taesd", 2, marks=LARGE)]
+)
 def test_encode_equals_comfyui(server: ComfyServer, client: ComfyClient, vae: str, frames: int) -> None:
     picture = node("RLTestPixels", frames=frames, height=70, width=48)
     plain = {
