@@ -2,14 +2,16 @@
 
     python benchmarks/vae.py [--comfy PATH] [--dim 96] [--frames 17] [--size 256] [--rounds 2]
 
-speed: seconds of 2 ranks against one process, in strips and by tiles. memory: most bytes of tensors alive on a rank
-during a decode in strips, on 1, 2 and 4 ranks; the rank's own rows of pixels included.
+speed: seconds of 2 ranks against one process, in strips and by tiles. memory: the most that a rank takes during a
+decode in strips, on 1, 2 and 4 ranks, its own rows of pixels included: bytes of tensors that are alive, and anonymous
+memory that is resident, which has what kernels and the allocator take besides.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import statistics
 import sys
 import time
@@ -18,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
-
-FORMULA = (4, 8, 8)
-"""Frames and pixels per latent's, of Wan."""
+from vae_ways import Ways, tiled
 
 
 def main() -> int:
@@ -66,13 +66,17 @@ def measure(options: argparse.Namespace) -> None:
                 f"| {cpu / busiest:.2f} | {waiting:.0%} |",
                 flush=True,
             )
-        print("\n| ranks | most MB of tensors alive on a rank | of one rank's |\n|---|---|---|")
-        alone = 0.0
+        print(
+            "\n| ranks | rows of the tallest strip | most MB of tensors on a rank | ratio | most MB resident | ratio |"
+        )
+        print("|---|---|---|---|---|---|")
+        alone: list[float] = []
         for size in (1, 2, 4):
-            peaks = results(fork(size, functools.partial(on_rank, way="memory", rounds=1), model, latent))
-            peak = max(rank[0] for rank in peaks) / 1e6
-            alone = alone or peak
-            print(f"| {size} | {peak:.1f} | {peak / alone:.2f} |", flush=True)
+            ranks = results(fork(size, functools.partial(on_rank, way="memory", rounds=1), model, latent))
+            peaks = [max(rank[kind] for rank in ranks) / 1e6 for kind in (0, 1)]
+            alone = alone or peaks
+            each = " | ".join(f"{peak:.1f} | {peak / one:.2f}" for peak, one in zip(peaks, alone, strict=True))
+            print(f"| {size} | {-(-latent.shape[-2] // size)} of {latent.shape[-2]} | {each} |", flush=True)
 
 
 def results(ranks: dict[int, Any]) -> list[tuple[float, ...]]:
@@ -88,44 +92,24 @@ def results(ranks: dict[int, Any]) -> list[tuple[float, ...]]:
 
 
 def on_rank(rank: int, size: int, path: str, model: Any, latent: Any, *, way: str, rounds: int) -> tuple[float, ...]:
-    """Seconds, CPU seconds and share of collectives of this rank; or its peak of memory."""
+    """Seconds, CPU seconds and share of collectives of this rank; or its peaks of memory."""
     import torch
     from comfy_raylight.raylight.config import ParallelConfig
     from comfy_raylight.tests.engine.ranks import mesh_of
-    from comfy_raylight.vae.rules import strip_of
-    from comfy_raylight.vae.strips import Rows, Strips
-    from comfy_raylight.vae.tiles import Dealer, Survey, deal
-    from comfy_raylight.vae.watch import Watch
-    from comfy_raylight.workers.vae_loading import attend
-    from live_bytes import LiveBytes
+    from comfy_raylight.tests.host.live_bytes import LiveBytes
+    from comfy_raylight.tests.weights.memory import Watch, private
 
     mesh = mesh_of(ParallelConfig(world=size, ulysses=size, ring=1, cfg=1), rank=rank, path=path)
-    comm = mesh.axis("world")
-    strips = Strips.of(latent.shape[-2], ranks=size, rank=rank)
-
-    def in_strips() -> Any:
-        own = strips.own(latent).contiguous()
-        if size == 1:
-            return model.decode(own)
-        with strip_of(model, Rows(comm, strips), attend):
-            return model.decode(own)
-
-    def by_tiles() -> Any:
-        survey = Survey()
-        tiled(latent, survey.decode, "meta")
-        owners = deal(survey.costs, size)
-        watch = Watch(comm, total=len(owners), device=latent.device, report=lambda *_: None, wanted=lambda: False)
-        dealer = Dealer(comm, model.decode, owners, seed=0, watch=watch)
-        tiled(latent, dealer.decode, "cpu" if rank == 0 else "meta")
-        dealer.finish()
-
+    ways = Ways(mesh, model, latent)
     with torch.inference_mode():
         if way == "memory":
-            with LiveBytes() as meter:
-                in_strips()
-            found: tuple[float, ...] = (float(meter.peak),)
+            mine = [os.getpid()]
+            before = private(mine)
+            with Watch(private, mine) as resident, LiveBytes() as meter:
+                ways.strips()
+            found: tuple[float, ...] = (float(meter.peak), float(resident.peak - before))
         else:
-            work = in_strips if way == "strips" else by_tiles
+            work = ways.strips if way == "strips" else ways.tiles
             waited = mesh.seconds
             seconds, cpu = timed(work, rounds, together=lambda: mesh.control.all_reduce(torch.zeros(1)))
             found = (seconds, cpu, (mesh.seconds - waited) / ((rounds + 1) * seconds))
@@ -145,15 +129,6 @@ def timed(work: Callable[[], Any], rounds: int, *, together: Callable[[], Any] =
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     return statistics.median(walls), statistics.median(cpus)
-
-
-def tiled(latent: Any, decode: Callable[[Any], Any], device: str) -> Any:
-    """ComfyUI's tiled decode with tiles of 128 pixels and an overlap of 32."""
-    import comfy.utils
-
-    grid = {"tile": (latent.shape[2], 16, 16), "overlap": (1, 4, 4), "index_formulas": FORMULA}
-    up = (lambda frames: frames * 4 - 3, *FORMULA[1:])
-    return comfy.utils.tiled_scale_multidim(latent, decode, upscale_amount=up, output_device=device, **grid)
 
 
 if __name__ == "__main__":

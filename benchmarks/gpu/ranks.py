@@ -1,0 +1,96 @@
+"""One process per GPU, without Ray: what the benchmarks of this folder that use several GPUs share."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 900
+
+Job = Callable[..., Any]
+"""Called as job(rank, store path, options) in a process that sees one GPU and has ComfyUI on its path."""
+
+
+def spawn(size: int, job: Job, options: Any) -> list[Any]:
+    """Run a job in as many processes; what each returned, by rank.
+
+    Args:
+        options: picklable, with the root of a ComfyUI as its attribute `comfy`.
+
+    Raises:
+        RuntimeError: one failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        processes = [context.Process(target=_work, args=(rank, store, job, options, results)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        try:
+            found = dict(results.get(timeout=TIMEOUT_S) for _ in processes)
+        finally:
+            for process in processes:
+                process.join(30)
+                process.kill()
+    failed = [text for text in found.values() if isinstance(text, str)]
+    if failed:
+        raise RuntimeError("\n".join(failed))
+    return [found[rank] for rank in range(size)]
+
+
+def _work(rank: int, store: str, job: Job, options: Any, results: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    enter(options.comfy)
+    try:
+        results.put((rank, job(rank, store, options)))
+    except Exception:
+        results.put((rank, traceback.format_exc()))
+
+
+def enter(comfy: str) -> None:
+    """Make this process one that imports ComfyUI and the pack."""
+    sys.argv = sys.argv[:1]
+    sys.path[:0] = [comfy, str(ROOT / "benchmarks")]
+    sys.path.append(str(ROOT / "workers" / "import_root"))
+
+
+def mesh_of(parallel: Any, rank: int, store: str) -> Any:
+    """The mesh of the processes, over NCCL."""
+    import torch.distributed as dist
+    from comfy_raylight.raylight.mesh import Mesh
+
+    return Mesh.create(
+        parallel,
+        rank=rank,
+        store=dist.FileStore(store, parallel.world),
+        backend="nccl",
+        timeout=timedelta(seconds=300),
+    )
+
+
+def timed(run: Callable[[], Any], rounds: int, mesh: Any) -> tuple[float, int]:
+    """Median of seconds after a first run, all ranks starting together, and bytes given out at most."""
+    import torch
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(rounds):
+        mesh.control.all_reduce(torch.zeros(1))
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), torch.cuda.max_memory_allocated()
