@@ -146,6 +146,7 @@ def _download() -> None:
         (tree / "extra_model_paths.yaml").unlink(missing_ok=True)
         shutil.rmtree(COMFY, ignore_errors=True)
         tree.rename(COMFY)
+        subprocess.run([python(), "-m", "compileall", "-q", COMFY], check=False)
 
 
 def _install(wanted: str) -> None:
@@ -153,7 +154,9 @@ def _install(wanted: str) -> None:
     file.write_text(wanted)
     pip = (str(python()), "-m", "pip", "--disable-pip-version-check", "--quiet")
     if subprocess.run([*pip, "install", "uv"], check=False).returncode == 0:
-        uv = (str(python()), "-m", "uv", "pip", "install", "--quiet", "--python", str(python()))
+        # every process of the tests imports torch: compiling it anew takes each one ten seconds where Python is told
+        # not to write bytecode
+        uv = (str(python()), "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python()))
         _call(*uv, "-r", str(file), why=f"the packages in {file}")
     else:
         log.warning("uv cannot be installed, pip is used and takes longer")
