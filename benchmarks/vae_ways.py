@@ -42,13 +42,13 @@ class Ways:
 
     def tiles(self) -> Any:
         """All pixels on rank 0."""
+        from comfy_raylight.raylight.watch import Watch
         from comfy_raylight.vae.tiles import Dealer, Survey, deal
-        from comfy_raylight.vae.watch import Watch
 
         comm, survey = self._mesh.axis("world"), Survey()
         self._walk(survey.decode, "meta")
         owners = deal(survey.costs, comm.size)
-        watch = Watch(comm, total=len(owners), device=self._latent.device, report=lambda *_: None, wanted=lambda: False)
+        watch = Watch(self._mesh.control, wanted=lambda: False)
         dealer = Dealer(comm, self._model.decode, owners, seed=0, watch=watch)
         pixels = self._walk(dealer.decode, "cpu" if comm.rank == 0 else "meta")
         dealer.finish()

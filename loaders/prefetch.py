@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -16,7 +17,7 @@ PROBE_BYTES = 512 << 10
 THREADS = 4
 
 
-def prefetch(fd: int, size: int, *, index: int, count: int) -> int:
+def prefetch(fd: int, size: int, *, index: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> int:
     """Read the chunks of a file that are not in the page cache yet, every `count`-th from `index` on.
 
     Shares are interleaved, so that all workers together read the file from front to back. A file that does
@@ -27,6 +28,7 @@ def prefetch(fd: int, size: int, *, index: int, count: int) -> int:
         size: of the file, in bytes.
         index: which worker of this host this is.
         count: how many workers of this host read the file.
+        cancelled: whether to leave the rest to whoever needs it.
 
     Returns the bytes that were read; 0 where nothing can be told of the cache.
     """
@@ -35,8 +37,14 @@ def prefetch(fd: int, size: int, *, index: int, count: int) -> int:
     starts = [start for start in range(index * CHUNK_BYTES, size, count * CHUNK_BYTES) if _cold(fd, size, start)]
     if not starts:
         return 0
+    total = 0
     with ThreadPoolExecutor(THREADS) as pool:
-        total = sum(pool.map(lambda start: _read(fd, start), starts))
+        reads = [pool.submit(_read, fd, start) for start in starts]
+        for read in reads:
+            if cancelled():
+                pool.shutdown(cancel_futures=True)
+                break
+            total += read.result()
     log.debug("read %d bytes of a cold file, share %d of %d", total, index, count)
     return total
 

@@ -22,8 +22,6 @@ class Mesh:
     Attributes:
         rank: this process's rank in the world.
         parallel: sizes of the axes and the engine's switches.
-        control: all ranks, always on gloo and on its own connections, for small agreements on CPU
-            tensors. It does not count into `collectives`.
     """
 
     def __init__(
@@ -32,13 +30,13 @@ class Mesh:
         *,
         rank: int,
         comms: Mapping[str, Comm],
-        control: Comm,
+        controls: Mapping[tuple[int, ...], Comm],
         meter: Meter,
         timeout: timedelta = timedelta(0),
     ) -> None:
         self.parallel = parallel
         self.rank = rank
-        self.control = control
+        self._controls = dict(controls)
         self._comms = MappingProxyType(dict(comms))
         self._meter = meter
         self._first: dict[int, Comm | None] = {}
@@ -86,9 +84,15 @@ class Mesh:
                 group = dist.new_group(row, timeout=timeout, backend=backend)
             if rank in row:
                 comms["sequence"] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
-        group = dist.new_group(list(everyone), timeout=timeout, backend="gloo")
-        control = cls._comm(everyone, rank=rank, group=group, meter=Meter())
-        return cls(parallel, rank=rank, comms=comms, control=control, meter=meter, timeout=timeout)
+        controls: dict[tuple[int, ...], Comm] = {}
+        for row in (everyone, *map(tuple, grid.view(-1, parallel.sequence).tolist())):
+            # uncounted, and on connections of their own
+            if len(row) in (1, world) and controls:
+                continue
+            group = dist.new_group(list(row), timeout=timeout, backend="gloo")
+            if rank in row:
+                controls[row] = cls._comm(row, rank=rank, group=group, meter=Meter())
+        return cls(parallel, rank=rank, comms=comms, controls=controls, meter=meter, timeout=timeout)
 
     @classmethod
     def single(cls, parallel: ParallelConfig | None = None) -> Mesh:
@@ -101,9 +105,8 @@ class Mesh:
         assert parallel.world == 1, parallel
         meter = Meter()
         comms = {axis: cls._comm((0,), rank=0, group=None, meter=meter) for axis in ("world", *AXES, "sequence")}
-        return cls(
-            parallel, rank=0, comms=comms, control=cls._comm((0,), rank=0, group=None, meter=Meter()), meter=meter
-        )
+        controls = {(0,): cls._comm((0,), rank=0, group=None, meter=Meter())}
+        return cls(parallel, rank=0, comms=comms, controls=controls, meter=meter)
 
     @staticmethod
     def _comm(ranks: tuple[int, ...], *, rank: int, group: dist.ProcessGroup | None, meter: Meter) -> Comm:
@@ -124,9 +127,25 @@ class Mesh:
         if count not in self._first:
             ranks = tuple(range(count))
             group = dist.new_group(list(ranks), timeout=self._timeout) if count > 1 else None
+            control = dist.new_group(list(ranks), timeout=self._timeout, backend="gloo") if count > 1 else None
             mine = self.rank < count
             self._first[count] = self._comm(ranks, rank=self.rank, group=group, meter=self._meter) if mine else None
+            if mine:
+                self._controls.setdefault(ranks, self._comm(ranks, rank=self.rank, group=control, meter=Meter()))
         return self._first[count]
+
+    @property
+    def control(self) -> Comm:
+        """All ranks, always on gloo and on its own connections, for small agreements on CPU tensors.
+
+        It does not count into `collectives`.
+        """
+        return self._controls[tuple(range(self.parallel.world))]
+
+    def control_of(self, comm: Comm) -> Comm:
+        """The same for the ranks of `sequence`, `axis("world")`, or a `first` that was asked for."""
+        known = self._controls.get(comm.ranks)
+        return known or self._comm(comm.ranks, rank=self.rank, group=None, meter=Meter())
 
     @property
     def sequence(self) -> Comm:

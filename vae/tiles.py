@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..raylight.comm import Comm, Passing
-from .watch import Watch
+from ..raylight.watch import Watch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_DIMS = 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from ..raylight.config import ModelSpec, WorkerSettings
 from ..raylight.hooks import install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
+from ..raylight.watch import Watch
 from .adopt import adopt, private_bytes
+from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights
 from .messages import ModelFacts
@@ -66,6 +69,7 @@ class WorkerModel:
         log.debug(
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
         )
+        self._boundaries = Boundaries(self.diffusion)
         if mesh.parallel.needs_plan:
             self._installation = install(self.diffusion, plan_for(self.diffusion), mesh, kernel=kernel)
 
@@ -139,12 +143,22 @@ class WorkerModel:
         """What the weights occupy on the device when all of them are there."""
         return int(self._base.model_size())
 
-    def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the diffusion model, under its plan where it is the model's forward."""
+    def run(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], cancelled: Callable[[], bool] = lambda: False
+    ) -> Any:
+        """Call a method of the diffusion model, under its plan where it is the model's forward.
+
+        Args:
+            cancelled: whether this rank has been told to stop.
+
+        Raises:
+            Cancelled: a rank that shares the sequence has; all of them leave before the same block.
+        """
         function = getattr(self.diffusion, method)
-        if self._installation is not None and method in ("forward", "_forward"):
-            return self._installation.wrapper(function, *args, **kwargs)
-        return function(*args, **kwargs)
+        with self._boundaries.watched(Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)):
+            if self._installation is not None and method in ("forward", "_forward"):
+                return self._installation.wrapper(function, *args, **kwargs)
+            return function(*args, **kwargs)
 
     def advice(self) -> str:
         """What the last call showed that the user should know: "" for nothing."""
@@ -176,6 +190,7 @@ class WorkerModel:
         self.settle(WorkerSettings())
         if self._installation is not None:
             self._installation.remove()
+        self._boundaries.remove()
         self.offload()
 
 

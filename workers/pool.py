@@ -44,6 +44,9 @@ GRACE_S = 0.5
 """After a first failure the others' are collected: the first one seen is often a victim's."""
 CLOSE_GRACE_S = 0.5
 
+CANCELLABLE = frozenset({"load", "forward", "decode", "encode"})
+"""Verbs that workers end together when they are told to."""
+
 Tell = Callable[[int, int], None]
 """Takes what is done, and the total."""
 
@@ -135,11 +138,10 @@ class Pool:
         """Send one request to all `ranks` (default: everyone) and wait for every answer, in rank order.
 
         Args:
-            progress: called with what is done and the total, as a rank tells it. The request is then one that the
-                workers end together when ComfyUI's cancel flag is set.
+            progress: called with what is done and the total, as a rank tells it.
 
         Raises:
-            Cancelled: they did; the pool stays alive.
+            Cancelled: ComfyUI's cancel flag was set, and the workers ended together; the pool stays alive.
             RaylightError: every rank refused with the same error of ours; the pool stays alive.
             WorkerError: a rank failed, died or stopped; the pool is closed unless all ranks failed alike,
                 at the same point.
@@ -317,7 +319,7 @@ class Pool:
         heard = time.monotonic()
         deadlines: dict[int, float] = {}
         cancel = pickle.dumps(Cancel(id=request.id))
-        cancelled = progress is None
+        cancelled = request.verb not in CANCELLABLE
         while waiting:
             if not cancelled and self._interrupted():
                 cancelled = True

@@ -156,7 +156,13 @@ class Runner:
                 model = WorkerModel(spec, getattr(torch, request.dtype), self.mesh, self._kernel)
             self._models[spec] = model
             if spec.reader == "map":
-                prefetch(model.source.fd, spec.size, index=self._readers[0], count=self._readers[1])
+                prefetch(
+                    model.source.fd,
+                    spec.size,
+                    index=self._readers[0],
+                    count=self._readers[1],
+                    cancelled=self.wire.cancelled,
+                )
         return self._models[spec].facts()
 
     def patch(self, request: PatchRequest) -> None:
@@ -190,7 +196,7 @@ class Runner:
                 random_states.put(request.random)
             model.settle(request.settings)
             started, waited = time.perf_counter(), self.mesh.seconds
-            output = model.run(request.method, args, kwargs)
+            output = model.run(request.method, args, kwargs, self.wire.cancelled)
             seconds, waited = time.perf_counter() - started, self.mesh.seconds - waited
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         return ForwardReply(

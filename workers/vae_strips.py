@@ -9,10 +9,12 @@ import torch
 from comfy import model_management
 
 from ..raylight.comm import Comm
+from ..raylight.mesh import Mesh
+from ..raylight.watch import Watch, quiet
 from ..vae import budget
+from ..vae.frames import counting
 from ..vae.rules import strip_of
 from ..vae.strips import ROWS, Rows, Strips
-from ..vae.watch import Watch, counting
 from .vae_loading import attend
 from .vae_messages import Block, DecodeRequest, EncodeRequest, PartReply, VAEPlan
 from .wire import Line
@@ -112,7 +114,7 @@ def fitting(vae: Any, plan: VAEPlan, shape: tuple[int, ...], ranks: int, world: 
     return int(free / max(1, needed))
 
 
-def decode(vae: Any, request: DecodeRequest, comm: Comm, line: Line, last: torch.nn.Module | None) -> PartReply:
+def decode(vae: Any, request: DecodeRequest, mesh: Mesh, line: Line, last: torch.nn.Module | None) -> PartReply:
     """Decode the own rows of a latent into the shared output, or into the reply.
 
     Args:
@@ -121,7 +123,8 @@ def decode(vae: Any, request: DecodeRequest, comm: Comm, line: Line, last: torch
     Raises:
         Cancelled: the driver wanted it to end.
     """
-    model, latent = vae.first_stage_model, request.latent.open()
+    model, latent, comm = vae.first_stage_model, request.latent.open(), mesh.first(request.ranks)
+    assert comm is not None
     if vae.latent_dim == 2 and latent.ndim == 5:
         latent = latent[:, :, 0]
     strips = Strips.of(latent.shape[ROWS], ranks=comm.size, rank=comm.rank)
@@ -138,7 +141,7 @@ def decode(vae: Any, request: DecodeRequest, comm: Comm, line: Line, last: torch
     target = pixels.movedim(-1, 1)
     needed = vae.memory_used_decode(strip.shape, vae.vae_dtype)
     model_management.load_models_gpu([vae.patcher], memory_required=needed)
-    watch = watching(comm, line, vae, shape[0] * (shape[1] if len(shape) == 5 else 1))
+    watch = watching(mesh.control_of(comm), line, shape[0] * (shape[1] if len(shape) == 5 else 1))
     for first in range(0, latent.shape[0], request.batch):
         given = strip[first : first + request.batch].to(device=vae.device, dtype=vae.vae_dtype).contiguous()
         to = target[first : first + request.batch]
@@ -174,15 +177,16 @@ def finish(vae: Any, made: torch.Tensor, to: torch.Tensor) -> None:
         to.copy_(done)
 
 
-def encode(vae: Any, request: EncodeRequest, comm: Comm, line: Line) -> PartReply:
+def encode(vae: Any, request: EncodeRequest, mesh: Mesh, line: Line) -> PartReply:
     """Encode the own rows of pictures; their latent's rows go into the reply."""
-    model = vae.first_stage_model
+    model, comm = vae.first_stage_model, mesh.first(request.ranks)
+    assert comm is not None
     pixels = model_input(vae, request.pixels.open())
     each = vae.spacial_compression_encode()
     strips = Strips.of(pixels.shape[ROWS] // each, ranks=comm.size, rank=comm.rank)
     rows, strip = Rows(comm, strips), strips.own(pixels)
     model_management.load_models_gpu([vae.patcher], memory_required=vae.memory_used_encode(strip.shape, vae.vae_dtype))
-    watch = watching(comm, line, vae, pixels.shape[0])
+    watch = watching(mesh.control_of(comm), line, pixels.shape[0])
     parts = []
     for first in range(0, pixels.shape[0], request.batch):
         given = vae.process_input(strip[first : first + request.batch]).to(vae.vae_dtype)
@@ -214,19 +218,9 @@ def _divided(
         return function(*args, **kwargs)
 
 
-def watching(comm: Comm, line: Line, vae: Any, total: int) -> Watch:
-    """Counts what is finished of `total`, tells the driver, and hears from it."""
-
-    def quiet(done: int, total: int) -> None:
-        """Only the first rank tells."""
-
-    return Watch(
-        comm,
-        total=total,
-        device=vae.device,
-        report=line.report if comm.rank == 0 else quiet,
-        wanted=line.cancelled,
-    )
+def watching(control: Comm, line: Line, total: int) -> Watch:
+    """Counts what is finished of `total`, tells the driver, and hears from it. Only the first rank tells."""
+    return Watch(control, total=total, report=quiet if control.rank else line.report, wanted=line.cancelled)
 
 
 def _frames(ratio: Any, count: int) -> int:

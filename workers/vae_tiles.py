@@ -8,27 +8,27 @@ from typing import Any
 
 import torch
 
-from ..raylight.comm import Comm
+from ..raylight.mesh import Mesh
 from ..vae.tiles import Dealer, Survey, deal
 from .vae_messages import DecodeRequest, PartReply, TileSizes
 from .vae_strips import inline, watching
 from .wire import Line
 
 
-def decode(vae: Any, request: DecodeRequest, comm: Comm, line: Line) -> PartReply:
+def decode(vae: Any, request: DecodeRequest, mesh: Mesh, line: Line) -> PartReply:
     """Decode this rank's tiles; the first rank blends all of them into the shared output, or into the reply.
 
     Raises:
         Cancelled: the driver wanted it to end.
     """
-    latent = request.latent.open()
+    latent, comm = request.latent.open(), mesh.axis("world")
     if vae.latent_dim == 2 and latent.ndim == 5:
         latent = latent[:, :, 0]
     assert request.tiles is not None
     survey = Survey()
     _walk(vae, survey, latent, request.tiles, torch.device("meta"))
     owners = deal(survey.costs, comm.size)
-    watch = watching(comm, line, vae, len(owners))
+    watch = watching(mesh.control, line, len(owners))
     dealer = Dealer(comm, vae.first_stage_model.decode, owners, seed=request.seed, watch=watch)
     first = comm.rank == 0
     images = _walk(vae, dealer, latent, request.tiles, vae.output_device if first else torch.device("meta"))

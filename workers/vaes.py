@@ -17,9 +17,9 @@ from ..raylight.config import ModelSpec
 from ..raylight.errors import UnsupportedError
 from ..raylight.mesh import Mesh
 from ..vae import budget, selftest
+from ..vae.frames import last_convolution
 from ..vae.rules import strip_of
 from ..vae.strips import Rows, Strips
-from ..vae.watch import last_convolution
 from . import vae_strips, vae_tiles
 from .vae_loading import attend, load_vae
 from .vae_messages import Block, DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
@@ -118,18 +118,14 @@ class WorkerVAEs:
         if request.way == "whole":
             return self._timed(mesh, lambda: _whole(vae, request, mesh))
         if request.way == "tiles":
-            return self._timed(mesh, lambda: vae_tiles.decode(vae, request, mesh.axis("world"), line))
-        comm = mesh.first(request.ranks)
-        assert comm is not None
+            return self._timed(mesh, lambda: vae_tiles.decode(vae, request, mesh, line))
         last = self._last(vae, request.latent.shape, encode=False, ranks=request.ranks)
-        return self._timed(mesh, lambda: vae_strips.decode(vae, request, comm, line, last))
+        return self._timed(mesh, lambda: vae_strips.decode(vae, request, mesh, line, last))
 
     def encode(self, request: EncodeRequest, mesh: Mesh, line: Line) -> PartReply:
         """Encode this rank's part."""
         vae = self._vae(request.spec)
-        comm = mesh.first(request.ranks)
-        assert comm is not None
-        return self._timed(mesh, lambda: vae_strips.encode(vae, request, comm, line))
+        return self._timed(mesh, lambda: vae_strips.encode(vae, request, mesh, line))
 
     def release(self, spec: ModelSpec) -> None:
         """Forget a VAE."""

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.raylight.watch import Watch
 from comfy_raylight.tests.engine.ranks import enter_comfy, fork, mesh_of
 from comfy_raylight.tests.host.live_bytes import LiveBytes
 from comfy_raylight.vae import budget
 from comfy_raylight.vae.rules import strip_of
 from comfy_raylight.vae.strips import Rows, Strips
 from comfy_raylight.vae.tiles import Dealer, Survey, deal
-from comfy_raylight.vae.watch import Watch
 
 from .families import FAMILIES, TALL, Family, fill, random
 
@@ -149,13 +149,7 @@ def memory_job(rank: int, size: int, path: str, model: Any, latent: torch.Tensor
 
 
 def watching(mesh: Mesh, total: int, told: list[int]) -> Watch:
-    return Watch(
-        mesh.axis("world"),
-        total=total,
-        device=torch.device("cpu"),
-        report=lambda done, _: told.append(done),
-        wanted=lambda: False,
-    )
+    return Watch(mesh.control, total=total, report=lambda done, _: told.append(done), wanted=lambda: False)
 
 
 def tiled(family: Family) -> tuple[torch.Tensor, dict[str, Any]]:

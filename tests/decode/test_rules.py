@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from comfy_raylight.raylight.comm import Meter
 from comfy_raylight.raylight.errors import Cancelled, UnsupportedError
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.raylight.watch import Watch
 from comfy_raylight.vae import budget
+from comfy_raylight.vae.frames import counting, last_convolution
 from comfy_raylight.vae.rules import RowParallel, strip_of
 from comfy_raylight.vae.strips import Rows, Strips
 from comfy_raylight.vae.tiles import deal
-from comfy_raylight.vae.watch import Watch, counting, last_convolution
 
 
 def rows(height: int = 4) -> Rows:
@@ -124,17 +124,13 @@ def test_time_is_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_watch_ends_one_step_later() -> None:
     told: list[tuple[int, int]] = []
-    comm = Mesh.single().axis("world")
     flags = iter([False, True, False])
-    watch = Watch(
-        comm, total=3, device=torch.device("cpu"), report=lambda *a: told.append(a), wanted=lambda: next(flags)
-    )
+    watch = Watch(Mesh.single().control, total=3, report=lambda *a: told.append(a), wanted=lambda: next(flags))
     watch.step(2)
     watch.step(2)
     with pytest.raises(Cancelled):
         watch.step(2)
     assert told == [(2, 3), (3, 3), (3, 3)]
-    assert isinstance(comm.meter, Meter)
 
 
 def test_frames_are_counted_at_the_last_convolution() -> None:
@@ -143,13 +139,7 @@ def test_frames_are_counted_at_the_last_convolution() -> None:
     _, last = last_convolution(model, lambda: model(x))
     assert last is model[2]
     told: list[int] = []
-    watch = Watch(
-        Mesh.single().axis("world"),
-        total=10,
-        device=torch.device("cpu"),
-        report=lambda done, total: told.append(done),
-        wanted=lambda: False,
-    )
+    watch = Watch(Mesh.single().control, total=10, report=lambda done, total: told.append(done), wanted=lambda: False)
     with counting(last, watch):
         model(x)
     model(x)

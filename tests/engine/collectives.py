@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from comfy_raylight.raylight.errors import Cancelled
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.raylight.watch import LONG_S, Watch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
 
@@ -59,7 +65,44 @@ def check(mesh: Mesh) -> dict[str, bool]:
     lone = mesh.axis("ring")
     found["size 1"] = lone.size == 1 and lone.broadcast(scalar) is scalar and lone.all_reduce(scalar) is scalar
     found["sequence"] = mesh.sequence is mesh.axis("ulysses")
-    return found | check_bytes(mesh)
+    return found | check_bytes(mesh) | check_watch(mesh)
+
+
+def check_watch(mesh: Mesh) -> dict[str, bool]:
+    """Ranks that are told to stop at different steps leave at the same one, soon, whether steps are short or long."""
+    found: dict[str, bool] = {}
+    control = mesh.control_of(mesh.sequence)
+    draw = random.Random(5)
+    for run in range(20):
+        told = [draw.randrange(8) for _ in range(control.size)]
+        pause = LONG_S + 0.01 if run % 4 == 3 else 0.0
+        left = -1
+        steps = iter(range(99))
+        watch = Watch(control, wanted=partial(stops, steps, told[control.rank]))
+        try:
+            for left in range(12):  # noqa: B007, the last one is what counts
+                watch.step()
+                # ranks are not equally fast
+                time.sleep(pause if control.rank == 0 else 0)
+        except Cancelled:
+            pass
+        same = control.all_reduce(torch.tensor([left, -left]), op="max")
+        found[f"left together {run}"] = same[0].item() == -same[1].item() == left
+        first = min(told)
+        # the first two steps of a run may still be short for all
+        late = 1 if pause == 0 or first < 2 else 0
+        found[f"left soon {run}"] = first <= left <= first + late
+    watch = Watch(control, wanted=lambda: False)
+    for _ in range(3):
+        watch.step()
+    watch.finish()
+    found["stays"] = True
+    return found
+
+
+def stops(steps: Iterator[int], at: int) -> bool:
+    """Whether this look is the one at which a rank is to stop, or a later one."""
+    return next(steps) >= at
 
 
 def check_bytes(mesh: Mesh) -> dict[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,10 @@ def on_rank(rank: int, action: Callable[[], None]) -> Callable[..., Any]:
 
 def fail() -> None:
     raise ValueError("a patch went wrong")
+
+
+def dawdle() -> None:
+    time.sleep(0.2)
 
 
 def die() -> None:

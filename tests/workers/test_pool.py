@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.raylight.config import ModelSpec, WorkerSettings
-from comfy_raylight.raylight.errors import LoadError, WorkerError
-from comfy_raylight.tests.workers.faults import die, fail, on_rank, times_chunked_layers
+from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
+from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers
 from comfy_raylight.workers import pool as pools
 from comfy_raylight.workers.messages import LoadRequest, PatchRequest
 from comfy_raylight.workers.replica import Call, Patches, Replica
@@ -194,6 +196,25 @@ def test_cancel_while_starting(acquire: Acquire) -> None:
         acquire(2, interrupted=flag.is_set)
     assert not pools.REGISTRY
     assert acquire(2).alive()
+
+
+def test_cancel_within_a_forward(
+    acquire: Acquire, comfy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks leave it before the same block; the pool and its model go on as if nothing had been."""
+    path = tmp_path / "deep.safetensors"
+    write([Job(family="wan", path=path, size={"layers": 8})], comfy_root=comfy_root, python=Path(sys.executable))
+    model = Model(acquire(), path)
+    before, processes, flag = model.forward(), pids(model.pool), threading.Event()
+    monkeypatch.setattr(model.pool, "_interrupted", flag.is_set)
+    for after in (0.1, 0.5, 0.9):
+        threading.Timer(after, flag.set).start()
+        with pytest.raises(Cancelled):
+            model.forward(on_rank(1, dawdle))
+        flag.clear()
+        model.replica.forget()
+        assert model.pool.alive() and pids(model.pool) == processes
+        assert torch.equal(model.forward(), before)
 
 
 def test_link_test(acquire: Acquire, caplog: pytest.LogCaptureFixture) -> None:
