@@ -18,6 +18,8 @@ Rule = Callable[..., Any]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Attention of [batch, channels, ..., rows, width] over all positions, where keys may be more than queries."""
 
+MANY_ROWS = 16
+"""Height of a strip from which on two more convolutions of a few rows take less than a copy of all of it."""
 MIXING = (
     F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d,
@@ -148,9 +150,25 @@ class RowParallel(TorchFunctionMode):
             self._refuse(func, why=f"a kernel over {span} rows with padding {pad} and stride {step} changes them")
         if step > 1 and any(height % step for height in self._strips.heights(input.shape[ROWS])):
             self._refuse(func, why=f"stride {step} over strips that are no multiple of it")
-        # one copy, with the convolution's own zeros at the picture's edges
-        x = self._rows.extend(input, above=pad, below=max(0, span - step - pad), zeros=True)
-        return func(x, weight, bias, stride, _with_rows(padding, weight.ndim - 2, 0), dilation, groups)
+        below, inside = max(0, span - step - pad), _with_rows(padding, weight.ndim - 2, 0)
+
+        def bare(x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = func(x, weight, bias, stride, inside, dilation, groups)
+            return result
+
+        if step > 1 or self._strips.least(input.shape[ROWS]) < max(MANY_ROWS, span):
+            # one copy, with the convolution's own zeros at the picture's edges
+            return bare(self._rows.extend(input, above=pad, below=below, zeros=True))
+        # no copy: a strip by itself, and then the rows anew that see a neighbour's
+        top, bottom = self._rows.neighbours(input, above=pad, below=below)
+        out: torch.Tensor = func(input, weight, bias, stride, padding, dilation, groups)
+        own, height = span - 1, input.shape[ROWS]
+        if top is not None:
+            out.narrow(ROWS, 0, pad).copy_(bare(torch.cat((top, input.narrow(ROWS, 0, own)), ROWS)))
+        if bottom is not None:
+            last = input.narrow(ROWS, height - own, own)
+            out.narrow(ROWS, height - below, below).copy_(bare(torch.cat((last, bottom), ROWS)))
+        return out
 
     def _cudnn(  # noqa: PLR0917, torch.cudnn_convolution's signature
         self,
@@ -204,10 +222,18 @@ class RowParallel(TorchFunctionMode):
             return func(input, pad, mode, value)
         if min(above, below) < 0 or mode == "circular":
             self._refuse(func, why=f"mode {mode} with {above} and {below} rows")
-        rows, zeros = self._rows, mode == "constant" and not value
-        x = rows.extend(input, above=above, below=below, zeros=zeros)
-        edges = (0, 0) if zeros else (above if rows.top else 0, below if rows.bottom else 0)
-        rest = (*pad[:2], *edges, *pad[4:])
+        rows = self._rows
+        if mode == "constant":
+            # one copy: what is padded, and then the neighbours' rows where they belong
+            top, bottom = rows.neighbours(input, above=above, below=below)
+            out: torch.Tensor = func(input, pad, mode, value)
+            beside = (*pad[:2], 0, 0, *pad[4:])
+            for strip, first in ((top, 0), (bottom, above + input.shape[ROWS])):
+                if strip is not None:
+                    out.narrow(ROWS, first, strip.shape[ROWS]).copy_(func(strip, beside, mode, value))
+            return out
+        x = rows.extend(input, above=above, below=below)
+        rest = (*pad[:2], above if rows.top else 0, below if rows.bottom else 0, *pad[4:])
         return func(x, rest, mode, value) if any(rest) else x
 
     def _norm(self, func: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -105,18 +105,26 @@ class Rows:
         Raises:
             UnsupportedError: a strip is shorter than what its neighbour needs. All ranks raise it.
         """
+        top, bottom = self.neighbours(x, above=above, below=below)
+        if zeros:
+            top = x.new_zeros(*x.shape[:ROWS], above, x.shape[-1]) if self.top and above else top
+            bottom = x.new_zeros(*x.shape[:ROWS], below, x.shape[-1]) if self.bottom and below else bottom
+        parts = [part for part in (top, x, bottom) if part is not None]
+        return torch.cat(parts, ROWS) if len(parts) > 1 else x
+
+    def neighbours(self, x: torch.Tensor, *, above: int, below: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The last rows of the strip above and the first of the one below; None where there is no such strip.
+
+        Raises:
+            UnsupportedError: a strip is shorter than what its neighbour needs. All ranks raise it.
+        """
         if self.strips.least(x.shape[ROWS]) < max(above, below):
             raise UnsupportedError(
                 "The strips of the picture are too low for this VAE on so many workers",
                 f"a strip of {self.strips.least(x.shape[ROWS])} rows has to give {max(above, below)}",
                 "Set mode to tiles",
             )
-        top, bottom = self.comm.halo(x, dim=x.ndim + ROWS, above=above, below=below)
-        if zeros:
-            top = x.new_zeros(*x.shape[:ROWS], above, x.shape[-1]) if self.top and above else top
-            bottom = x.new_zeros(*x.shape[:ROWS], below, x.shape[-1]) if self.bottom and below else bottom
-        parts = [part for part in (top, x, bottom) if part is not None]
-        return torch.cat(parts, ROWS) if len(parts) > 1 else x
+        return self.comm.halo(x, dim=x.ndim + ROWS, above=above, below=below)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' rows in order."""
