@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.utils
 import torch
+from comfy import model_management
 
 from ..raylight.config import ModelSpec
 from ..raylight.errors import UnsupportedError, WorkerError
@@ -216,7 +217,11 @@ def _ask(pool: Pool, verb: str, request: Any, ranks: Sequence[int]) -> list[Part
     def show(done: int, total: int) -> None:
         if not bars:
             bars.append(comfy.utils.ProgressBar(total))
-        bars[0].update_absolute(done, total)
+        try:
+            bars[0].update_absolute(done, total)
+        except model_management.InterruptProcessingException:
+            # it has taken the flag down, which the pool is to see: the workers end together
+            model_management.interrupt_current_processing()
 
     replies: list[PartReply] = pool.call(verb, request, ranks=ranks, progress=show)
     return replies
