@@ -79,7 +79,10 @@ def memory_room() -> int:
 
 def _arena(size: int, room: int, folder: str) -> Arena:
     if size <= SPARE * room:
-        return Arena(size)
+        try:
+            return Arena(size)
+        except OSError as error:  # a limit of this process that the accounts do not have
+            log.info("no shared memory for the decoded frames: %s", error)
     free = shutil.disk_usage(folder).free
     if size > SPARE * free:
         raise ConfigError(
@@ -94,7 +97,14 @@ def _arena(size: int, room: int, folder: str) -> Arena:
         room >> 20,
         folder,
     )
-    return Arena(size, folder=folder)
+    try:
+        return Arena(size, folder=folder)
+    except OSError as error:
+        raise ConfigError(
+            "There is no room for the decoded frames",
+            f"{size >> 20} MiB in {folder}: {error}",
+            "Decode fewer frames at a time, or free memory or disk",
+        ) from error
 
 
 def _in(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> Output:
