@@ -4,7 +4,7 @@ from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
 from .ltx import RayLTXFFNChunker
-from .memory import RayOffloadModel
+from .memory import RayKill, RayOffloadModel
 from .samplers import XFuserKSamplerAdvanced
 from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 
@@ -14,6 +14,7 @@ NODE_CLASS_MAPPINGS = {
     "RayGGUFLoader": RayGGUFLoader,
     "RayInitializer": RayInitializer,
     "RayInitializerAdvanced": RayInitializerAdvanced,
+    "RayKill": RayKill,
     "RayLTXFFNChunker": RayLTXFFNChunker,
     "RayLoraLoader": RayLoraLoader,
     "RayLoraLoaderModelOnly": RayLoraLoaderModelOnly,
@@ -28,6 +29,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
+    "RayKill": "Kill Ray Workers",
     "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
     "RayLoraLoader": "Ray LoRA Loader (chain)",
     "RayLoraLoaderModelOnly": "Ray LoRA Loader",

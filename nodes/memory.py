@@ -1,4 +1,4 @@
-"""Nodes that free the workers' devices."""
+"""Nodes that free what the workers hold."""
 
 from __future__ import annotations
 
@@ -39,3 +39,39 @@ class RayOffloadModel:
     def offload(self, ray_actors: Any, latent: Any = None) -> tuple[Any]:
         remote.offload(ray_actors)
         return (latent,)
+
+
+class RayKill:
+    """Ends the workers."""
+
+    CATEGORY = "Raylight"
+    DESCRIPTION = (
+        "Ends all workers, which frees everything they hold on GPUs and host: for example before a workflow without "
+        "Ray nodes. The next prompt that needs workers starts new ones by itself. Runs at every prompt."
+    )
+    FUNCTION = "kill"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    MODES = ("Kill Workers Only", "Kill Entire Cluster")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "ray_actors": ("RAY_ACTORS", {"tooltip": "Any model on the pool."}),
+                "kill_mode": (
+                    list(cls.MODES),
+                    {"tooltip": "Workers only, or Ray as well; a Ray cluster that others run is left, not ended."},
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        """Never equal to itself: runs every time."""
+        return math.nan
+
+    def kill(self, ray_actors: Any, kill_mode: str) -> tuple[()]:
+        remote.end_pools(ray=kill_mode == self.MODES[1])
+        return ()

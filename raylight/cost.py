@@ -68,6 +68,14 @@ class Machine:
     call: float
 
 
+RATES = {
+    "cuda": Machine(linear=1.0e14, attention=8e13, link=6e9, latency=5e-5, call=4e-3),
+    "cpu": Machine(linear=5e10, attention=3e10, link=1.5e9, latency=3e-4, call=4e-3),
+}
+"""Rates by device type, to say where sharing does not pay: an RTX 4090 on PCIe 4 x8, and one CPU core
+(docs/scaling.md)."""
+
+
 def attention_bytes(work: Work, *, ulysses: int, ring: int) -> float:
     """Bytes one rank sends for all attentions of a forward, tokens and heads dividing evenly."""
     share = work.batch * work.tokens / (ulysses * ring) * work.width * work.itemsize

@@ -105,7 +105,7 @@ class Mesh:
         assert parallel.world == 1, parallel
         meter = Meter()
         comms = {axis: cls._comm((0,), rank=0, group=None, meter=meter) for axis in ("world", *AXES, "sequence")}
-        controls = {(0,): cls._comm((0,), rank=0, group=None, meter=Meter())}
+        controls: dict[tuple[int, ...], Comm] = {(0,): cls._comm((0,), rank=0, group=None, meter=Meter())}
         return cls(parallel, rank=0, comms=comms, controls=controls, meter=meter)
 
     @staticmethod

@@ -36,6 +36,15 @@ def dead(rank: int, pid: int, verb: str) -> WorkerError:
     )
 
 
+def ray_lost(process: str, verb: str) -> WorkerError:
+    """The error for workers that ended because Ray did."""
+    return WorkerError(
+        f"Ray's {process} process ended during {verb}, and the workers with it",
+        "out of memory is the usual cause (see the system log)",
+        "Queue the prompt again: Ray and a new pool start by themselves",
+    )
+
+
 def failures_of(replies: Mapping[int, Reply], ranks: Iterable[int]) -> dict[int, Failure]:
     """The failures among the replies of some ranks, by rank."""
     found = {rank: replies[rank].failure for rank in ranks}

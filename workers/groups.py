@@ -58,9 +58,9 @@ class Groups:
         jobs = [functools.partial(self.replicas[group].run, call) for group, call in calls.items()]
         return dict(zip(calls, self._run(jobs), strict=True))
 
-    def share(self, spec: ModelSpec, device: str) -> int:
-        """Bytes of the model that may be on the device of this uuid."""
-        return sum(replica.share(spec, device) for replica in self.replicas)
+    def share(self, spec: ModelSpec, device: str, *, resident: bool) -> int:
+        """Bytes of the model on the device of this uuid; see Replica.share."""
+        return sum(replica.share(spec, device, resident=resident) for replica in self.replicas)
 
     def offload(self, spec: ModelSpec) -> None:
         """Take a model's weights off the workers' devices."""

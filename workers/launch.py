@@ -19,8 +19,9 @@ from ray._private import ray_constants
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError, WorkerError
-from . import actor
+from . import actor, devices
 from .messages import HostEnvironment
+from .ray_watch import RayWatch
 
 IMPORT_ROOT = Path(__file__).resolve().parent / "import_root"
 LOCAL = "local"
@@ -28,16 +29,18 @@ OBJECT_STORE_BYTES = 256 << 20
 """Ray's store of a local cluster: payloads do not go through it, so the smallest comfortable size."""
 POLL_S = 0.1
 KNOCK_S = 5.0
-VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
-"""Which variable hides accelerators of a torch device type. ROCm builds of torch obey CUDA's."""
 EXPECTED = ("Token authentication is enabled", "SIGTERM handler is not set")
 
 
-def ensure_ray(config: PoolConfig) -> None:
+def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
     """Connect to the cluster the config names, else reuse this process's, else start a local one.
 
     Ray's processes die with the thread that starts them: call it from ComfyUI's prompt thread, which
     lives as long as ComfyUI.
+
+    Args:
+        lost: called from a thread of its own when a process of a local Ray ends by itself, with its name; it is to
+            end what uses Ray, and then `stop_ray`.
 
     Raises:
         ConfigError: the named cluster cannot be reached, or another one is connected already.
@@ -80,6 +83,21 @@ def ensure_ray(config: PoolConfig) -> None:
             _temp_dir=folder,
             **options,
         )
+    RayWatch(lost).start()
+
+
+def ray_ended() -> str:
+    """The name of a process of our own Ray that has ended by itself, "" for none."""
+    return RayWatch.ended()
+
+
+def stop_ray() -> None:
+    """Disconnect from Ray; one of our own ends with it, one that was joined stays as it is.
+
+    No reference to an object of Ray may be dropped meanwhile: Ray then ends the process.
+    """
+    RayWatch.stop()
+    ray.shutdown()
 
 
 def make_actors(config: PoolConfig, environment: HostEnvironment) -> list[Any]:
@@ -96,36 +114,24 @@ def make_actors(config: PoolConfig, environment: HostEnvironment) -> list[Any]:
     return [remote.options(**options).remote(rank) for rank in range(config.parallel.world)]
 
 
-def worker_variables(config: PoolConfig, environment: HostEnvironment, rank: int, threads: int) -> dict[str, str]:
-    """Environment variables of one worker, set before it imports torch.
+def worker_variables(config: PoolConfig, environment: HostEnvironment, *, threads: int) -> list[dict[str, str]]:
+    """Environment variables of each worker, set before it imports torch.
+
+    Args:
+        threads: of each worker, on a CPU.
 
     Raises:
-        ConfigError: fewer devices are visible than the pool has workers.
+        ConfigError: the devices that are asked for do not exist, or are fewer than the workers.
     """
-    variables = {}
-    if environment.device_type == "cpu":
-        variables["OMP_NUM_THREADS"] = str(threads)
-        variables["CUDA_VISIBLE_DEVICES"] = ""
+    world, kind = config.parallel.world, environment.device_type
+    variables: list[dict[str, str]] = [{} for _ in range(world)]
+    if kind == "cpu":
+        variables = [{"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""} for _ in range(world)]
     elif config.address == LOCAL or config.devices:
-        name = VISIBLE.get(environment.device_type)
-        if name is None:
-            raise ConfigError(
-                f"Raylight cannot pin workers to {environment.device_type} devices",
-                f"known are {', '.join(VISIBLE)} and cpu",
-                "Start ComfyUI with --cpu to try the pool on the CPU",
-            )
-        chosen = [str(index) for index in config.devices] or _visible_devices(name, environment.device_type)
-        if rank >= len(chosen):
-            raise ConfigError(
-                "There are fewer accelerators than workers",
-                f"GPU is {config.parallel.world}, visible are {', '.join(chosen) or 'none'}",
-                "Lower GPU, or name the devices in gpu_indices",
-            )
-        variables[name] = chosen[rank]
-    if config.address == LOCAL:
-        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-        if loopback:
-            variables["GLOO_SOCKET_IFNAME"] = loopback
+        variables = [{devices.VARIABLES[kind]: device} for device in devices.chosen(config, kind)]
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if config.address == LOCAL and loopback:
+        variables = [{**own, "GLOO_SOCKET_IFNAME": loopback} for own in variables]
     return variables
 
 
@@ -148,9 +154,12 @@ def gather(
             actor passes as it is.
     """
     deadline = time.monotonic() + timeout
-    waiting = list(references)
+    waiting: list[Any] = list(references)
+    done: list[Any] = []
     try:
         while waiting:
+            if not ray.is_initialized():  # ray.wait would silently start a new Ray
+                raise WorkerError(f"Ray ended while the workers should {what}", "", "Queue the prompt again")
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
             ray.get(done)
             if waiting and interrupted():
@@ -166,6 +175,10 @@ def gather(
         raise WorkerError(
             f"A worker ended while it should {what}", str(error), "See Ray's log for its output"
         ) from error
+    finally:
+        # an error keeps this frame, which must not keep what is Ray's
+        for kept in (waiting, done, references):
+            kept.clear()
 
 
 def ready(references: list[Any]) -> list[Any]:
@@ -204,17 +217,8 @@ def _python_path(environment: HostEnvironment) -> str:
     return os.pathsep.join((str(IMPORT_ROOT), environment.comfy_root, "${PYTHONPATH}"))
 
 
-def _visible_devices(name: str, device_type: str) -> list[str]:
-    import torch
-
-    listed = os.environ.get(name)
-    if listed:
-        return [entry.strip() for entry in listed.split(",") if entry.strip()]
-    return [str(index) for index in range(torch.get_device_module(device_type).device_count())]
-
-
 def _stop_local(folder: str) -> None:
-    ray.shutdown()
+    stop_ray()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -76,11 +76,11 @@ class ModelLink:
         with self._lock:
             return self._loaded().load(self._request, self)
 
-    def share(self) -> int:
-        """Bytes the pool's copy occupies on the device of this process."""
+    def share(self, *, resident: bool) -> int:
+        """Bytes of the pool's copy on the device of this process, once it is used or (`resident`) now."""
         mine = device_uuid(model_management.get_torch_device())
         groups = self._live_groups()
-        return groups.share(self.spec, mine) if mine and groups is not None else 0
+        return groups.share(self.spec, mine, resident=resident) if mine and groups is not None else 0
 
     def call(
         self, patcher: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: Sequence[str] = ()

@@ -27,14 +27,6 @@ from .messages import ModelFacts
 
 log = logging.getLogger(__name__)
 
-RATES = {
-    "cuda": cost.Machine(linear=1.0e14, attention=8e13, link=6e9, latency=5e-5, call=4e-3),
-    "cpu": cost.Machine(linear=5e10, attention=3e10, link=1.5e9, latency=3e-4, call=4e-3),
-}
-"""Rates by device type, to say where sharing does not pay: an RTX 4090 on PCIe 4 x8, and one CPU core
-(docs/scaling.md)."""
-
-
 EVERYTHING = 1e30
 """What ComfyUI's own unload_all_models asks free_memory for."""
 
@@ -165,7 +157,7 @@ class WorkerModel:
         if self._installation is None:
             return ""
         degrees = self._mesh.parallel.degrees
-        machine = RATES.get(model_management.get_torch_device().type)
+        machine = cost.RATES.get(model_management.get_torch_device().type)
         works = list(self._installation.works.values())
         if machine is None:
             return ""

@@ -7,6 +7,7 @@ import os
 import pickle
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -15,9 +16,9 @@ from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
 from ..raylight.config import PoolConfig
-from ..raylight.errors import WorkerError
-from . import processes
-from .failures import dead, describe, failures_of
+from ..raylight.errors import Cancelled, WorkerError
+from . import devices, links, processes
+from .failures import dead, describe, failures_of, ray_lost
 from .messages import (
     Cancel,
     Failure,
@@ -52,7 +53,8 @@ Tell = Callable[[int, int], None]
 
 REGISTRY: dict[PoolConfig, Pool] = {}
 """The live pools of this process: the pack's only mutable module state."""
-_REGISTRY_LOCK = threading.RLock()
+_LOCK = threading.RLock()
+"""Held by whoever talks to a pool or to Ray: Ray may not be shut down while another thread does."""
 
 
 @dataclass
@@ -76,7 +78,8 @@ def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Calla
     Args:
         interrupted: ComfyUI's cancel flag, read while the driver waits.
     """
-    with _REGISTRY_LOCK:
+    with _LOCK:
+        _leave_lost_ray()
         pool = REGISTRY.get(config)
         if pool is not None and pool.alive():
             return pool
@@ -86,9 +89,34 @@ def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Calla
         return pool
 
 
+def shut_down() -> None:
+    """End every pool of this process, and Ray with them where it is our own."""
+    from . import launch
+
+    with _LOCK:
+        close_all()
+        launch.stop_ray()
+
+
+def _ray_lost(process: str) -> None:
+    """Runs in Ray's watching thread: ends all workers, so that who waits for them learns why, and leaves Ray."""
+    for pool in list(REGISTRY.values()):
+        pool.lose(process)
+    with _LOCK:
+        _leave_lost_ray()
+
+
+def _leave_lost_ray() -> None:
+    from . import launch
+
+    if launch.ray_ended():
+        close_all()
+        launch.stop_ray()
+
+
 def close_all() -> None:
     """End every pool of this process."""
-    with _REGISTRY_LOCK:
+    with _LOCK:
         while REGISTRY:
             REGISTRY.popitem()[1].close()
 
@@ -111,7 +139,9 @@ class Pool:
         self._launch = launch
         self._interrupted = interrupted
         self._actors: list[Any] = []
+        self._serving: list[Any] = []
         self._closed = False
+        self._lost = ""
         self._next_id = 0
         try:
             self._start(environment)
@@ -127,18 +157,25 @@ class Pool:
 
     def alive(self) -> bool:
         """Whether every worker is still connected."""
-        # an idle worker says nothing: what can be read from its connection is the end of it
-        if not self._closed and any(not member.busy and member.connection.poll() for member in self.members):
-            self.close()
-        return not self._closed
+        with _LOCK:
+            # an idle worker says nothing: what can be read from its connection is the end of it
+            if not self._closed and any(not member.busy and member.connection.poll() for member in self.members):
+                self.close()
+            return not self._closed
 
     def call(
-        self, verb: str, *arguments: Any, ranks: Sequence[int] | None = None, progress: Tell | None = None
+        self,
+        verb: str,
+        *arguments: Any,
+        ranks: Sequence[int] | None = None,
+        progress: Tell | None = None,
+        limit: float = float("inf"),
     ) -> list[Any]:
         """Send one request to all `ranks` (default: everyone) and wait for every answer, in rank order.
 
         Args:
             progress: called with what is done and the total, as a rank tells it.
+            limit: seconds that it may take.
 
         Raises:
             Cancelled: ComfyUI's cancel flag was set, and the workers ended together; the pool stays alive.
@@ -147,10 +184,15 @@ class Pool:
                 at the same point.
         """
         everyone = range(len(self.members)) if ranks is None else ranks
-        return self.call_groups(verb, [(everyone, arguments)], progress=progress)[0]
+        return self.call_groups(verb, [(everyone, arguments)], progress=progress, limit=limit)[0]
 
     def call_groups(
-        self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]], *, progress: Tell | None = None
+        self,
+        verb: str,
+        groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]],
+        *,
+        progress: Tell | None = None,
+        limit: float = float("inf"),
     ) -> list[list[Any]]:
         """Like `call`, for groups of ranks with arguments of their own, at the same time.
 
@@ -162,13 +204,18 @@ class Pool:
         sent = [
             dict.fromkeys(ranks, pickle.dumps(request)) for (ranks, _), request in zip(groups, requests, strict=True)
         ]
-        return self._exchange(sent, requests[0], progress)
+        return self._exchange(sent, requests[0], progress, limit)
 
     def call_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Like `call`, with arguments of its own for each rank."""
         self._next_id += 1
         requests = [Request(id=self._next_id, verb=verb, arguments=own) for own in arguments]
         return self._exchange([{rank: pickle.dumps(request) for rank, request in enumerate(requests)}], requests[0])[0]
+
+    def lose(self, process: str) -> None:
+        """A process of Ray has ended: end the workers, and the pool then closes itself. May be called at any time."""
+        self._lost = process
+        processes.end([member.place.pid for member in self.members if member.local], grace=0)
 
     def close(self) -> None:
         """End all workers, whatever state they are in."""
@@ -178,9 +225,14 @@ class Pool:
         REGISTRY.pop(self.config, None)
         for member in self.members:
             member.connection.close()
-        self._launch.kill(self._actors)
+        if not self._lost:  # nobody answers, and what asks starts a new Ray
+            self._launch.kill(self._actors)
         processes.end((member.place.pid for member in self.members if member.local), grace=CLOSE_GRACE_S)
-        self._actors = []
+        for member in self.members:
+            # an error keeps frames that have the members, and must not keep what is Ray's
+            member.actor = member.serving = member.heartbeat = None
+        self._actors.clear()
+        self._serving.clear()
         self.members = []
 
     # ---- start ---------------------------------------------------------------------------------
@@ -188,11 +240,12 @@ class Pool:
     def _start(self, environment: HostEnvironment) -> None:
         begun = time.monotonic()
         launch, config = self._launch, self.config
-        launch.ensure_ray(config)
-        self._lap("ray", begun)
         world = config.parallel.world
         threads = max(1, processes.usable_cores() // world)
-        variables = [launch.worker_variables(config, environment, rank, threads) for rank in range(world)]
+        # what cannot be is refused before anything starts
+        variables = launch.worker_variables(config, environment, threads=threads)
+        launch.ensure_ray(config, _ray_lost)
+        self._lap("ray", begun)
         self._actors = launch.make_actors(config, environment)
         packed = pickle.dumps(environment)
         starting = [
@@ -226,8 +279,11 @@ class Pool:
         )
         begun = self._lap("groups", begun)
         if config.check_links:
-            speeds = self.call("check_links")[0]
-            log.info("links: %s", ", ".join(f"{axis} {speed:.2f} GB/s" for axis, speed in speeds.items()) or "none")
+            found = self.call("check_links", limit=links.LIMIT_S)[0]
+            log.info("links: %s; %s", links.described(found), devices.topology(config, environment.device_type))
+            told = links.warning(found, config.parallel, environment.device_type)
+            if told:
+                log.warning("%s", told)
         log.info("pool of %d workers on %s: %s", world, places[0].device, self.laps)
 
     def _lap(self, name: str, begun: float) -> float:
@@ -242,7 +298,7 @@ class Pool:
         private = single and hasattr(socket, "AF_UNIX")
         where: dict[str, Any] = {"family": "AF_UNIX"} if private else {"address": (self._driver_host(single), 0)}
         with Listener(backlog=len(places), authkey=key, **where) as listener:
-            serving = [actor.serve.remote(listener.address, key) for actor in self._actors]
+            self._serving = [actor.serve.remote(listener.address, key) for actor in self._actors]
             listener._listener._socket.settimeout(START_TIMEOUT_S)  # type: ignore[attr-defined]
             connections: dict[int, Connection] = {}
             while len(connections) < len(places):
@@ -252,13 +308,14 @@ class Pool:
                     raise WorkerError(
                         f"A worker did not connect within {START_TIMEOUT_S:.0f} s", "", "Queue the prompt again"
                     ) from error
+                _bound_sending(connection)
                 connections[pickle.loads(connection.recv_bytes())] = connection
         self.members = [
             Member(
                 rank=place.rank,
                 actor=self._actors[place.rank],
                 place=place,
-                serving=serving[place.rank],
+                serving=self._serving[place.rank],
                 connection=connections[place.rank],
                 local=place.node == here,
             )
@@ -288,31 +345,44 @@ class Pool:
     # ---- calls ---------------------------------------------------------------------------------
 
     def _exchange(
-        self, groups: Sequence[dict[int, bytes]], request: Request, progress: Tell | None = None
+        self,
+        groups: Sequence[dict[int, bytes]],
+        request: Request,
+        progress: Tell | None = None,
+        limit: float = float("inf"),
     ) -> list[list[Any]]:
         """Send what each rank of each group is to get, and collect the answers in the same order."""
-        if self._closed:
-            raise WorkerError("The pool is closed", "", "Queue the prompt again: it starts a new one")
-        try:
-            for group in groups:
-                for rank, payload in group.items():
-                    member = self.members[rank]
-                    member.busy = True
-                    try:
-                        member.connection.send_bytes(payload)
-                    except OSError as error:
-                        raise dead(member.rank, member.place.pid, request.verb) from error
-            replies = self._collect(groups, request, progress)
-        except BaseException:
-            # a rank may be left inside a collective, or hold an answer that a later call would read
-            self.close()
-            raise
+        with _LOCK:
+            if self._closed:
+                raise WorkerError("The pool is closed", "", "Queue the prompt again: it starts a new one")
+            try:
+                self._send(groups, request)
+                replies = self._collect(groups, request, progress, time.monotonic() + limit)
+            except BaseException as error:
+                # a rank may be left inside a collective, or hold an answer that a later call would read
+                self._lost = self._lost or self._launch.ray_ended()
+                self.close()
+                if self._lost:
+                    raise ray_lost(self._lost, request.verb) from error
+                raise
         failures = [failures_of(replies, group) for group in groups]
         if any(failures):
             self._raise(failures, [len(group) for group in groups], request.verb)
         return [[replies[rank].value for rank in group] for group in groups]
 
-    def _collect(self, groups: Sequence[Collection[int]], request: Request, progress: Tell | None) -> dict[int, Reply]:
+    def _send(self, groups: Sequence[dict[int, bytes]], request: Request) -> None:
+        for group in groups:
+            for rank, payload in group.items():
+                member = self.members[rank]
+                member.busy = True
+                try:
+                    member.connection.send_bytes(payload)
+                except OSError as error:
+                    raise dead(member.rank, member.place.pid, request.verb) from error
+
+    def _collect(
+        self, groups: Sequence[Collection[int]], request: Request, progress: Tell | None, deadline: float
+    ) -> dict[int, Reply]:
         """Everyone's replies; ends early when a failure leaves the others of its group without hope."""
         replies: dict[int, Reply] = {}
         waiting = [self.members[rank] for group in groups for rank in group]
@@ -347,10 +417,18 @@ class Pool:
                 heard = time.monotonic()
                 if reply.failure is not None:
                     group = next(number for number, ranks in enumerate(groups) if member.rank in ranks)
-                    deadlines.setdefault(group, heard + GRACE_S)
+                    # ranks that were cancelled have agreed to leave, each after what it computes at the moment
+                    agreed = isinstance(reply.failure.error, Cancelled)
+                    deadlines.setdefault(group, heard + (SILENCE_S if agreed else GRACE_S))
             now = time.monotonic()
             left = {member.rank for member in waiting}
-            if any(now > deadline and not left.isdisjoint(groups[group]) for group, deadline in deadlines.items()):
+            if waiting and now > deadline:
+                raise WorkerError(
+                    f"The workers did not finish {request.verb} in time",
+                    f"missing: {', '.join(map(str, sorted(left)))}",
+                    "Check the links between them (for example with NCCL_P2P_DISABLE=1), then queue the prompt again",
+                )
+            if any(now > at and not left.isdisjoint(groups[group]) for group, at in deadlines.items()):
                 raise describe(failures_of(replies, replies), request.verb)
             if waiting and now - heard > HEARTBEAT_S:
                 self._check_heartbeats(waiting, now - heard, request.verb)
@@ -386,3 +464,10 @@ class Pool:
         if error is not None:
             raise error
         raise describe(failures, verb)
+
+
+def _bound_sending(connection: Connection) -> None:
+    """Have a send fail that a stopped process does not take: it would wait for ever once buffers are full."""
+    if os.name == "posix":
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE_S), 0))

@@ -20,7 +20,7 @@ from ..raylight.errors import ConfigError
 from . import conds, ghost, refusals
 from .comfy_host import describe
 from .link import PREFIX, SETTINGS, ModelLink, interruptible, settings_of
-from .pool import Pool, acquire
+from .pool import Pool, acquire, close_all, shut_down
 from .transfer import FILE
 
 REMOTE_METHODS = ("_forward", "forward", "preprocess_text_embeds")
@@ -98,6 +98,18 @@ def start_pool(config: PoolConfig) -> Pool:
     """
     with interruptible():
         return acquire(config, describe(), model_management.processing_interrupted)
+
+
+def end_pools(*, ray: bool) -> None:
+    """End all workers of this ComfyUI now; the next use of a model starts them again.
+
+    Args:
+        ray: end Ray as well. A cluster that was joined stays as it is.
+    """
+    if ray:
+        shut_down()
+    else:
+        close_all()
 
 
 FILE_ATTRIBUTE = "raylight_file"
@@ -187,11 +199,14 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return link
 
     def model_size(self) -> int:
-        """Bytes on this process's device; never 0, which ComfyUI takes for "not computed yet"."""
-        return max(1, self.link.share())
+        """Bytes on this process's device once workers have the model there; never 0, "not computed yet" to ComfyUI.
+
+        ComfyUI makes room for what of it is not loaded: its own models leave the device before workers need it.
+        """
+        return max(1, self.link.share(resident=False))
 
     def loaded_size(self) -> int:
-        return self.link.share()
+        return self.link.share(resident=True)
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> int:
         """Nothing can be freed in part: ComfyUI then asks for all of it."""

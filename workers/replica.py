@@ -135,9 +135,9 @@ class Replica:
         """Whether the model has these patches already."""
         return _same(self._states[spec], patches.fingerprint)
 
-    def share(self, spec: ModelSpec, device: str) -> int:
-        """Bytes of the model that may be on the device of this uuid."""
-        held = self._facts.get(spec, []) if spec in self.resident else []
+    def share(self, spec: ModelSpec, device: str, *, resident: bool) -> int:
+        """Bytes of the model on the device of this uuid once it is used, or (`resident`) that may be there now."""
+        held = self._facts.get(spec, []) if spec in self.resident or not resident else []
         return sum(facts.bytes for facts in held if facts.uuid == device)
 
     def run(self, call: Call) -> tuple[Any, tuple[Any, Any] | None]:

@@ -19,7 +19,7 @@ from ..raylight import kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import WorkerError
 from ..raylight.mesh import Mesh
-from . import random_states
+from . import links, random_states
 from .arena import ArenaRef
 from .loading import normal_tensors
 from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, LoadRequest, ModelFacts, PatchRequest
@@ -28,8 +28,6 @@ from .transfer import FILE, Decoder, Parcel
 from .vae_messages import DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
 from .vaes import WorkerVAEs
 from .wire import Line, Silence
-
-LINK_TEST_BYTES = 16 << 20
 
 
 class Runner:
@@ -122,31 +120,13 @@ class Runner:
         """Whether the driver's shared memory can be opened here."""
         return self._decoder.share(ref)
 
-    def check_links(self) -> dict[str, float]:
-        """All-reduce once over each axis; GB/s per axis of size > 1.
+    def check_links(self) -> dict[str, links.Link]:
+        """Time collectives on every axis.
 
         Raises:
-            WorkerError: the sum is wrong, so the link does not carry what it is given.
+            WorkerError: a result is wrong, so a link does not carry what it is given.
         """
-        device = model_management.get_torch_device()
-        speeds = {}
-        for axis, size in self.mesh.parallel.degrees.items():
-            if size == 1:
-                continue
-            for _ in range(2):  # the first one sets the connections up
-                payload = torch.ones(LINK_TEST_BYTES // 4, device=device)
-                started = time.perf_counter()
-                total = self.mesh.axis(axis).all_reduce(payload)
-                low, high = total.min().item(), total.max().item()
-                elapsed = time.perf_counter() - started
-            if low != size or high != size:
-                raise WorkerError(
-                    f"The link test over the {axis} axis gave a wrong sum",
-                    f"{low} to {high} instead of {size}",
-                    "Check the GPU links (for example NCCL_P2P_DISABLE=1), then try again",
-                )
-            speeds[axis] = LINK_TEST_BYTES / elapsed / 1e9
-        return speeds
+        return links.measure(self.mesh, model_management.get_torch_device())
 
     def load(self, request: LoadRequest) -> ModelFacts:
         """Load a model, or say what is known of it where it is already here."""

@@ -36,9 +36,13 @@ class LocalPool(Pool):
         parallel = ParallelConfig(world=world, ulysses=world, ring=1, cfg=1)
         self.config = PoolConfig(parallel=parallel)
         self.notes: dict[int, Any] = {}
-        self._launch = SimpleNamespace(ready=lambda references: references[0] is not None, kill=self._kill)
+        self._launch = SimpleNamespace(
+            ready=lambda references: references[0] is not None, kill=self._kill, ray_ended=lambda: ""
+        )
         self._interrupted = interrupted
+        self._serving: list[Any] = []
         self._closed = False
+        self._lost = ""
         self._next_id = 0
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")

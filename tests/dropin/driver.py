@@ -8,6 +8,7 @@ One pool of two, one process: the driver's. The checkpoints are small Wan models
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import inspect
 import json
@@ -658,6 +659,30 @@ def memory_is_accounted_truly(bench: Bench) -> None:
     real = sum(t.nbytes for part in (model.parameters(), model.buffers()) for t in part if not t.is_meta)
     size = bench.files[0].stat().st_size
     must(real < SMALL_BYTES < size, f"{real} bytes of a file of {size} are here")
+
+
+@fact
+def room_is_made_for_weights_on_the_same_card(bench: Bench) -> None:
+    """What workers do not have there yet, ComfyUI counts as needed, and frees its own models for it."""
+    from comfy import model_management
+    from comfy_raylight.workers import link
+
+    far = bench.far
+    bench.picture(far)
+    far.link.offload()
+    (replica,) = far.link._groups().replicas
+    known, uuid = replica._facts[far.link.spec], link.device_uuid
+    replica._facts[far.link.spec] = [dataclasses.replace(facts, uuid="card") for facts in known]
+    link.device_uuid = lambda device: "card"
+    try:
+        total = sum(facts.bytes for facts in known)
+        must(far.model_size() == total > 0 == far.loaded_size(), f"{far.loaded_size()} of {far.model_size()} bytes")
+        needed = model_management.LoadedModel(far).model_memory_required(far.load_device)
+        must(needed == total, f"ComfyUI makes room for {needed} of {total} bytes")
+        bench.picture(far)
+        must(far.loaded_size() == total, f"{far.loaded_size()} of {total} bytes are there after a picture")
+    finally:
+        replica._facts[far.link.spec], link.device_uuid = known, uuid
 
 
 # ---- the script ----------------------------------------------------------------------------------

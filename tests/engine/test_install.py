@@ -86,7 +86,11 @@ def mesh(**switches: Any) -> Mesh:
     comm = Twin()
     parallel = ParallelConfig(world=2, **{"ulysses": 2, "ring": 1, "cfg": 1, **switches})
     return Mesh(
-        parallel, rank=0, comms={"ulysses": comm, "sequence": comm, "ring": ALONE}, control=comm, meter=comm.meter
+        parallel,
+        rank=0,
+        comms={"ulysses": comm, "sequence": comm, "ring": ALONE},
+        controls={(0, 1): comm},
+        meter=comm.meter,
     )
 
 

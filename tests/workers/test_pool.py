@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_raylight.raylight.config import ModelSpec, WorkerSettings
+from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers
+from comfy_raylight.workers import links
 from comfy_raylight.workers import pool as pools
 from comfy_raylight.workers.messages import LoadRequest, PatchRequest
 from comfy_raylight.workers.replica import Call, Patches, Replica
@@ -130,6 +131,26 @@ def test_worker_killed_between_calls(acquire: Acquire, model: Model) -> None:
     assert torch.equal(Model(acquire(), Path(model.spec.path)).forward(), before)
 
 
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "working"])
+def test_process_of_ray_killed(acquire: Acquire, model: Model, name: str, idle: bool) -> None:
+    """A dead control service would end this process a minute later: it is left at once, and another Ray started."""
+    import psutil
+
+    before = model.forward()
+    processes = pids(model.pool)
+    (victim,) = [child for child in psutil.Process().children(recursive=True) if child.name() == name]
+    if idle:
+        victim.kill()
+        assert all_gone(processes) and not model.pool.alive()
+    else:
+        threading.Timer(0.2, victim.kill).start()
+        with pytest.raises(WorkerError, match=f"Ray's {name} process ended during forward"):
+            model.forward(on_rank(1, dawdle))
+    assert torch.equal(Model(acquire(), Path(model.spec.path)).forward(), before)
+    assert not victim.is_running()
+
+
 def test_one_rank_raises(acquire: Acquire, model: Model) -> None:
     processes = pids(model.pool)
     began = time.monotonic()
@@ -221,7 +242,28 @@ def test_link_test(acquire: Acquire, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="comfy_raylight"):
         pool = acquire(2, check_links=True)
     assert pool.alive()
-    assert any("ulysses" in record.getMessage() and "GB/s" in record.getMessage() for record in caplog.records)
+    (told,) = [record.getMessage() for record in caplog.records if "links: ulysses: all-reduce" in record.getMessage()]
+    assert "all-to-all" in told and "GB/s" in told and "share the host's memory" in told
+
+
+def test_link_test_is_bounded(acquire: Acquire, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools.close_all()
+    monkeypatch.setattr(links, "LIMIT_S", 0.0)
+    with pytest.raises(WorkerError, match="did not finish check_links in time"):
+        acquire(2, check_links=True)
+    assert not pools.REGISTRY
+
+
+def test_slow_links_are_told() -> None:
+    parallel = ParallelConfig(world=2, ulysses=2, ring=1, cfg=1)
+
+    def warning(rate: float) -> str:
+        found = {"ulysses": links.Link(reduce=rate, exchange=rate, latency=1e-4)}
+        return links.warning(found, parallel, "cuda")
+
+    assert warning(6.0) == ""
+    assert "carry 0.05 GB/s" in warning(0.05) and "cfg_degree" in warning(0.05)
+    assert links.warning({}, parallel, "cuda") == ""
 
 
 def test_everything_is_the_same_pack_in_a_worker(acquire: Acquire, comfy_root: Path) -> None:
