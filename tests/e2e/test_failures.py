@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +17,6 @@ from comfy_raylight.tests.host.server import ComfyServer
 from .test_sampling import latent
 
 GOOD = Case(file="wan.safetensors", inputs=FAMILIES["wan"])
-LONG = dataclasses.replace(GOOD, steps=400, name="long")
 
 
 @pytest.fixture
@@ -95,33 +91,17 @@ def test_unplanned_family_on_one_worker(server: ComfyServer, client: ComfyClient
     assert latent(server, "unet").isfinite().all()
 
 
-def test_killed_worker(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor]) -> None:
+@pytest.mark.parametrize("mode", ["Kill Workers Only", "Kill Entire Cluster"])
+def test_kill_node(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor], mode: str) -> None:
+    """Nothing of the workers is left, and the next prompt has them again."""
     before = good()
-    victim = workers(server)[-1]
-    prompt_id = client.queue(pool(LONG))
-    wait_for_progress(client, prompt_id)
-    os.kill(victim.pid, signal.SIGKILL)
-    began = time.monotonic()
-    with pytest.raises(PromptError) as caught:
-        client.wait(prompt_id, timeout=60)
-    assert time.monotonic() - began < 30
-    assert caught.value.node == SAMPLER
-    assert f"process {victim.pid}) died" in caught.value.text and "Queue the prompt again" in caught.value.text
+    prompt = pool(dataclasses.replace(GOOD, name="killed"))
+    inputs = {"ray_actors": [LOADER, 0], "kill_mode": mode}
+    client.run({**{name: prompt[name] for name in (INIT, LOADER)}, "kill": {"class_type": "RayKill", "inputs": inputs}})
+    assert workers(server) == []
+    ray = any("/raylet/raylet " in process.command for process in processes.tree(server.pid))
+    assert ray == (mode == "Kill Workers Only")
     assert torch.equal(good(), before)
-    assert len(workers(server)) == 2
-
-
-def test_interrupt(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor]) -> None:
-    before = good()
-    alive = [worker.pid for worker in workers(server)]
-    prompt_id = client.queue(pool(dataclasses.replace(LONG, seed=11)))
-    wait_for_progress(client, prompt_id)
-    client.interrupt()
-    with pytest.raises(PromptError) as caught:
-        client.wait(prompt_id, timeout=60)
-    assert caught.value.kind == "interrupted"
-    assert torch.equal(good(), before)
-    assert [worker.pid for worker in workers(server)] == alive
 
 
 def test_unload_button(server: ComfyServer, client: ComfyClient, good: Callable[[], torch.Tensor]) -> None:
@@ -143,14 +123,3 @@ def test_edited_graph(server: ComfyServer, client: ComfyClient, good: Callable[[
 
 def workers(server: ComfyServer) -> list[processes.Process]:
     return [process for process in processes.tree(server.pid) if process.command.startswith("ray::Worker")]
-
-
-def wait_for_progress(client: ComfyClient, prompt_id: str, *, steps: int = 2, timeout: float = 90) -> None:
-    end = time.monotonic() + timeout
-    pause = threading.Event()
-    while time.monotonic() < end:
-        seen = [event for event in client.events_of(prompt_id) if event.kind == "progress"]
-        if any(int(event.data["value"]) >= steps for event in seen):
-            return
-        pause.wait(0.05)
-    raise AssertionError("sampling did not begin")

@@ -18,7 +18,6 @@ from comfy_raylight.tests.weights.adapters import ADAPTERS, write_adapter
 from comfy_raylight.tests.weights.files import write_gguf, write_variant
 from safetensors.torch import save_file
 
-from .test_failures import wait_for_progress
 from .test_sampling import FP32, latent
 
 EFFECT = 1e-3
@@ -271,21 +270,6 @@ def test_file_that_changes_between_prompts(
         client.run(pool(sampling))
     path.write_bytes(whole)
     check()
-
-
-def test_file_truncated_while_sampling(server: ComfyServer, client: ComfyClient, result: Run) -> None:
-    """A worker that reads what is not there any more dies; the error names the file, and the next prompt works."""
-    path = server.models / "wan-truncated.safetensors"
-    shutil.copy(server.models / "wan.safetensors", path)
-    whole = path.read_bytes()
-    prompt_id = client.queue(pool(case(path.name, steps=4000, name="truncated")))
-    wait_for_progress(client, prompt_id)
-    os.truncate(path, len(whole) // 2)
-    with pytest.raises(PromptError, match="wan-truncated.safetensors changed while it was in use") as caught:
-        client.wait(prompt_id, timeout=60)
-    assert caught.value.node == SAMPLER
-    path.write_bytes(whole)
-    assert apart(result(pool(case(path.name))), result(plain(case(path.name)))) <= FP32
 
 
 GGUF = [

@@ -247,7 +247,33 @@ class RLTestSavePixels:
         return {"ui": {"pixels": [{"path": str(path), "shape": list(images.shape)}]}}
 
 
+class RLTestFailure:
+    """A model with a patch in its attention that raises a ValueError on one rank of a pool (-1: everywhere)."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "rank": ("INT", {"default": -1, "min": -1, "max": 99})}}
+
+    def patch(self, model: Any, rank: int) -> tuple[Any]:
+        def fail(function: Any, *args: Any, **kwargs: Any) -> Any:
+            import torch.distributed
+
+            here = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            if rank in (-1, here):
+                raise ValueError("a patch went wrong")
+            return function(*args, **kwargs)
+
+        clone = model.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = fail
+        return (clone,)
+
+
 NODES = (
+    RLTestFailure,
     RLTestConditioning,
     RLTestLatent,
     RLTestSigmas,

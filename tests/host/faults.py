@@ -1,0 +1,225 @@
+"""Faults of a running ComfyUI with a pool of two CPU workers, made from outside by process id, and what a user sees."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from . import processes
+from .client import ComfyClient, Prompt, PromptError
+from .prompts import FAMILIES, Case, PoolCase, pool
+from .server import ComfyServer
+
+LIMIT_S = 180.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong.
+
+    Attributes:
+        what: for the table.
+        inject: hurts; called while the prompt samples, or before it is queued.
+        before: whether it is called before.
+        waits: whether it is called when two steps are done.
+        expect: what the message must have.
+        prompt: what is sampled, by default something long.
+        keeps: whether the workers live on.
+    """
+
+    what: str
+    inject: Callable[[Stage], None]
+    expect: str
+    before: bool = False
+    waits: bool = True
+    prompt: Callable[[Stage], Prompt] | None = None
+    keeps: bool = False
+
+
+class Stage:
+    """A running ComfyUI, and what the faults do to it."""
+
+    def __init__(self, server: ComfyServer, client: ComfyClient) -> None:
+        self.server, self.client = server, client
+        self._count = 0
+
+    def case(self, **changes: Any) -> Case:
+        self._count += 1
+        return Case(file="wan.safetensors", inputs=FAMILIES["wan"], name=f"run{self._count}", **changes)
+
+    def prompt(self, **changes: Any) -> Prompt:
+        """A prompt that ComfyUI has not seen; the end of its schedule is far beyond its steps."""
+        changes.setdefault("end", 10000 - self._count)
+        where = PoolCase(workers=2, through_model=True) if changes.get("model_nodes") else PoolCase(workers=2)
+        return pool(self.case(**changes), where)
+
+    def good(self) -> bytes:
+        """Bytes of the latent of the good prompt."""
+        prompt = self.prompt()
+        self.client.run(prompt, timeout=LIMIT_S)
+        path = self.server.output / f"run{self._count}.safetensors"
+        return bytes(path.read_bytes())
+
+    def workers(self) -> list[int]:
+        tree = processes.tree(self.server.pid)
+        return [process.pid for process in tree if process.command.startswith("ray::Worker")]
+
+    def of_ray(self, name: str) -> int:
+        children = psutil.Process(self.server.pid).children(recursive=True)
+        return next(child.pid for child in children if child.name() == name)
+
+    def kill(self, *pids: int, how: int = signal.SIGKILL) -> None:
+        for pid in pids:
+            os.kill(pid, how)
+
+    def starve(self) -> None:
+        """Let the last worker have a little more address space than it has."""
+        worker = psutil.Process(self.workers()[-1])
+        limit = worker.memory_info().vms + (64 << 20)
+        worker.rlimit(resource.RLIMIT_AS, (limit, limit))
+
+    def sampling(self, prompt_id: str) -> None:
+        """Wait until the prompt samples."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            events = self.client.events_of(prompt_id)
+            if any(event.kind == "progress" and int(event.data["value"]) >= 2 for event in events):
+                return
+            time.sleep(0.02)
+        raise TimeoutError("sampling did not begin")
+
+    @property
+    def copy(self) -> Path:
+        """A checkpoint that faults may spoil."""
+        return Path(self.server.models / "spoiled.safetensors")
+
+    def spoilable(self) -> Prompt:
+        shutil.copy(self.server.models / "wan.safetensors", self.copy)
+        prompt = self.prompt(steps=4000)
+        prompt["loader"]["inputs"]["unet_name"] = self.copy.name
+        return prompt
+
+
+def cancel_when_busy(stage: Stage) -> None:
+    """Cancel when the workers have computed for half a second."""
+
+    def seconds() -> float:
+        return sum(psutil.Process(pid).cpu_times().user for pid in stage.workers())
+
+    began = seconds()
+    while seconds() - began < 1.0:
+        time.sleep(0.02)
+    stage.client.interrupt()
+
+
+def truncate(stage: Stage) -> None:
+    os.truncate(stage.copy, 100000)
+
+
+def raising(rank: int) -> Callable[[Stage], Prompt]:
+    """A workflow with a patch inside the model that fails."""
+    return lambda stage: stage.prompt(steps=400, model_nodes=(("RLTestFailure", {"rank": rank}),))
+
+
+def large(stage: Stage) -> Prompt:
+    """A video whose activations do not fit into what is left."""
+    prompt = stage.prompt(steps=400)
+    prompt["latent"]["inputs"].update(frames=21, height=60, width=104)
+    return prompt
+
+
+FAULTS: Mapping[str, Fault] = {
+    "rank 1": Fault("kill -9 of one worker", lambda s: s.kill(s.workers()[-1]), "died"),
+    "rank 0": Fault("kill -9 of the first worker", lambda s: s.kill(s.workers()[0]), "died"),
+    "both": Fault("kill -9 of two workers at once", lambda s: s.kill(*s.workers()), "died"),
+    "raylet": Fault("kill -9 of Ray's raylet", lambda s: s.kill(s.of_ray("raylet")), "Ray's raylet process ended"),
+    "gcs": Fault("kill -9 of Ray's control service", lambda s: s.kill(s.of_ray("gcs_server")), "Ray's gcs_server"),
+    "stopped": Fault("a worker stops (SIGSTOP)", lambda s: s.kill(s.workers()[-1], how=signal.SIGSTOP), "stopped"),
+    "exception": Fault(
+        "a patch raises on one worker, inside the model", lambda s: None, "ValueError", prompt=raising(1), before=True
+    ),
+    "exceptions": Fault(
+        "a patch raises on every worker", lambda s: None, "ValueError", prompt=raising(-1), before=True, keeps=True
+    ),
+    "memory": Fault("out of memory on one worker", Stage.starve, "memory", prompt=large, before=True),
+    "truncated": Fault("the model file is truncated", truncate, "changed while it was in use", prompt=Stage.spoilable),
+    "cancel": Fault("Cancel while sampling", lambda s: s.client.interrupt(), "interrupted", keeps=True),
+    "cancel in a step": Fault(
+        "Cancel within the first step of a large video",
+        cancel_when_busy,
+        "interrupted",
+        prompt=large,
+        waits=False,
+        keeps=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a fault.
+
+    Attributes:
+        seen: what the user saw.
+        to_error: seconds to that.
+        to_next: seconds from then to the next picture.
+        next: its bytes.
+        kept: whether the workers are those of before.
+        steps: that were done when it ended.
+    """
+
+    seen: str
+    to_error: float
+    to_next: float
+    next: bytes
+    kept: bool
+    steps: int
+
+
+def suffer(stage: Stage, fault: Fault) -> Outcome:
+    """Make a fault happen, then ask for a good picture."""
+    prompt = (fault.prompt or (lambda stage: stage.prompt(steps=4000)))(stage)
+    workers = stage.workers()
+    if fault.before:
+        fault.inject(stage)
+    began = time.monotonic()
+    prompt_id = stage.client.queue(prompt)
+    if not fault.before:
+        if fault.waits:
+            stage.sampling(prompt_id)
+            began = time.monotonic()
+        fault.inject(stage)
+        began = began if fault.waits else time.monotonic()
+    try:
+        stage.client.wait(prompt_id, timeout=LIMIT_S)
+        seen = "nothing: the picture is finished"
+    except PromptError as error:
+        seen = error.text if error.kind == "failed" else error.kind
+    to_error = time.monotonic() - began
+    events = stage.client.events_of(prompt_id)
+    steps = max((int(event.data["value"]) for event in events if event.kind == "progress"), default=0)
+    began = time.monotonic()
+    found = stage.good()
+    return Outcome(
+        seen=seen,
+        to_error=to_error,
+        to_next=time.monotonic() - began,
+        next=found,
+        kept=stage.workers() == workers,
+        steps=steps,
+    )
+
+
+def zombies(pid: int) -> list[str]:
+    """Children of ComfyUI that have ended and were not waited for."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child.name() for child in children if child.status() == psutil.STATUS_ZOMBIE]
