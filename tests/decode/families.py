@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 WIDTH = 4
+TILED = ("kl", "wan 2.1", "ltxv noise", "wan 2.1 image, qwen image")
+"""Families whose tiles are compared by default; on demand those of all."""
+NOISY = ("ltxv noise", "ltxv in chunks")
+"""Families that draw random numbers while they decode."""
 TALL = (1, 16, 2, 30, 8)
 """A latent of Wan's whose decode is weighed."""
 

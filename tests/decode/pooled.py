@@ -362,12 +362,12 @@ def private_bytes(homes: Any, source: Any, *, now: bool = False) -> int:
 
 def driver_memory(results: Results, folder: Path) -> None:
     """What a decode takes of the driver besides its output, which is shared memory: nothing of that size."""
-    workers, latent = pool(2), random(1, 128, 5, 12, 12, seed=3)
+    workers, latent = pool(2), random(1, 128, 3, 12, 12, seed=3)
     for mode in ("seamless", "tiles"):
-        small = run(workers, latent[..., :2, :2, :2], spec(folder, "ltxv"), mode=mode, times=4)
+        small = run(workers, latent[..., :2, :2, :2], spec(folder, "ltxv"), mode=mode, times=8)
         before = private([os.getpid()])
         with Watch(private, [os.getpid()]) as own:
-            images = run(workers, latent, spec(folder, "ltxv"), mode=mode, times=4)
+            images = run(workers, latent, spec(folder, "ltxv"), mode=mode, times=8)
         results[f"driver, {mode}"] = [own.peak - before, images.nbytes]
         del images, small
     workers.close()

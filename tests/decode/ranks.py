@@ -24,7 +24,7 @@ from comfy_raylight.vae.rules import strip_of
 from comfy_raylight.vae.strips import Rows, Strips
 from comfy_raylight.vae.tiles import Dealer, Survey, deal
 
-from .families import FAMILIES, TALL, Family, fill, random
+from .families import FAMILIES, TALL, TILED, Family, fill, random
 
 HEIGHTS: dict[int, tuple[int, ...]] = {1: (3,), 2: (5,), 3: (3,), 5: (7,)}
 """Rows of the latent by number of ranks: uneven, and one each."""
@@ -188,9 +188,6 @@ def seeded(decode: Any) -> Any:
     return call
 
 
-TILED = ("kl", "wan 2.1", "ltxv noise", "wan 2.1 image, qwen image")
-
-
 def main(root: str, result: str, chosen: str = "") -> None:
     """Compute what one process makes, then what all ranks do, and write it down."""
     torch.set_num_threads(1)
@@ -208,7 +205,7 @@ def main(root: str, result: str, chosen: str = "") -> None:
         chosen_heights = MORE if chosen == "all" else HEIGHTS
         every_height = {rows for of_size in chosen_heights.values() for rows in of_size}
         prepared = [Prepared(family, every_height) for family in wanted]
-        tile = [one for one in prepared if one.family.name in TILED]
+        tile = [one for one in prepared if chosen == "all" or one.family.name in TILED]
         wholes = [
             walk(x, seeded(one.model.decode), arguments, "cpu") for one in tile for x, arguments in [tiled(one.family)]
         ]

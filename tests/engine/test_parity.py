@@ -9,14 +9,14 @@ from comfy_raylight.patches.registry import FAMILIES
 
 from .conftest import comfy_roots
 from .families import CASES
-from .ranks import ALONE, MESHES, Case
+from .ranks import ALONE, MESHES, Case, meshes_of
 
 pytestmark = pytest.mark.timeout(2000)  # the first test of a ComfyUI waits for all of its ranks
 TOLERANCE = 1e-6
 """Maximum error relative to the maximum of the output, float32."""
 
 ROOTS = comfy_roots()
-RUNS = [pytest.param(case, mesh, id=f"{case.name}-{mesh}") for case in CASES for mesh in case.meshes or MESHES]
+RUNS = [pytest.param(case, mesh, id=f"{case.name}-{mesh}") for case in CASES for mesh in meshes_of(case)]
 
 
 def results(run_ranks: Any, root: str, case: Case, mesh: str) -> dict[str, Any]:

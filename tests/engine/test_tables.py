@@ -9,6 +9,7 @@ import pytest
 
 from . import tables
 from .conftest import comfy_roots
+from .ranks import EVERYTHING
 
 pytestmark = pytest.mark.timeout(2000)  # it may be the first to want the ranks' results
 PACK = Path(__file__).resolve().parents[2]
@@ -19,7 +20,7 @@ INTRODUCTION = """# Parity of every model family
 Largest difference between ComfyUI's own forward in one process and the same on several ranks, relative to the largest
 value of the output, in fp32 on a CPU; the worst of all cases of `tests/engine/families`, cut once and cut around every
 block. `u2` is Ulysses on 2 ranks, `r3` a ring of 3, `u4r2` both on 8. An empty cell: this ComfyUI does not have the
-family. Written by `python tests/run.py tests/engine --write-tables`.
+family. Written by `RAYLIGHT_TEST_LARGE=1 python tests/run.py tests/engine --write-tables`.
 """
 
 
@@ -29,12 +30,15 @@ def test_readme_table_is_current(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--write-tables"):
         README.write_text(new, encoding="utf-8", newline="\n")
     else:
-        assert new == text, "run `python tests/run.py tests/engine --write-tables` and commit the README"
+        assert new == text, (
+            "run `RAYLIGHT_TEST_LARGE=1 python tests/run.py tests/engine --write-tables` and commit the README"
+        )
 
 
 def test_errors_are_written(request: pytest.FixtureRequest, run_ranks: Any) -> None:
     if not request.config.getoption("--write-tables"):
         pytest.skip("only with --write-tables")
+    assert EVERYTHING, "the table has every mesh: set RAYLIGHT_TEST_LARGE=1"
     sections = [INTRODUCTION]
     for root in comfy_roots():
         (path,) = root.values
