@@ -1,10 +1,11 @@
 """What decoding on several ranks gains and costs: a Wan decoder, P ranks of one thread each against one.
 
-    python benchmarks/vae.py [--comfy PATH] [--dim 96] [--frames 17] [--size 256] [--rounds 2]
+    python benchmarks/vae.py [--comfy PATH] [--dim 96] [--frames 17] [--size 256] [--rounds 2] [--picture FILE]
 
 speed: seconds of 2 ranks against one process, in strips and by tiles. memory: the most that a rank takes during a
 decode in strips, on 1, 2 and 4 ranks, its own rows of pixels included: bytes of tensors that are alive, and anonymous
-memory that is resident, which has what kernels and the allocator take besides.
+memory that is resident, which has what kernels and the allocator take besides. `--picture` draws a frame of one
+process, of three ranks in strips, of three that exchange nothing, and what is different, amplified.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=256, help="rows and columns of pixels")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--picture", type=Path, help="only draw, into this file")
     options = parser.parse_args()
     code = environment.enter(options.comfy)
     if code is not None:
         return code
-    measure(options)
+    if options.picture:
+        draw(options)
+    else:
+        measure(options)
     return 0
 
 
@@ -79,6 +84,41 @@ def measure(options: argparse.Namespace) -> None:
             print(f"| {size} | {-(-latent.shape[-2] // size)} of {latent.shape[-2]} | {each} |", flush=True)
 
 
+def draw(options: argparse.Namespace) -> None:
+    """The middle frame of a smooth video, decoded in three ways, and the differences to the first."""
+    import torch
+    from comfy_raylight.tests.decode.families import fill, wan
+    from comfy_raylight.tests.engine.ranks import fork
+    from PIL import Image
+
+    with torch.inference_mode():
+        model: Any = fill(wan(dim=options.dim, num_res_blocks=2))
+        rows = options.size // 8
+        y, x = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, rows), indexing="ij")
+        latent = torch.stack([torch.sin(4 * (x * (c % 3) + y * (c % 5)) + c) for c in range(16)])
+        latent = latent[None, :, None].repeat(1, 1, (options.frames + 3) // 4, 1, 1)
+        whole = model.decode(latent)
+        found = {
+            way: torch.cat(
+                [
+                    torch.tensor(part)
+                    for part in results(fork(3, functools.partial(on_rank, way=way, rounds=1), model, latent))
+                ],
+                -2,
+            )
+            for way in ("pixels", "alone")
+        }
+    scale = whole.abs().max()
+    pictures = []
+    for name, pixels in {"one process": whole, "three ranks": found["pixels"], "no exchange": found["alone"]}.items():
+        apart = (pixels - whole).abs() / scale
+        print(f"{name}: largest difference {apart.max():.1e}")
+        shown = (pixels / scale / 2 + 0.5, (apart * 1e5).clamp(max=1))
+        pictures.append(torch.cat([part[0, :, part.shape[2] // 2] for part in shown], -2))
+    image = torch.cat(pictures, -1).mul(255).byte().movedim(0, -1).numpy()
+    Image.fromarray(image).save(options.picture)
+
+
 def results(ranks: dict[int, Any]) -> list[tuple[float, ...]]:
     """What the ranks returned.
 
@@ -108,6 +148,8 @@ def on_rank(rank: int, size: int, path: str, model: Any, latent: Any, *, way: st
             with Watch(private, mine) as resident, LiveBytes() as meter:
                 ways.strips()
             found: tuple[float, ...] = (float(meter.peak), float(resident.peak - before))
+        elif way in ("pixels", "alone"):
+            found = (ways.strips() if way == "pixels" else model.decode(ways.own(latent).contiguous())).tolist()
         else:
             work = ways.strips if way == "strips" else ways.tiles
             waited = mesh.seconds
