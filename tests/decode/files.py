@@ -36,7 +36,7 @@ LTXV: Mapping[str, Any] = {
 
 
 def write(folder: Path, *, comfy_root: Path) -> None:
-    """Write wan, ltxv and taesd as FOLDER/NAME.safetensors, in a process of its own."""
+    """Write wan, ltxv, taesd and, on demand, oobleck as FOLDER/NAME.safetensors, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-B", "-m", "decode.files", str(comfy_root), str(folder)],
         env={**os.environ, "PYTHONPATH": str(TESTS)},
@@ -69,6 +69,8 @@ def main(root: str, folder: str) -> None:
             {"config": json.dumps({"vae": dict(LTXV)})},
         ),
     }
+    if os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0":  # 600 MB: ComfyUI knows it in one width only
+        makers = {**makers, "oobleck": (lambda: made_of("ldm.audio.autoencoder.AudioOobleckVAE"), {})}
     for name, (build, metadata) in makers.items():
         state = {key: value.clone().contiguous() for key, value in fill(build()).state_dict().items()}
         save_file(state, path / f"{name}.safetensors", metadata=metadata or None)

@@ -140,6 +140,18 @@ def encoded(results: Results, folder: Path) -> None:
     workers.close()
 
 
+def sound(results: Results, folder: Path) -> None:
+    """What has no rows is decoded whole, on one rank."""
+    if not (folder / "oobleck.safetensors").is_file():
+        return
+    workers, latent = pool(2), random(1, 64, 8, seed=3)
+    wanted = vae(folder, "oobleck").decode(latent)
+    for mode in ("auto", "tiles"):
+        found = run(workers, latent, spec(folder, "oobleck"), mode=mode)
+        results[f"sound, {mode}"] = torch.equal(found, wanted) and wanted.std().item() > 1e-4
+    workers.close()
+
+
 def without_sharing(results: Results, folder: Path) -> None:
     """Where workers cannot open the driver's memory, bytes travel with the messages."""
     from comfy_raylight.workers import decode
@@ -377,6 +389,7 @@ CHECKS = (
     equal,
     tiled,
     encoded,
+    sound,
     without_sharing,
     on_disk,
     kept,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from .conftest import EVERYTHING
 from .pooled import LATENTS
 
 CLOSE = 1e-5
@@ -34,6 +35,12 @@ def test_tiles_are_vae_decode_tiled(found: Found, comfy_root: Path, name: str, w
 @pytest.mark.parametrize("name", ("wan", "wan image", "taesd", "ltxv"))
 def test_encode_equals_vae_encode(found: Found, comfy_root: Path, name: str) -> None:
     assert found(comfy_root)[f"encode, {name}"] <= CLOSE
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="slow: RAYLIGHT_TEST_LARGE=1 runs it")
+@pytest.mark.parametrize("mode", ("auto", "tiles"))
+def test_sound_is_decoded_on_one_rank(found: Found, comfy_root: Path, mode: str) -> None:
+    assert found(comfy_root)[f"sound, {mode}"]
 
 
 @pytest.mark.parametrize("way", ("seamless", "tiles"))
