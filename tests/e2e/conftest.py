@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.server import ComfyServer
 
-FAMILIES = ("wan", "flux", "zimage", "unet")
+LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
+FAMILIES = ("wan", "flux", "unet", *(("zimage",) if LARGE else ()))
+"""Flux has 1.1 GB and Z-Image 1.8 GB of bf16, which a CPU casts at every call: seconds for a step."""
 
 
 @pytest.fixture(scope="session")

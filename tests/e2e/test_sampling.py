@@ -14,6 +14,9 @@ from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, SAMPLER, Case, P
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
 
+from .conftest import LARGE
+
+SLOW = pytest.mark.skipif(not LARGE, reason="slow: RAYLIGHT_TEST_LARGE=1 runs it")
 FP32 = 1e-5
 BF16 = 2e-2
 
@@ -44,17 +47,17 @@ CASES = [
     pytest.param(case("wan", sampling="DualCFGGuider"), MODEL, id="wan DualCFGGuider"),
     pytest.param(case("wan", sampling="PerpNegGuider"), MODEL, id="wan PerpNegGuider"),
     pytest.param(case("flux", cfg=1.0), NODE, id="flux cfg 1"),
-    pytest.param(case("flux", **ANCESTRAL), NODE, id="flux ancestral"),
-    pytest.param(case("flux", sampling="CFGGuider", **SDE), MODEL, id="flux CFGGuider sde"),
-    pytest.param(case("zimage", cfg=1.0), NODE, id="zimage cfg 1"),
-    pytest.param(case("zimage", **ANCESTRAL), NODE, id="zimage ancestral"),
-    pytest.param(case("zimage", sampling="CFGGuider", **SDE), MODEL, id="zimage CFGGuider sde"),
+    pytest.param(case("flux", **ANCESTRAL), NODE, id="flux ancestral", marks=SLOW),
+    pytest.param(case("flux", sampling="CFGGuider", **SDE), MODEL, id="flux CFGGuider sde", marks=SLOW),
+    pytest.param(case("zimage", cfg=1.0), NODE, id="zimage cfg 1", marks=SLOW),
+    pytest.param(case("zimage", **ANCESTRAL), NODE, id="zimage ancestral", marks=SLOW),
+    pytest.param(case("zimage", sampling="CFGGuider", **SDE), MODEL, id="zimage CFGGuider sde", marks=SLOW),
     pytest.param(WAN, PoolCase(workers=3), id="wan on 3"),
     pytest.param(case("wan", **SDE), PoolCase(workers=3, through_model=True), id="wan sde on 3"),
-    pytest.param(case("flux"), PoolCase(workers=3), id="flux on 3"),
+    pytest.param(case("flux"), PoolCase(workers=3), id="flux on 3", marks=SLOW),
     pytest.param(WAN, PoolCase(workers=3, ulysses=1), id="wan on one replica of 3"),
     pytest.param(WAN, PoolCase(ring=2), id="wan ring"),
-    pytest.param(case("zimage", batch=2), PoolCase(ring=2), id="zimage ring"),
+    pytest.param(case("zimage", batch=2), PoolCase(ring=2), id="zimage ring", marks=SLOW),
     pytest.param(WAN, PoolCase(workers=4, ring=2), id="wan 2 x ring 2"),
     pytest.param(WAN, PoolCase(workers=2, more={"pack_qkv": True, "sync_ulysses": True}), id="wan packed"),
 ]
@@ -111,10 +114,12 @@ def test_bf16(comfy_root: Path, tmp_path: Path) -> None:
     """ComfyUI's command line reaches the workers: with --bf16-unet both sides compute in bf16."""
     server = ComfyServer(comfy_root, base=tmp_path, threads=1, args=("--bf16-unet",))
     server.models.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(family=family, path=server.models / f"{family}.safetensors") for family in ("wan", "flux")]
+    families = ("wan", "flux") if LARGE else ("wan",)
+    jobs = [Job(family=family, path=server.models / f"{family}.safetensors") for family in families]
     write(jobs, comfy_root=comfy_root, python=Path(sys.executable))
     with server, server.client() as client:
-        for sampling in (case("wan"), case("wan", cfg=1.0, **ANCESTRAL), case("flux", cfg=1.0)):
+        cases = [case("wan"), case("wan", cfg=1.0, **ANCESTRAL), *([case("flux", cfg=1.0)] if LARGE else [])]
+        for sampling in cases:
             difference, _, _ = both(server, client, sampling, NODE)
             assert difference <= BF16
         log = server.log()
