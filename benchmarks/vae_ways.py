@@ -49,7 +49,7 @@ class Ways:
         self._walk(survey.decode, "meta")
         owners = deal(survey.costs, comm.size)
         watch = Watch(self._mesh.control, wanted=lambda: False)
-        dealer = Dealer(comm, self._model.decode, owners, seed=0, watch=watch)
+        dealer = Dealer(comm, self._model.decode, survey.tiles, owners, seed=0, watch=watch)
         pixels = self._walk(dealer.decode, "cpu" if comm.rank == 0 else "meta")
         dealer.finish()
         return pixels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,16 @@ class Survey:
     """Stands in for the decoder in a walk that only finds out what tiles there are; nothing is decoded."""
 
     def __init__(self) -> None:
-        self.costs: list[int] = []
+        self.tiles: list[torch.Tensor] = []
+
+    @property
+    def costs(self) -> list[int]:
+        """What each tile takes, relative to the others."""
+        return [tile.numel() for tile in self.tiles]
 
     def decode(self, tile: torch.Tensor) -> torch.Tensor:
-        """Notes the tile's size; one element on the meta device, which blends with anything there."""
-        self.costs.append(tile.numel())
+        """Notes the tile; one element on the meta device, which blends with anything there."""
+        self.tiles.append(tile)
         return nothing(tile)
 
 
@@ -45,10 +50,12 @@ class Dealer:
     """Stands in for the decoder in a walk over tiles that every rank takes.
 
     On rank 0 it returns every tile decoded, here or elsewhere. On other ranks it decodes their own and sends them,
-    and returns one element on the meta device: their walk blends nothing.
+    and returns one element on the meta device: their walk blends nothing. While rank 0 waits for somebody else's tile,
+    it decodes its own next one.
 
     Args:
         decode: of one tile.
+        tiles: of the walk (`Survey`).
         owners: which rank decodes each tile (`deal`).
         seed: tile i is decoded after torch.manual_seed(seed + i).
         watch: told of every tile.
@@ -57,28 +64,42 @@ class Dealer:
         drew: whether decoding drew random numbers here.
     """
 
-    def __init__(self, comm: Comm, decode: Decode, owners: Sequence[int], *, seed: int, watch: Watch) -> None:
+    def __init__(
+        self,
+        comm: Comm,
+        decode: Decode,
+        tiles: Sequence[torch.Tensor],
+        owners: Sequence[int],
+        *,
+        seed: int,
+        watch: Watch,
+    ) -> None:
         self.drew = False
         self._comm = comm
         self._decode = decode
-        self._owners: Iterator[tuple[int, int]] = iter(enumerate(owners))
+        self._tiles = tiles
+        self._owners = list(owners)
+        self._indices = iter(range(len(owners)))
         self._seed = seed
         self._watch = watch
         self._underway: deque[Passing] = deque()
+        self._ahead: dict[int, torch.Tensor] = {}
 
     def decode(self, tile: torch.Tensor) -> torch.Tensor:
         """The next tile of the walk."""
-        index, owner = next(self._owners)
+        index = next(self._indices)
+        owner = self._owners[index]
         mine = owner == self._comm.rank
         # as often on every rank, whoever decodes
         if index % self._comm.size == 0:
             self._watch.step(self._comm.size if index else 0)
-        result = self._decoded(tile, self._seed + index) if mine else None
+        result = self._own(index) if mine else None
         header = torch.zeros(MOST_DIMS + 1, dtype=torch.int64, device=tile.device)
         if result is not None and owner:
             header = header.new_tensor([DTYPES.index(result.dtype), *result.shape, *[0] * (MOST_DIMS - result.ndim)])
         announced = self._comm.to_first(header if mine else None, source=owner, like=header)
         if self._comm.rank == 0 and not mine:
+            self._look_ahead(index)
             kind, *shape = announced.wait()[0].tolist()
             like = torch.empty(shape[: tile.ndim], dtype=DTYPES[kind], device=tile.device)
             return self._comm.to_first(None, source=owner, like=like).wait()[0]
@@ -98,8 +119,18 @@ class Dealer:
             self._underway.popleft().wait()
         self._watch.finish()
 
-    def _decoded(self, tile: torch.Tensor, seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
+    def _look_ahead(self, index: int) -> None:
+        """Decode the next own tile after this one, unless it is done: one at a time, since each takes memory."""
+        own = [later for later in range(index + 1, len(self._owners)) if self._owners[later] == self._comm.rank]
+        if own and not self._ahead:
+            self._ahead[own[0]] = self._decoded(own[0])
+
+    def _own(self, index: int) -> torch.Tensor:
+        return self._ahead.pop(index) if index in self._ahead else self._decoded(index)
+
+    def _decoded(self, index: int) -> torch.Tensor:
+        tile = self._tiles[index]
+        torch.manual_seed(self._seed + index)
         before = _random_state(tile.device)
         result = self._decode(tile).to(tile.device)
         self.drew |= any(not torch.equal(a, b) for a, b in zip(before, _random_state(tile.device), strict=True))

@@ -29,7 +29,7 @@ def decode(vae: Any, request: DecodeRequest, mesh: Mesh, line: Line) -> PartRepl
     _walk(vae, survey, latent, request.tiles, torch.device("meta"))
     owners = deal(survey.costs, comm.size)
     watch = watching(mesh.control, line, len(owners))
-    dealer = Dealer(comm, vae.first_stage_model.decode, owners, seed=request.seed, watch=watch)
+    dealer = Dealer(comm, vae.first_stage_model.decode, survey.tiles, owners, seed=request.seed, watch=watch)
     first = comm.rank == 0
     images = _walk(vae, dealer, latent, request.tiles, vae.output_device if first else torch.device("meta"))
     dealer.finish()
@@ -59,8 +59,8 @@ def _walk(vae: Any, decoder: Any, latent: torch.Tensor, tiles: TileSizes, device
     stand_in = copy.copy(vae)
     stand_in.first_stage_model = decoder
     stand_in.output_device = device
-    if isinstance(decoder, Survey):
-        stand_in.device = device
+    if latent.is_meta:
+        stand_in.device = latent.device
     node = importlib.import_module("nodes").VAEDecodeTiled()
     images: torch.Tensor = node.decode(
         stand_in,

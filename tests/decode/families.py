@@ -12,6 +12,8 @@ import torch
 WIDTH = 4
 TILED = ("kl", "wan 2.1", "ltxv noise", "wan 2.1 image, qwen image")
 """Families whose tiles are compared by default; on demand those of all."""
+LOCAL = ("pixel space",)
+"""Families whose rows know nothing of one another: exchanging nothing is right."""
 NOISY = ("ltxv noise", "ltxv in chunks")
 """Families that draw random numbers while they decode."""
 TALL = (1, 16, 2, 30, 8)
@@ -175,7 +177,6 @@ class Family:
         every: whether it runs by default; the others on demand, since they repeat what others show.
         encodes: whether its encoder is tried too; `pixels` channels and `length` frames.
         chunk: bytes per row that its time chunks are given, where the class cuts time by size.
-        times: frames of pixels per frame of latent, after the first.
         newer: whether only newer ComfyUI has it.
     """
 
@@ -190,7 +191,6 @@ class Family:
     pixels: int = 3
     length: int = 0
     chunk: int = 0
-    times: int = 4
     newer: bool = False
 
     def latent(self, rows: int, *, seed: int = 3, batch: int | None = None, frames: int | None = None) -> torch.Tensor:
@@ -249,7 +249,7 @@ FAMILIES = (
     ),
     Family(name="ltxv zeros", build=ltxv, channels=128, scale=8, frames=3),
     Family(name="ltxv reflect", build=lambda: ltxv("reflect"), channels=128, scale=8, frames=3),
-    Family(name="ltxv noise", build=lambda: ltxv(noise=True), channels=128, scale=8, frames=3, times=2),
+    Family(name="ltxv noise", build=lambda: ltxv(noise=True), channels=128, scale=8, frames=3),
     Family(
         name="ltxv in chunks", build=lambda: ltxv(noise=True), channels=128, scale=8, frames=5, chunk=9000, newer=True
     ),

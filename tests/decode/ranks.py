@@ -113,12 +113,13 @@ def tiles_job(rank: int, size: int, path: str, prepared: list[Prepared], wholes:
     results: dict[str, Any] = {}
     with torch.inference_mode():
         for one, whole in zip(prepared, wholes, strict=True):
-            x, arguments = tiled(one.family)
-            owners = deal(survey(x, arguments), size)
+            x, arguments = tiled(one)
+            look = survey(x, arguments)
+            owners = deal(look.costs, size)
             results[f"{one.family.name}, owners"] = owners
             told: list[int] = []
             watch = watching(mesh, len(owners), told)
-            dealer = Dealer(mesh.axis("world"), one.model.decode, owners, seed=SEED, watch=watch)
+            dealer = Dealer(mesh.axis("world"), one.model.decode, look.tiles, owners, seed=SEED, watch=watch)
             device = "cpu" if rank == 0 else "meta"
             out = walk(x, dealer.decode, arguments, device)
             dealer.finish()
@@ -152,15 +153,17 @@ def watching(mesh: Mesh, total: int, told: list[int]) -> Watch:
     return Watch(mesh.control, total=total, report=lambda done, _: told.append(done), wanted=lambda: False)
 
 
-def tiled(family: Family) -> tuple[torch.Tensor, dict[str, Any]]:
+def tiled(one: Prepared) -> tuple[torch.Tensor, dict[str, Any]]:
     """A latent of several tiles, and the grid."""
-    if family.frames:
-        grid = {"tile": (3, 4, 4), "overlap": (1, 2, 2), "index_formulas": (family.times, family.scale, family.scale)}
-        return family.latent(9, frames=5, batch=2), {
-            **grid,
-            "upscale_amount": (lambda a: a * family.times - family.times + 1, family.scale, family.scale),
-        }
-    return family.latent(9, batch=2), {"tile": (4, 4), "overlap": 2, "upscale_amount": family.scale}
+    family = one.family
+    if not family.frames:
+        return family.latent(9, batch=2), {"tile": (4, 4), "overlap": 2, "upscale_amount": family.scale}
+    # what two and three frames become says it for all numbers
+    two, three = (one.whole("decode", family.latent(4, frames=count)).shape[2] for count in (2, 3))
+    each = three - two
+    grid = {"tile": (3, 4, 4), "overlap": (1, 2, 2), "index_formulas": (each, family.scale, family.scale)}
+    up = (lambda count: two + (count - 2) * each, family.scale, family.scale)
+    return family.latent(9, frames=5, batch=2), {**grid, "upscale_amount": up}
 
 
 def walk(x: torch.Tensor, function: Any, arguments: dict[str, Any], device: str) -> torch.Tensor:
@@ -170,11 +173,11 @@ def walk(x: torch.Tensor, function: Any, arguments: dict[str, Any], device: str)
     return comfy.utils.tiled_scale_multidim(x, function, output_device=device, **arguments)
 
 
-def survey(x: torch.Tensor, arguments: dict[str, Any]) -> list[int]:
-    """Sizes of the tiles of a walk."""
+def survey(x: torch.Tensor, arguments: dict[str, Any]) -> Survey:
+    """The tiles of a walk."""
     look = Survey()
     walk(x, look.decode, arguments, "meta")
-    return look.costs
+    return look
 
 
 def seeded(decode: Any) -> Any:
@@ -206,9 +209,7 @@ def main(root: str, result: str, chosen: str = "") -> None:
         every_height = {rows for of_size in chosen_heights.values() for rows in of_size}
         prepared = [Prepared(family, every_height) for family in wanted]
         tile = [one for one in prepared if chosen == "all" or one.family.name in TILED]
-        wholes = [
-            walk(x, seeded(one.model.decode), arguments, "cpu") for one in tile for x, arguments in [tiled(one.family)]
-        ]
+        wholes = [walk(x, seeded(one.model.decode), arguments, "cpu") for one in tile for x, arguments in [tiled(one)]]
     everything = {
         "strips": {size: fork(size, strips_job, prepared, heights) for size, heights in chosen_heights.items()},
         "tiles": {size: fork(size, tiles_job, tile, wholes) for size in HEIGHTS},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .conftest import EVERYTHING, Table
-from .families import FAMILIES, NOISY, TALL, TILED
+from .families import FAMILIES, LOCAL, NOISY, TALL, TILED
 
 CLOSE = 1e-5
 FAR = 0.1
@@ -40,7 +40,7 @@ def test_strips_equal_the_whole(on_ranks: OnRanks, comfy_root: Path, name: str) 
     assert {where.split()[-1] for where, _ in errors} == set(SIZES)
     assert max(errors.values()) <= CLOSE, errors
     alone = [value for _, check, value in found if check == "without exchanges"]
-    assert alone and max(alone) > FAR, "a comparison that cannot fail would also pass here"
+    assert alone and (max(alone) > FAR or name in LOCAL), "a comparison that cannot fail would also pass here"
     assert all(value for _, check, value in found if check == "as before")
 
 
