@@ -66,10 +66,13 @@ class Worker:
             start_seconds=time.monotonic() - begun,
         )
 
-    def follow(self, driver_pid: int) -> None:
-        """End this process as soon as the driver's ends. Only for a driver on the same host.
+    def follow(self, driver_pid: int, helpers: list[tuple[int, float]]) -> None:
+        """End this process as soon as the driver's ends, and Ray's helpers. Only for a driver on the same host.
 
         Ray takes seconds to notice; a worker in a collective would not notice its closed connection.
+
+        Args:
+            helpers: processes by number and start time: after a kill -9 of the driver some outlive their raylet.
         """
         if not hasattr(os, "pidfd_open"):
             return
@@ -80,6 +83,7 @@ class Worker:
             except ProcessLookupError:
                 os._exit(EXIT_DRIVER_GONE)
             select.select([descriptor], [], [])
+            _end(helpers)
             os._exit(EXIT_DRIVER_GONE)
 
         threading.Thread(target=wait, name="raylight-follow-driver", daemon=True).start()
@@ -98,3 +102,15 @@ class Worker:
     def status(self) -> int:
         """Sign of life: answered while the main group works. Returns the rank."""
         return self._rank
+
+
+def _end(helpers: list[tuple[int, float]]) -> None:
+    import psutil
+
+    for pid, started in helpers:
+        try:
+            process = psutil.Process(pid)
+            if process.create_time() == started:
+                process.kill()
+        except psutil.Error:  # it has ended
+            continue

@@ -20,7 +20,7 @@ def describe(failures: Mapping[int, Failure], verb: str) -> RaylightError:
     if failure.error is not None:
         return failure.error
     remedy = "The worker's traceback is in ComfyUI's log"
-    if "OutOfMemory" in failure.kind:
+    if "OutOfMemory" in failure.kind or "Cannot allocate memory" in failure.message:
         remedy = "Use a smaller size or batch, more workers, or a smaller weight_dtype. " + remedy
     return WorkerError(
         f"Worker {rank} failed during {verb}", f"{failure.kind}: {failure.message}", remedy, failure.kind

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 
@@ -84,6 +85,19 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
             **options,
         )
     RayWatch(lost).start()
+
+
+def helpers() -> list[tuple[int, float]]:
+    """Number and start time of the processes that Ray has started for this one, workers apart."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(process.cmdline())
+            if "ray" in command and not command.startswith(("ray::Worker", "ray::IDLE")):
+                found.append((process.pid, process.create_time()))
+        except psutil.Error:  # it has ended
+            continue
+    return found
 
 
 def ray_ended() -> str:

@@ -321,9 +321,10 @@ class Pool:
             )
             for place in places
         ]
+        helpers = self._launch.helpers() if self.config.address == self._launch.LOCAL else []
         for member in self.members:
             if member.local:
-                member.actor.follow.options(concurrency_group="control").remote(os.getpid())
+                member.actor.follow.options(concurrency_group="control").remote(os.getpid(), helpers)
 
     def _readers(self, places: list[WorkerPlace], rank: int) -> tuple[int, int]:
         """A rank's index among the ranks of its replica on its host, and their number."""
