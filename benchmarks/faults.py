@@ -75,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
 def shown(text: str) -> str:
     """One cell: process ids, which differ from run to run, go."""
     text = re.sub(r"process \d+", "process N", " ".join(text.split()))
+    text = re.sub(r"^[\w.]+ in \w+: ", "", text)  # ComfyUI shows the node, and the type apart
     return re.sub(r"([|<>*_`])", r"\\\1", text)
 
 

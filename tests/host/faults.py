@@ -130,11 +130,15 @@ def raising(rank: int) -> Callable[[Stage], Prompt]:
     return lambda stage: stage.prompt(steps=400, model_nodes=(("RLTestFailure", {"rank": rank}),))
 
 
-def large(stage: Stage) -> Prompt:
-    """A video whose activations do not fit into what is left."""
-    prompt = stage.prompt(steps=400)
-    prompt["latent"]["inputs"].update(frames=21, height=60, width=104)
-    return prompt
+def video(height: int, width: int) -> Callable[[Stage], Prompt]:
+    """81 frames, of which a step takes seconds (30 x 52) or does not fit into what is left (60 x 104)."""
+
+    def build(stage: Stage) -> Prompt:
+        prompt = stage.prompt(steps=400)
+        prompt["latent"]["inputs"].update(frames=21, height=height, width=width)
+        return prompt
+
+    return build
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -150,14 +154,14 @@ FAULTS: Mapping[str, Fault] = {
     "exceptions": Fault(
         "a patch raises on every worker", lambda s: None, "ValueError", prompt=raising(-1), before=True, keeps=True
     ),
-    "memory": Fault("out of memory on one worker", Stage.starve, "memory", prompt=large, before=True),
+    "memory": Fault("out of memory on one worker", Stage.starve, "memory", prompt=video(60, 104), before=True),
     "truncated": Fault("the model file is truncated", truncate, "changed while it was in use", prompt=Stage.spoilable),
     "cancel": Fault("Cancel while sampling", lambda s: s.client.interrupt(), "interrupted", keeps=True),
     "cancel in a step": Fault(
         "Cancel within the first step of a large video",
         cancel_when_busy,
         "interrupted",
-        prompt=large,
+        prompt=video(30, 52),
         waits=False,
         keeps=True,
     ),
