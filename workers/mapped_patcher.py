@@ -105,7 +105,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         if self._is_home(device_to):
             return super().load(device_to, *args, **kwargs)
         if kwargs.get("full_load"):
-            self._upload(device_to, [home for _, home in self.weights.in_file_order])
+            self._upload(device_to)
         with _Uploading(self.weights, device_to):
             result = super().load(device_to, *args, **kwargs)
         self._patch_blocks()
@@ -172,9 +172,9 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
     def _is_home(self, device: Any) -> bool:
         return device is None or torch.device(device) == self.offload_device
 
-    def _upload(self, device: Any, homes: Iterable[Home]) -> None:
-        """Bring weights to the device, given in file order; ComfyUI then patches what is to be patched there."""
-        pending = [home for home in homes if home.at_home and len(parts(home.tensor)) == 1]
+    def _upload(self, device: Any) -> None:
+        """Bring every weight to the device in file order; ComfyUI then patches what is to be patched there."""
+        pending = [home for _, home in self.weights.in_file_order if _uploads(home)]
         for home, tensor in zip(pending, self.weights.upload(pending, device), strict=True):
             home.put(tensor)
 
@@ -195,13 +195,27 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
                 _unhook(home)
             else:
                 home.put(home.tensor)
-        if not self._is_home(device):
-            self._upload(device, [home for _, home in changed])
-        for key, home in changed:
+        # patched as they come, while others are read
+        for key, home, tensor in self._natives(changed, device):
+            if tensor is not None:
+                home.put(tensor)
             if key in self.patches:
                 self.patch_weight_to_device(key, device_to=device)
-            elif home.at_home and not _is_blocks(home) and not self._is_home(device):
-                home.put(self._native(home, device))
+
+    def _natives(
+        self, changed: Sequence[tuple[str, Home]], device: Any
+    ) -> Iterator[tuple[str, Home, torch.Tensor | None]]:
+        """Unpatched weights as ComfyUI would hold them on a device; None for what is not to be replaced there."""
+        away = not self._is_home(device)
+        read = [(key, home) for key, home in changed if away and _uploads(home) and not _is_blocks(home)]
+        if read:
+            uploaded = self.weights.upload([home for _, home in read], device)
+            yield from ((key, home, tensor) for (key, home), tensor in zip(read, uploaded, strict=True))
+        done = {key for key, _ in read}
+        for key, home in changed:
+            if key not in done:
+                moves = away and home.at_home and not _is_blocks(home) and key not in self.patches
+                yield key, home, self._native(home, device) if moves else None
 
     def _native(self, home: Home, device: Any) -> torch.Tensor:
         """An unpatched weight as ComfyUI would hold it on a device: on the host, the map where that is the same."""
@@ -316,6 +330,11 @@ def _device_bytes(home: Home) -> int:
     if len(found) == 1 and home.dtype is not None:
         return found[0].numel() * home.dtype.itemsize
     return sum(tensor.nbytes for tensor in found)
+
+
+def _uploads(home: Home) -> bool:
+    """Whether it is to be read from the file: it is at home, and one tensor."""
+    return home.at_home and len(parts(home.tensor)) == 1
 
 
 def _is_blocks(home: Home) -> bool:
