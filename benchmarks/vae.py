@@ -123,7 +123,7 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def results(ranks: dict[int, Any]) -> list[tuple[float, ...]]:
-    """What the ranks returned.
+    """What the ranks returned, the first one first.
 
     Raises:
         RuntimeError: one failed.
@@ -131,7 +131,7 @@ def results(ranks: dict[int, Any]) -> list[tuple[float, ...]]:
     failed = [rank for rank in ranks.values() if isinstance(rank, str)]
     if failed:
         raise RuntimeError("\n".join(failed))
-    return list(ranks.values())
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
 def on_rank(rank: int, size: int, path: str, model: Any, latent: Any, *, way: str, rounds: int) -> tuple[float, ...]:
