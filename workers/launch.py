@@ -90,11 +90,13 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
 def helpers() -> list[tuple[int, float]]:
     """Number and start time of the processes that Ray has started for this one, workers apart."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for started in psutil.Process().children():
         try:
-            command = " ".join(process.cmdline())
-            if "ray" in command and not command.startswith(("ray::Worker", "ray::IDLE")):
-                found.append((process.pid, process.create_time()))
+            if "/ray/" in " ".join(started.cmdline()):
+                family = [started, *started.children(recursive=True)]
+                found += [
+                    (each.pid, each.create_time()) for each in family if not each.name().startswith("ray::Worker")
+                ]
         except psutil.Error:  # it has ended
             continue
     return found

@@ -67,7 +67,8 @@ class RayWatch(threading.Thread):
 
 
 def _ours() -> Iterator[tuple[str, int]]:
-    for process in psutil.Process().children(recursive=True):
+    # Ray starts them from the process that asks for it
+    for process in psutil.Process().children():
         try:
             name = process.name()
         except psutil.NoSuchProcess:
