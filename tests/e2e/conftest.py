@@ -13,6 +13,7 @@ from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.server import ComfyServer
 
 LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
+SLOW = pytest.mark.skipif(not LARGE, reason="slow: RAYLIGHT_TEST_LARGE=1 runs it")
 FAMILIES = ("wan", "flux", "unet", *(("zimage",) if LARGE else ()))
 """Flux has 1.1 GB and Z-Image 1.8 GB of bf16, which a CPU casts at every call: seconds for a step."""
 

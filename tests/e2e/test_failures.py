@@ -122,4 +122,4 @@ def test_edited_graph(server: ComfyServer, client: ComfyClient, good: Callable[[
 
 
 def workers(server: ComfyServer) -> list[processes.Process]:
-    return [process for process in processes.tree(server.pid) if process.command.startswith("ray::Worker")]
+    return processes.workers(server.pid)

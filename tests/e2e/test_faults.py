@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.faults import FAULTS, Stage, suffer, zombies
 from comfy_raylight.tests.host.server import ComfyServer
 
+from .conftest import SLOW
+
 BY_DEFAULT = ("rank 1", "raylet", "exception", "memory", "truncated", "cancel", "cancel in a step")
-LARGE = pytest.mark.skipif(
-    os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0", reason="slow: RAYLIGHT_TEST_LARGE=1 runs it"
-)
-NAMES = [pytest.param(name, marks=() if name in BY_DEFAULT else LARGE) for name in FAULTS]
+NAMES = [pytest.param(name, marks=() if name in BY_DEFAULT else SLOW) for name in FAULTS]
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from comfy_raylight.tests.host.client import ComfyClient, PromptError
 from comfy_raylight.tests.host.faults import Stage
 from comfy_raylight.tests.host.prompts import INIT, LOADER, SAMPLER, SAVE
 from comfy_raylight.tests.host.server import ComfyServer
+from comfy_raylight.tests.weights.memory import private
 
-LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
+from .conftest import LARGE, SLOW
+
 SECONDS = 600.0 if LARGE else 45.0
 PROMPTS = 200
 SETTLED = 40
@@ -44,7 +46,7 @@ def cancelled(stage: Stage, chance: random.Random) -> None:
 
 def killed(stage: Stage, chance: random.Random) -> None:
     """Workers die while nothing runs."""
-    workers = [process for process in processes.tree(stage.server.pid) if process.pid in stage.workers()]
+    workers = processes.workers(stage.server.pid)
     victims = chance.sample(workers, k=min(len(workers), chance.choice((1, 2))))
     assert processes.kill(victims) == []
 
@@ -120,18 +122,13 @@ def footprint(stage: Stage) -> dict[str, list[int]]:
     for name, pids in {"driver": [stage.server.pid], "workers": stage.workers()}.items():
         for number, pid in enumerate(pids):
             process = psutil.Process(pid)
-            private = next(
-                int(line.split()[1]) << 10
-                for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-                if line.startswith("RssAnon")
-            )
-            found[f"{name} {number}"] = [private, process.num_fds(), process.num_threads()]
+            found[f"{name} {number}"] = [private([pid]), process.num_fds(), process.num_threads()]
     found["shared memory"] = [0, len(list(Path("/dev/shm").iterdir())), 0]
     return found
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not LARGE, reason="slow: RAYLIGHT_TEST_LARGE=1 runs it")
+@SLOW
 def test_two_hundred_prompts_leave_nothing(stage: Stage) -> None:
     wanted = stage.good()
     for _ in range(SETTLED):

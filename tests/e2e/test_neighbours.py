@@ -19,9 +19,8 @@ from comfy_raylight.tests.host.faults import Stage
 from comfy_raylight.tests.host.prompts import INIT, LOADER
 from comfy_raylight.tests.host.server import ComfyServer, _free_port
 
-LARGE = pytest.mark.skipif(
-    os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0", reason="slow: RAYLIGHT_TEST_LARGE=1 runs it"
-)
+from .conftest import SLOW
+
 GONE_S = 10.0
 
 
@@ -36,7 +35,7 @@ def other(comfy_root: Path, tmp_path: Path) -> Iterator[ComfyServer]:
         yield server
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=LARGE), signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=SLOW), signal.SIGKILL], ids=lambda how: how.name)
 def test_nothing_outlives_comfyui(other: ComfyServer, how: signal.Signals) -> None:
     with other.client() as client:
         stage = Stage(other, client)
@@ -47,7 +46,7 @@ def test_nothing_outlives_comfyui(other: ComfyServer, how: signal.Signals) -> No
     assert [process.command for process in processes.gone(members, wait=GONE_S)] == []
 
 
-@LARGE
+@SLOW
 def test_two_comfyuis_at_once(other: ComfyServer, server: ComfyServer, client: ComfyClient) -> None:
     """Pools of two processes share no name, port or file."""
     with other.client() as second:
@@ -95,7 +94,7 @@ def cluster(tmp_path: Path) -> Iterator[Callable[[], str]]:
     subprocess.run(["rm", "-rf", str(folder)], check=False)
 
 
-@LARGE
+@SLOW
 def test_a_cluster_is_joined_and_left_as_it_was(other: ComfyServer, cluster: Callable[[], str]) -> None:
     with other.client() as client:
         stage = Stage(other, client)

@@ -14,9 +14,8 @@ from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, SAMPLER, Case, P
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
 
-from .conftest import LARGE
+from .conftest import LARGE, SLOW
 
-SLOW = pytest.mark.skipif(not LARGE, reason="slow: RAYLIGHT_TEST_LARGE=1 runs it")
 FP32 = 1e-5
 BF16 = 2e-2
 

@@ -1,4 +1,7 @@
-"""Decoding and encoding on the workers through ComfyUI's HTTP API, against ComfyUI's own nodes."""
+"""Decoding and encoding on the workers through ComfyUI's HTTP API, against ComfyUI's own nodes.
+
+What is slow here is what `tests/decode` shows as well, without a server.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,7 @@ from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, Case, PoolCase, 
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
 
-LARGE = pytest.mark.skipif(
-    os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0", reason="slow: RAYLIGHT_TEST_LARGE=1 runs it"
-)
-"""What `tests/decode` shows as well, without a server."""
+from .conftest import SLOW
 
 CLOSE = 1e-5
 NODE = "decoder"
@@ -123,16 +123,16 @@ def clean() -> Any:
 
 CASES = [
     pytest.param(WAN, 2, {}, "seamless", id="wan"),
-    pytest.param(WAN, 3, {"mode": "seamless"}, "seamless", id="wan on 3", marks=LARGE),
-    pytest.param(WAN_IMAGE, 2, {}, "seamless", id="wan image", marks=LARGE),
-    pytest.param(WAN_BATCH, 2, {}, "seamless", id="wan batch", marks=LARGE),
-    pytest.param(WAN_LOW, 3, {}, "seamless", id="wan lower than workers", marks=LARGE),
+    pytest.param(WAN, 3, {"mode": "seamless"}, "seamless", id="wan on 3", marks=SLOW),
+    pytest.param(WAN_IMAGE, 2, {}, "seamless", id="wan image", marks=SLOW),
+    pytest.param(WAN_BATCH, 2, {}, "seamless", id="wan batch", marks=SLOW),
+    pytest.param(WAN_LOW, 3, {}, "seamless", id="wan lower than workers", marks=SLOW),
     pytest.param(TAESD, 2, {}, "seamless", id="taesd batch"),
-    pytest.param(TAESD, 1, {}, "seamless", id="taesd alone", marks=LARGE),
-    pytest.param(LTXV, 2, {}, "seamless", id="ltxv with noise", marks=LARGE),
+    pytest.param(TAESD, 1, {}, "seamless", id="taesd alone", marks=SLOW),
+    pytest.param(LTXV, 2, {}, "seamless", id="ltxv with noise", marks=SLOW),
     pytest.param(WAN, 2, {"mode": "tiles"}, "tiles", id="wan tiles"),
-    pytest.param(WAN, 3, {"mode": "tiles"}, "tiles", id="wan tiles on 3", marks=LARGE),
-    pytest.param(TAESD, 2, {"mode": "tiles"}, "tiles", id="taesd tiles", marks=LARGE),
+    pytest.param(WAN, 3, {"mode": "tiles"}, "tiles", id="wan tiles on 3", marks=SLOW),
+    pytest.param(TAESD, 2, {"mode": "tiles"}, "tiles", id="taesd tiles", marks=SLOW),
 ]
 
 
@@ -164,7 +164,7 @@ def test_progress_counts_frames(server: ComfyServer, client: ComfyClient) -> Non
     assert seen and seen[-1] == (9, 9) and seen == sorted(seen)
 
 
-@LARGE
+@SLOW
 @pytest.mark.usefixtures("vaes", "clean")
 def test_kept_until_the_file_changes(server: ComfyServer, client: ComfyClient) -> None:
     """A kept VAE is not loaded again; the model and the pool go on as before."""
@@ -174,7 +174,7 @@ def test_kept_until_the_file_changes(server: ComfyServer, client: ComfyClient) -
     assert torch.equal(pixels(server, "ray"), first)
 
 
-@LARGE
+@SLOW
 @pytest.mark.usefixtures("vaes", "clean")
 def test_killed_worker(server: ComfyServer, client: ComfyClient) -> None:
     """The next prompt builds a new pool."""
@@ -208,7 +208,7 @@ def test_interrupt(server: ComfyServer, client: ComfyClient) -> None:
 
 @pytest.mark.usefixtures("vaes", "clean")
 @pytest.mark.parametrize(
-    "vae,frames", [("wan", 9), pytest.param("wan", 1, marks=LARGE), pytest.param("taesd", 2, marks=LARGE)]
+    "vae,frames", [("wan", 9), pytest.param("wan", 1, marks=SLOW), pytest.param("taesd", 2, marks=SLOW)]
 )
 def test_encode_equals_comfyui(server: ComfyServer, client: ComfyClient, vae: str, frames: int) -> None:
     picture = node("RLTestPixels", frames=frames, height=70, width=48, channels=3, smooth=False)
@@ -250,7 +250,7 @@ def test_refused(client: ComfyClient, vaes: Path, widgets: dict[str, Any], words
 
 
 def workers_of(server: ComfyServer) -> list[int]:
-    return [process.pid for process in processes.tree(server.pid) if process.command.startswith("ray::Worker")]
+    return [process.pid for process in processes.workers(server.pid)]
 
 
 def wait_for_progress(client: ComfyClient, prompt_id: str, *, timeout: float = 120) -> None:

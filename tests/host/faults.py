@@ -70,8 +70,7 @@ class Stage:
         return bytes(path.read_bytes())
 
     def workers(self) -> list[int]:
-        tree = processes.tree(self.server.pid)
-        return [process.pid for process in tree if process.command.startswith("ray::Worker")]
+        return [process.pid for process in processes.workers(self.server.pid)]
 
     def of_ray(self, name: str) -> int:
         children = psutil.Process(self.server.pid).children(recursive=True)

@@ -54,6 +54,11 @@ def tree(pid: int) -> list[Process]:
     return found
 
 
+def workers(pid: int) -> list[Process]:
+    """The workers of the pools that process `pid` has."""
+    return [process for process in tree(pid) if process.command.startswith("ray::Worker")]
+
+
 def memory(processes: Iterable[Process]) -> int:
     """Bytes of host memory they hold together; memory they share counts once (PSS)."""
     return sum(_pss(process.pid) for process in processes)
