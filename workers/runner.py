@@ -19,7 +19,7 @@ from ..raylight import kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import WorkerError
 from ..raylight.mesh import Mesh
-from . import links, random_states
+from . import links, memory, random_states
 from .arena import ArenaRef
 from .loading import normal_tensors
 from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, LoadRequest, ModelFacts, PatchRequest
@@ -222,7 +222,7 @@ class Runner:
         self._active = None
         with normal_tensors():
             self._models[spec].offload()
-            model_management.soft_empty_cache()
+        memory.give_back()
 
     def release(self, spec: ModelSpec) -> None:
         """Forget a model."""
@@ -233,7 +233,7 @@ class Runner:
                 model.close()
             del model
             model_management.cleanup_models_gc()
-            model_management.soft_empty_cache()
+            memory.give_back()
 
     def close(self) -> None:
         """Leave the process groups. Every rank must be on its way here, or be killed."""

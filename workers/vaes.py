@@ -20,7 +20,7 @@ from ..vae import budget, selftest
 from ..vae.frames import last_convolution
 from ..vae.rules import strip_of
 from ..vae.strips import Rows, Strips
-from . import vae_strips, vae_tiles
+from . import memory, vae_strips, vae_tiles
 from .vae_loading import attend, load_vae
 from .vae_messages import Block, DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
 from .wire import Line
@@ -134,7 +134,7 @@ class WorkerVAEs:
             vae.patcher.detach()
             del vae
             model_management.cleanup_models_gc()
-            model_management.soft_empty_cache()
+            memory.give_back()
 
     def _vae(self, spec: ModelSpec) -> Any:
         if spec not in self._loaded:
