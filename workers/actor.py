@@ -40,6 +40,7 @@ class Worker:
         """
         begun = time.monotonic()
         os.environ.update(variables)
+        self._choose_interface(ray.util.get_node_ip_address())
         # Ray puts the driver's directories first, and any of them may hold a `nodes` or `utils` of its own
         sys.path.insert(0, comfy_root)
         node = ray.get_runtime_context().get_node_id()
@@ -65,6 +66,15 @@ class Worker:
             device=str(model_management.get_torch_device()),
             start_seconds=time.monotonic() - begun,
         )
+
+    def _choose_interface(self, address: str) -> None:
+        """Have gloo and NCCL use the interface by which Ray's nodes reach each other; on their own they may not."""
+        import psutil
+
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(entry.address == address for entry in addresses) and not address.startswith("127."):
+                for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                    os.environ.setdefault(variable, name)
 
     def follow(self, driver_pid: int, helpers: list[tuple[int, float]]) -> None:
         """End this process as soon as the driver's ends, and Ray's helpers. Only for a driver on the same host.

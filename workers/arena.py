@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import tempfile
@@ -10,6 +11,10 @@ import weakref
 from dataclasses import dataclass
 
 import torch
+
+log = logging.getLogger(__name__)
+
+PROBE_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,28 @@ class Arena:
         self.ref = ArenaRef(os.getpid(), self._fd, size, uuid.uuid4().hex)
 
     @staticmethod
+    def probe() -> Arena:
+        """One that others try to open, to see whether they can; see `is_open`."""
+        probe = Arena(PROBE_BYTES)
+        probe.bytes[: len(probe.ref.name)] = torch.frombuffer(bytearray(probe.ref.name.encode()), dtype=torch.uint8)
+        return probe
+
+    @staticmethod
     def supported() -> bool:
         return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+
+
+def is_open(ref: ArenaRef) -> bool:
+    """Whether this process can open another one's probe.
+
+    On another host, or in another container, the same number may be another process's, with other files.
+    """
+    try:
+        content = open_arena(ref)[: len(ref.name)]
+    except (OSError, ValueError) as error:
+        log.info("no shared memory with the driver: %s", error)
+        return False
+    return bytes(content.tolist()) == ref.name.encode()
 
 
 def open_arena(ref: ArenaRef, *, private: bool = False) -> torch.Tensor:

@@ -15,10 +15,10 @@ from comfy import model_management
 from ..raylight.config import ModelSpec
 from ..raylight.errors import UnsupportedError, WorkerError
 from . import random_states, remote
-from .arena import Arena
 from .link import interruptible
 from .output import Output, reserve, share
 from .pool import Pool
+from .replica import can_share
 from .vae_messages import DecodeRequest, EncodeRequest, Mode, PartReply, TileSizes, VAEFacts, VAEPlan, Way
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def decode_on(
         WorkerError: a worker failed.
     """
     try:
+        pool.agree_on(spec)
         plan = VAEPlan(spec=spec, shape=tuple(latent.shape), test=mode != "tiles")
         try:
             facts = _facts(pool, plan)
@@ -93,13 +94,14 @@ def encode_on(pool: Pool, pixels: torch.Tensor, spec: ModelSpec, *, keep: bool) 
         LoadError, Cancelled, WorkerError: as for `decode_on`.
     """
     try:
+        pool.agree_on(spec)
         facts = _facts(pool, VAEPlan(spec=spec, shape=tuple(pixels.shape), encode=True))
         refusal = _refusal(facts)
         if refusal:
             raise UnsupportedError(
                 f"{facts[0].family} cannot encode on several workers", refusal, "Use ComfyUI's own VAE Encode"
             )
-        given = share(pixels, shared=_can_share(pool))
+        given = share(pixels, shared=can_share(pool, range(len(pool.members))))
         request = EncodeRequest(
             spec=spec,
             pixels=given.block,
@@ -165,7 +167,7 @@ class _Job:
 
 
 def _decode(pool: Pool, latent: torch.Tensor, facts: Sequence[VAEFacts], job: _Job) -> torch.Tensor:
-    shared = _can_share(pool)
+    shared = can_share(pool, range(len(pool.members)))
     output: Output | None = None
     if job.way == "seamless":
         output = reserve(facts[0].shape, facts[0].dtype, shared=shared)
@@ -234,14 +236,6 @@ def _budget(facts: Sequence[VAEFacts]) -> int:
 def _part(reply: PartReply) -> torch.Tensor:
     assert reply.part is not None
     return reply.part.open()
-
-
-def _can_share(pool: Pool) -> bool:
-    """Whether every worker can open this process's memory."""
-    if not Arena.supported():
-        return False
-    probe = Arena(1 << 12)
-    return all(pool.call("share", probe.ref))
 
 
 def _let_go(pool: Pool, spec: ModelSpec, *, keep: bool) -> None:

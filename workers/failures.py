@@ -27,10 +27,10 @@ def describe(failures: Mapping[int, Failure], verb: str) -> RaylightError:
     )
 
 
-def dead(rank: int, pid: int, verb: str) -> WorkerError:
-    """The error for a worker whose process ended."""
+def dead(rank: int, where: str, verb: str) -> WorkerError:
+    """The error for a worker whose process (`where`) ended."""
     return WorkerError(
-        f"Worker {rank} (process {pid}) died during {verb}",
+        f"Worker {rank} ({where}) died during {verb}",
         "its process ended; out of memory is the usual cause (see the system log)",
         "Queue the prompt again: a new pool starts by itself. If it recurs, use a smaller size or fewer workers",
     )

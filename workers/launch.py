@@ -10,17 +10,18 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError, WorkerError
-from . import actor, devices
+from . import actor, cluster, devices
 from .messages import HostEnvironment
 from .ray_watch import RayWatch
 
@@ -30,6 +31,8 @@ OBJECT_STORE_BYTES = 256 << 20
 """Ray's store of a local cluster: payloads do not go through it, so the smallest comfortable size."""
 POLL_S = 0.1
 KNOCK_S = 5.0
+MODE = "RAY_AUTH_MODE"
+UNREACHABLE = "Start it with `ray start --head`, or set ray_cluster_address to local"
 EXPECTED = ("Token authentication is enabled", "SIGTERM handler is not set")
 
 
@@ -59,13 +62,14 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
     if config.address != LOCAL:
         _check_reachable(config.address)
         with _environment_kept():
+            _choose_authentication(config.address)
             try:
                 ray.init(address=config.address, namespace=config.namespace, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ConfigError(
                     f"No Ray cluster answers at {config.address}",
                     str(error),
-                    "Start it with `ray start --head`, or set ray_cluster_address to local",
+                    UNREACHABLE,
                 ) from error
         atexit.register(ray.shutdown)
         return
@@ -116,8 +120,20 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def make_actors(config: PoolConfig, environment: HostEnvironment) -> list[Any]:
-    """Create one actor per rank. Nothing is awaited: they start side by side."""
+def seats(config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> list[cluster.Seat]:
+    """Where each rank is to run.
+
+    Raises:
+        ConfigError: the cluster has no room, or a machine of it lacks what workers need.
+        WorkerError: the user cancelled, or a machine did not answer.
+    """
+    if config.address == LOCAL:
+        return cluster.own_seats(config.parallel.world)
+    return cluster.seats(config, environment, gather, interrupted)
+
+
+def make_actors(config: PoolConfig, environment: HostEnvironment, seats: Sequence[cluster.Seat]) -> list[Any]:
+    """Create one actor per seat. Nothing is awaited: they start side by side."""
     options: dict[str, Any] = {
         "num_cpus": 0,
         "max_restarts": 0,
@@ -127,14 +143,11 @@ def make_actors(config: PoolConfig, environment: HostEnvironment) -> list[Any]:
     if config.address != LOCAL and environment.device_type == "cuda":
         options["num_gpus"] = 1  # a shared cluster counts its GPUs; our own does not have to
     remote: Any = ray.remote(concurrency_groups={"control": 1})(actor.Worker)  # type: ignore[call-overload]
-    return [remote.options(**options).remote(rank) for rank in range(config.parallel.world)]
+    return [remote.options(**options, **cluster.options(seat)).remote(rank) for rank, seat in enumerate(seats)]
 
 
-def worker_variables(config: PoolConfig, environment: HostEnvironment, *, threads: int) -> list[dict[str, str]]:
+def worker_variables(config: PoolConfig, environment: HostEnvironment) -> list[dict[str, str]]:
     """Environment variables of each worker, set before it imports torch.
-
-    Args:
-        threads: of each worker, on a CPU.
 
     Raises:
         ConfigError: the devices that are asked for do not exist, or are fewer than the workers.
@@ -142,7 +155,7 @@ def worker_variables(config: PoolConfig, environment: HostEnvironment, *, thread
     world, kind = config.parallel.world, environment.device_type
     variables: list[dict[str, str]] = [{} for _ in range(world)]
     if kind == "cpu":
-        variables = [{"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""} for _ in range(world)]
+        variables = [{"CUDA_VISIBLE_DEVICES": ""} for _ in range(world)]
     elif config.address == LOCAL or config.devices:
         variables = [{devices.VARIABLES[kind]: device} for device in devices.chosen(config, kind)]
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
@@ -225,8 +238,37 @@ def _check_reachable(address: str) -> None:
         raise ConfigError(
             f"No Ray cluster answers at {address}",
             str(error),
-            "Start it with `ray start --head`, or set ray_cluster_address to local",
+            UNREACHABLE,
         ) from error
+
+
+def _choose_authentication(address: str) -> None:
+    """Send Ray's token where the cluster wants it, and only there: both otherwise fail, after minutes or at a worker.
+
+    Ray itself uses the token it finds for clusters that it finds or starts, but never for an address. It reads the
+    variable of its mode again when it is told to.
+
+    Raises:
+        ConfigError: the cluster wants a token, and this user has none or another one.
+    """
+    if MODE in os.environ or ":" not in address or "//" in address:
+        return
+    for mode in ("disabled", "token"):
+        os.environ[MODE] = mode
+        Config.initialize("")
+        try:
+            GcsClient(address=address)
+        except ray.exceptions.AuthenticationError as error:
+            if mode == "token":
+                raise ConfigError(
+                    f"The Ray cluster at {address} does not accept this machine's token",
+                    str(error).splitlines()[0],
+                    "Copy ~/.ray/auth_token from the machine that started the cluster",
+                ) from error
+        except ray.exceptions.RayError as error:
+            raise ConfigError(f"No Ray cluster answers at {address}", str(error), UNREACHABLE) from error
+        else:
+            return
 
 
 def _python_path(environment: HostEnvironment) -> str:

@@ -162,6 +162,7 @@ class ModelLink:
     def _loaded(self) -> Groups:
         with interruptible():
             groups = self._groups()
+            groups.pool.agree_on(self.spec)
             groups.load(self._request, self)
             return groups
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
-from ..raylight.config import PoolConfig
-from ..raylight.errors import Cancelled, WorkerError
+from ..loaders.content import content_key
+from ..raylight.config import ModelSpec, PoolConfig
+from ..raylight.errors import Cancelled, LoadError, WorkerError
 from . import devices, links, processes
 from .failures import dead, describe, failures_of, ray_lost
 from .messages import (
@@ -142,6 +143,8 @@ class Pool:
         self._serving: list[Any] = []
         self._closed = False
         self._lost = ""
+        self._single = True
+        self._agreed: set[ModelSpec] = set()
         self._next_id = 0
         try:
             self._start(environment)
@@ -212,6 +215,24 @@ class Pool:
         requests = [Request(id=self._next_id, verb=verb, arguments=own) for own in arguments]
         return self._exchange([{rank: pickle.dumps(request) for rank, request in enumerate(requests)}], requests[0])[0]
 
+    def agree_on(self, spec: ModelSpec) -> None:
+        """Make sure that all workers find the same file as this process; each then goes by its own machine's.
+
+        Raises:
+            LoadError: a machine has none of that path, or another one.
+        """
+        if self._single or spec in self._agreed:
+            return
+        told: list[str] = self.call("recognise", spec, content_key(spec.path))
+        wrong = {member.place.host: why for member, why in zip(self.members, told, strict=True) if why}
+        if wrong:
+            raise LoadError(
+                f"Not every machine of the pool has {spec.path} as this one has it",
+                "; ".join(f"{host}: {why}" for host, why in wrong.items()),
+                "Copy the file there, under the same path, then queue the prompt again",
+            )
+        self._agreed.add(spec)
+
     def lose(self, process: str) -> None:
         """A process of Ray has ended: end the workers, and the pool then closes itself. May be called at any time."""
         self._lost = process
@@ -241,12 +262,14 @@ class Pool:
         begun = time.monotonic()
         launch, config = self._launch, self.config
         world = config.parallel.world
-        threads = max(1, processes.usable_cores() // world)
         # what cannot be is refused before anything starts
-        variables = launch.worker_variables(config, environment, threads=threads)
+        variables = launch.worker_variables(config, environment)
         launch.ensure_ray(config, _ray_lost)
+        seats = launch.seats(config, environment, self._interrupted)
+        if environment.device_type == "cpu":
+            variables = [{**own, "OMP_NUM_THREADS": str(s.threads)} for own, s in zip(variables, seats, strict=True)]
         self._lap("ray", begun)
-        self._actors = launch.make_actors(config, environment)
+        self._actors = launch.make_actors(config, environment, seats)
         packed = pickle.dumps(environment)
         starting = [
             actor.start.remote(packed, environment.comfy_root, own)
@@ -257,7 +280,7 @@ class Pool:
         )
         begun = self._lap("workers", begun + self.laps["ray"])
         here = launch.node_id()
-        single = all(place.node == here for place in places)
+        single = self._single = all(place.node == here for place in places)
         self._connect(places, here, single)
         store_host, store_port = self._store_address(places[0], single)
         port = self._exchange_one(0, "open_store", store_host, store_port, GROUP_TIMEOUT_S)
@@ -270,7 +293,7 @@ class Pool:
                         parallel=config.parallel,
                         rank=rank,
                         rendezvous=meet,
-                        threads=threads,
+                        threads=seats[rank].threads,
                         readers=self._readers(places, rank),
                     ),
                 )
@@ -280,7 +303,7 @@ class Pool:
         begun = self._lap("groups", begun)
         if config.check_links:
             found = self.call("check_links", limit=links.LIMIT_S)[0]
-            log.info("links: %s; %s", links.described(found), devices.topology(config, environment.device_type))
+            log.info("links: %s; %s", links.described(found), self._topology(environment.device_type))
             told = links.warning(found, config.parallel, environment.device_type)
             if told:
                 log.warning("%s", told)
@@ -332,6 +355,12 @@ class Pool:
         beside = [other for other in replica if places[other].node == places[rank].node]
         return beside.index(rank), len(beside)
 
+    def _topology(self, device_type: str) -> str:
+        hosts = list(dict.fromkeys(member.place.host for member in self.members))
+        if not self._single:
+            return f"workers on {', '.join(hosts)}"
+        return devices.topology(self.config, device_type)
+
     def _driver_host(self, single: bool) -> str:
         return "127.0.0.1" if single else self._launch.host_address()
 
@@ -379,7 +408,7 @@ class Pool:
                 try:
                     member.connection.send_bytes(payload)
                 except OSError as error:
-                    raise dead(member.rank, member.place.pid, request.verb) from error
+                    raise self._dead(member, request.verb) from error
 
     def _collect(
         self, groups: Sequence[Collection[int]], request: Request, progress: Tell | None, deadline: float
@@ -398,14 +427,14 @@ class Pool:
                     try:
                         member.connection.send_bytes(cancel)
                     except OSError as error:
-                        raise dead(member.rank, member.place.pid, request.verb) from error
+                        raise self._dead(member, request.verb) from error
             by_connection = {member.connection: member for member in waiting}
             for connection in wait(list(by_connection), timeout=POLL_S):
                 member = by_connection[connection]  # type: ignore[index]
                 try:
                     reply: Reply | Progress = pickle.loads(member.connection.recv_bytes())
                 except (EOFError, OSError) as error:
-                    raise dead(member.rank, member.place.pid, request.verb) from error
+                    raise self._dead(member, request.verb) from error
                 assert reply.id == request.id
                 if isinstance(reply, Progress):
                     heard = time.monotonic()
@@ -444,13 +473,17 @@ class Pool:
             if self._launch.ready([reference]):
                 member.heartbeat = None
                 if self._launch.ready([member.serving]):
-                    raise dead(member.rank, member.place.pid, verb)
+                    raise self._dead(member, verb)
             elif time.monotonic() - asked > SILENCE_S:
                 raise WorkerError(
                     f"Worker {member.rank} (process {member.place.pid}) has stopped answering",
                     f"no sign of life for {silent:.0f} s during {verb}",
                     "It was ended. Queue the prompt again: a new pool starts by itself",
                 )
+
+    def _dead(self, member: Member, verb: str) -> WorkerError:
+        where = "" if member.local else f" on {member.place.host}"
+        return dead(member.rank, f"process {member.place.pid}{where}", verb)
 
     def _raise(self, groups: Sequence[dict[int, Failure]], counts: Sequence[int], verb: str) -> None:
         """Everybody answered, some with failures: decide what it means."""

@@ -99,7 +99,7 @@ class Replica:
         self.traffic = Traffic()
         self.resident: set[ModelSpec] = set()
         self._ranks = tuple(ranks)
-        self._encoder = Encoder(refer, shared=self._can_share(), shelf=shelf)
+        self._encoder = Encoder(refer, shared=can_share(pool, self._ranks), shelf=shelf)
         self._facts: dict[ModelSpec, list[ModelFacts]] = {}
         self._holders: dict[ModelSpec, weakref.WeakSet[Any]] = {}
         self._states: dict[ModelSpec, tuple[Any, ...]] = {}
@@ -233,11 +233,13 @@ class Replica:
     def _call(self, verb: str, *arguments: Any) -> list[Any]:
         return self.pool.call(verb, *arguments, ranks=self._ranks)
 
-    def _can_share(self) -> bool:
-        if not Arena.supported():
-            return False
-        probe = Arena(1 << 12)
-        return all(self._call("share", probe.ref))
+
+def can_share(pool: Caller, ranks: Sequence[int]) -> bool:
+    """Whether these ranks can open this process's memory."""
+    if not Arena.supported():
+        return False
+    probe = Arena.probe()
+    return all(pool.call("share", probe.ref, ranks=ranks))
 
 
 def on_options(

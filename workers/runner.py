@@ -13,14 +13,15 @@ import torch
 from comfy import model_management
 from torch import distributed
 
+from ..loaders.content import content_key
 from ..loaders.prefetch import prefetch
 from ..loaders.source import OpenFiles
 from ..raylight import kernels
 from ..raylight.config import ModelSpec
-from ..raylight.errors import WorkerError
+from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
 from . import links, memory, random_states
-from .arena import ArenaRef
+from .arena import ArenaRef, is_open
 from .loading import normal_tensors
 from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, LoadRequest, ModelFacts, PatchRequest
 from .model import WorkerModel
@@ -48,7 +49,8 @@ class Runner:
         self._functions: dict[int, Callable[..., Any]] = {}
         self._files = OpenFiles()
         self._decoder = Decoder(self._resolve, model_management.get_torch_device())
-        self._vaes = WorkerVAEs()
+        self._here: dict[ModelSpec, ModelSpec] = {}  # the driver's files, as this machine has them
+        self._vaes = WorkerVAEs(self._on_this_machine)
         self.wire: Line = Silence()
         """The way to the driver during the request at hand."""
 
@@ -118,7 +120,18 @@ class Runner:
 
     def share(self, ref: ArenaRef) -> bool:
         """Whether the driver's shared memory can be opened here."""
-        return self._decoder.share(ref)
+        return is_open(ref)
+
+    def recognise(self, spec: ModelSpec, content: str) -> str:
+        """Find this machine's copy of a file of the driver's; what is wrong with it, "" for nothing."""
+        try:
+            found = spec.now()
+            if content_key(found.path) != content:
+                return f"the file there is another one, of {found.size} bytes where it has {spec.size}"
+        except LoadError as error:
+            return str(error)
+        self._here[spec] = found
+        return ""
 
     def check_links(self) -> dict[str, links.Link]:
         """Time collectives on every axis.
@@ -133,7 +146,8 @@ class Runner:
         spec = request.spec
         if spec not in self._models:
             with normal_tensors():
-                model = WorkerModel(spec, getattr(torch, request.dtype), self.mesh, self._kernel)
+                found = self._on_this_machine(spec)
+                model = WorkerModel(found, getattr(torch, request.dtype), self.mesh, self._kernel)
             self._models[spec] = model
             if spec.reader == "map":
                 prefetch(
@@ -252,6 +266,9 @@ class Runner:
         idle = {known: other.resident_bytes for known, other in self._models.items() if known != spec}
         for known in least_recent(idle, needed - model_management.get_free_memory(device)):
             self._models[known].offload()
+
+    def _on_this_machine(self, spec: ModelSpec) -> ModelSpec:
+        return self._here.get(spec, spec)
 
     def _resolve(self, name: tuple[Any, ...]) -> Any:
         kind, spec, *rest = name  # in place of a spec, files have a FileRef

@@ -16,7 +16,20 @@ from .wire import Wire
 log = logging.getLogger(__name__)
 
 VERBS = frozenset(
-    {"open_store", "join", "share", "check_links", "load", "patch", "define", "forget", "forward", "offload", "release"}
+    {
+        "open_store",
+        "join",
+        "share",
+        "recognise",
+        "check_links",
+        "load",
+        "patch",
+        "define",
+        "forget",
+        "forward",
+        "offload",
+        "release",
+    }
     | {"plan_vae", "tiled_shape", "decode", "encode", "release_vae"}
 )
 

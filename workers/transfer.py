@@ -389,15 +389,6 @@ class Decoder:
         self._arena: tuple[ArenaRef, torch.Tensor] | None = None
         self._held: dict[int, torch.Tensor] = {}
 
-    def share(self, ref: ArenaRef) -> bool:
-        """Whether this process can open the driver's memory."""
-        try:
-            self._open(ref)
-        except OSError as error:
-            log.info("no shared memory with the driver: %s", error)
-            return False
-        return True
-
     def decode(self, parcel: Parcel) -> Any:
         """Unpack. Tensors are copies of this process's own, unless the arena is theirs for good."""
         for key in parcel.dropped:

@@ -54,9 +54,14 @@ class Tested:
 
 
 class WorkerVAEs:
-    """Loads VAEs by spec and keeps them until they are released; results of self-tests outlive them."""
+    """Loads VAEs by spec and keeps them until they are released; results of self-tests outlive them.
 
-    def __init__(self) -> None:
+    Args:
+        here: the spec by which this machine has the file that the driver's names.
+    """
+
+    def __init__(self, here: Callable[[ModelSpec], ModelSpec] = lambda spec: spec) -> None:
+        self._here = here
         self._loaded: dict[ModelSpec, tuple[Any, Source]] = {}
         self._tested: dict[tuple[Any, ...], Tested] = {}
 
@@ -138,7 +143,7 @@ class WorkerVAEs:
 
     def _vae(self, spec: ModelSpec) -> Any:
         if spec not in self._loaded:
-            self._loaded[spec] = load_vae(spec)
+            self._loaded[spec] = load_vae(self._here(spec))
         vae, source = self._loaded[spec]
         source.check()
         return vae

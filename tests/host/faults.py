@@ -16,7 +16,7 @@ import psutil
 
 from . import processes
 from .client import ComfyClient, Prompt, PromptError
-from .prompts import FAMILIES, Case, PoolCase, pool
+from .prompts import FAMILIES, INIT, Case, PoolCase, pool
 from .server import ComfyServer
 
 LIMIT_S = 180.0
@@ -46,10 +46,15 @@ class Fault:
 
 
 class Stage:
-    """A running ComfyUI, and what the faults do to it."""
+    """A running ComfyUI, and what the faults do to it.
 
-    def __init__(self, server: ComfyServer, client: ComfyClient) -> None:
+    Args:
+        cluster: address of the Ray cluster that it is to use, "" for one of its own.
+    """
+
+    def __init__(self, server: ComfyServer, client: ComfyClient, *, cluster: str = "") -> None:
         self.server, self.client = server, client
+        self._cluster = cluster or "local"
         self._count = 0
 
     def case(self, **changes: Any) -> Case:
@@ -60,7 +65,9 @@ class Stage:
         """A prompt that ComfyUI has not seen; the end of its schedule is far beyond its steps."""
         changes.setdefault("end", 10000 - self._count)
         where = PoolCase(workers=2, through_model=True) if changes.get("model_nodes") else PoolCase(workers=2)
-        return pool(self.case(**changes), where)
+        prompt = pool(self.case(**changes), where)
+        prompt[INIT]["inputs"]["ray_cluster_address"] = self._cluster
+        return prompt
 
     def good(self) -> bytes:
         """Bytes of the latent of the good prompt."""

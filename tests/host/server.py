@@ -125,7 +125,7 @@ class ComfyServer:
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         self._install_packs()
-        self.port = _free_port()
+        self.port = free_port()
         command = [str(self.python), "main.py", "--cpu", "--disable-api-nodes", "--disable-auto-launch"]
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.base)]
         # The default database lies in ComfyUI's own folder, which two servers would share
@@ -216,7 +216,7 @@ def _obey_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

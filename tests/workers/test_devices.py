@@ -64,9 +64,9 @@ def test_devices_hidden_from_comfyui(machine: Path, monkeypatch: pytest.MonkeyPa
 def test_variables_of_a_worker() -> None:
     def variables(of: PoolConfig, device_type: str, rank: int) -> dict[str, str]:
         environment = HostEnvironment(comfy_root="", arguments=b"", folders=b"", device_type=device_type)
-        return launch.worker_variables(of, environment, threads=3)[rank]
+        return launch.worker_variables(of, environment)[rank]
 
     assert variables(config(2, 3, 1), "cuda", 1)["CUDA_VISIBLE_DEVICES"] == "1"
     assert variables(config(2), "xpu", 1)["ZE_AFFINITY_MASK"] == "1"
     on_cpu = variables(config(2, 7, 8), "cpu", 0)
-    assert on_cpu["CUDA_VISIBLE_DEVICES"] == "" and on_cpu["OMP_NUM_THREADS"] == "3"
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
