@@ -8,10 +8,10 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import select
 import sys
 import threading
 import time
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -87,16 +87,16 @@ class Worker:
         if not hasattr(os, "pidfd_open"):
             return
 
-        def wait() -> None:
+        def follow() -> None:
             try:
                 descriptor = os.pidfd_open(driver_pid)
             except ProcessLookupError:
                 os._exit(EXIT_DRIVER_GONE)
-            select.select([descriptor], [], [])
+            wait([descriptor])
             _end(helpers)
             os._exit(EXIT_DRIVER_GONE)
 
-        threading.Thread(target=wait, name="raylight-follow-driver", daemon=True).start()
+        threading.Thread(target=follow, name="raylight-follow-driver", daemon=True).start()
 
     def serve(self, address: Any, key: bytes) -> None:
         """Answer the driver's requests until it hangs up."""

@@ -43,8 +43,8 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
     lives as long as ComfyUI.
 
     Args:
-        lost: called from a thread of its own when a process of a local Ray ends by itself, with its name; it is to
-            end what uses Ray, and then `stop_ray`.
+        lost: called from a thread of its own when a process of Ray ends by itself, or the cluster answers no more,
+            with the process's name; it is to end what uses Ray, and then `stop_ray`.
 
     Raises:
         ConfigError: the named cluster cannot be reached, or another one is connected already.
@@ -71,7 +71,8 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
                     str(error),
                     UNREACHABLE,
                 ) from error
-        atexit.register(ray.shutdown)
+        atexit.register(stop_ray)
+        RayWatch(lost, address=ray.get_runtime_context().gcs_address).start()
         return
     host, _, port = config.dashboard.rpartition(":")
     if config.dashboard:
@@ -106,9 +107,9 @@ def helpers() -> list[tuple[int, float]]:
     return found
 
 
-def ray_ended() -> str:
-    """The name of a process of our own Ray that has ended by itself, "" for none."""
-    return RayWatch.ended()
+def ray_ended(*, ask: bool = False) -> str:
+    """The name of a process of Ray that has ended by itself, "" for none; see RayWatch.ended."""
+    return RayWatch.ended(ask=ask)
 
 
 def stop_ray() -> None:

@@ -390,7 +390,7 @@ class Pool:
                 replies = self._collect(groups, request, progress, time.monotonic() + limit)
             except BaseException as error:
                 # a rank may be left inside a collective, or hold an answer that a later call would read
-                self._lost = self._lost or self._launch.ray_ended()
+                self._lost = self._lost or self._launch.ray_ended(ask=True)
                 self.close()
                 if self._lost:
                     raise ray_lost(self._lost, request.verb) from error

@@ -8,48 +8,69 @@ from __future__ import annotations
 
 import logging
 import os
-import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 
 import psutil
 
 log = logging.getLogger(__name__)
 
 PROCESSES = ("gcs_server", "raylet")
+KNOCK_S = 5.0
+MISSED = 2
+"""Knocks without an answer after which a cluster's control service counts as gone; Ray itself waits for a minute."""
 
 
 class RayWatch(threading.Thread):
-    """Waits for the end of the Ray processes that this process has started.
+    """Waits for the end of the Ray processes that this process has started, or of those it has joined.
 
     Args:
         lost: called with the name of a process that ended by itself.
+        address: "host:port" of the control service of a cluster that was joined, "" for a Ray of our own.
     """
 
-    def __init__(self, lost: Callable[[str], None]) -> None:
+    def __init__(self, lost: Callable[[str], None], *, address: str = "") -> None:
         super().__init__(name="raylight-watch-ray", daemon=True)
         self._lost = lost
-        self._over = False
+        self._address = address
+        self._over = self._silent = False
         self._end, self._wake = os.pipe()
-        self._descriptors = {os.pidfd_open(pid): name for name, pid in _ours()} if hasattr(os, "pidfd_open") else {}
+        own = not address and hasattr(os, "pidfd_open")
+        self._descriptors = {os.pidfd_open(pid): name for name, pid in _ours()} if own else {}
 
     def run(self) -> None:
         """Wait, and tell."""
-        ready, _, _ = select.select([self._end, *self._descriptors], [], [])
+        missed = 0
+        while True:
+            # not select.select, which knows descriptors up to 1023 only
+            ready = wait([self._end, *self._descriptors], timeout=KNOCK_S if self._address else None)
+            if not ready:
+                missed = 0 if _answers(self._address) else missed + 1
+                self._silent = self._silent or missed >= MISSED
+            if ready or self._silent:
+                break
         if self._end not in ready:
-            process = self._descriptors[ready[0]]
+            process = self._gone()
             log.error("Ray's %s process has ended: disconnecting from it", process)
             self._lost(process)
         for descriptor in (self._end, self._wake, *self._descriptors):
             os.close(descriptor)
 
     @classmethod
-    def ended(cls) -> str:
-        """The name of a process of the Ray at hand that has ended by itself, "" for none."""
+    def ended(cls, *, ask: bool = False) -> str:
+        """The name of a process of the Ray at hand that has ended by itself, "" for none.
+
+        Args:
+            ask: knock at a cluster that was joined, and do not wait for the next knock: something has gone wrong.
+        """
         for watch in cls._at_hand():
-            ready, _, _ = select.select(list(watch._descriptors), [], [], 0)
-            if ready:
-                return watch._descriptors[ready[0]]
+            if ask and watch._address:
+                watch._silent = watch._silent or not _answers(watch._address)
+            name = watch._gone()
+            if name:
+                return name
         return ""
 
     @classmethod
@@ -64,6 +85,20 @@ class RayWatch(threading.Thread):
         for thread in threading.enumerate():
             if isinstance(thread, cls) and not thread._over:
                 yield thread
+
+    def _gone(self) -> str:
+        if self._silent:
+            return PROCESSES[0]
+        return next((self._descriptors[ready] for ready in wait(list(self._descriptors), 0)), "")  # type: ignore[index]
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _ours() -> Iterator[tuple[str, int]]:

@@ -18,6 +18,8 @@ from comfy_raylight.tests.host.faults import Stage
 from comfy_raylight.tests.host.prompts import INIT, LOADER
 from comfy_raylight.tests.host.server import ComfyServer, free_port
 
+from .conftest import SLOW
+
 pytestmark = pytest.mark.skipif(not machines.possible(), reason="needs namespaces: Linux, and root")
 
 
@@ -61,7 +63,7 @@ def test_workers_of_two_machines_make_the_same_picture(stage: Stage, cluster: ma
     assert len(cluster.workers()) == len(local_workers(cluster)) == 1
 
 
-@pytest.mark.parametrize("mode", ["seamless", "tiles"])
+@pytest.mark.parametrize("mode", ["seamless", pytest.param("tiles", marks=SLOW)])
 def test_they_decode(stage: Stage, cluster: machines.Cluster, mode: str) -> None:
     """What the other machine decodes comes back in the message: it cannot write to this one's memory."""
     stage.client.run(vae.stock(vae.WAN, tiled=mode == "tiles"))
@@ -72,6 +74,7 @@ def test_they_decode(stage: Stage, cluster: machines.Cluster, mode: str) -> None
     assert (found - expected).abs().max() <= vae.CLOSE
 
 
+@SLOW
 def test_a_worker_of_the_other_machine_dies(stage: Stage, cluster: machines.Cluster, wanted: bytes) -> None:
     prompt_id = stage.client.queue(stage.prompt(steps=4000))
     stage.sampling(prompt_id)
@@ -119,3 +122,17 @@ def test_one_machine_is_enough_for_one_worker(stage: Stage, cluster: machines.Cl
     prompt[INIT]["inputs"].update(GPU=1, ulysses_degree=1)
     stage.client.run(prompt)
     assert not cluster.workers() and len(local_workers(cluster)) == 1
+
+
+@SLOW
+def test_the_cluster_ends(stage: Stage, cluster: machines.Cluster, wanted: bytes) -> None:
+    """Ray would end ComfyUI with it, a minute later."""
+    prompt_id = stage.client.queue(stage.prompt(steps=4000))
+    stage.sampling(prompt_id)
+    control = next(process for process in processes.tree(cluster.head) if "/gcs_server" in process.command)
+    os.kill(control.pid, signal.SIGKILL)
+    with pytest.raises(PromptError, match="Ray's gcs_server process ended"):
+        stage.client.wait(prompt_id)
+    with pytest.raises(PromptError, match=f"No Ray cluster answers at {cluster.address}"):
+        stage.good()
+    assert Stage(stage.server, stage.client).good() == wanted

@@ -49,7 +49,7 @@ class Cluster:
     def seeing(self, path: Path, instead: Path) -> Iterator[None]:
         """The other machine has something else at a path until the end of the block."""
         namespace = processes.tree(self.outside)[1].pid
-        there = ["nsenter", f"--target={namespace}", "--mount"]
+        there = ["nsenter", f"--target={namespace}", "--mount", "--pid"]
         subprocess.run([*there, "mount", "--bind", str(instead), str(path)], check=True)
         try:
             yield
