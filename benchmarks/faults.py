@@ -39,9 +39,10 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> int:
     """All faults; 0 if every one ended as it should."""
-    from host import checkpoints
-    from host.faults import FAULTS, Stage, suffer, zombies
-    from host.server import ComfyServer
+    sys.path.insert(0, str(ROOT / "workers" / "import_root"))
+    from comfy_raylight.tests.host import checkpoints
+    from comfy_raylight.tests.host.faults import FAULTS, Stage, suffer, zombies
+    from comfy_raylight.tests.host.server import ComfyServer
 
     comfy = options.comfy or setup.COMFY
     rows = ["| fault | what the user sees | s to the error | s to the next picture |", "|---|---|---|---|"]

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 import psutil
 
+from ..decode import files
 from . import processes
 from .client import ComfyClient, Prompt, PromptError
-from .prompts import FAMILIES, INIT, Case, PoolCase, pool
+from .prompts import FAMILIES, INIT, LOADER, Case, PoolCase, pool
 from .server import ComfyServer
 
 LIMIT_S = 180.0
@@ -147,6 +149,39 @@ def video(height: int, width: int) -> Callable[[Stage], Prompt]:
     return build
 
 
+def one_worker(stage: Stage) -> Prompt:
+    """A workflow for which the pool at hand has to be replaced."""
+    return pool(stage.case(), PoolCase(workers=1))
+
+
+def cancel_when_starting(stage: Stage) -> None:
+    """Cancel as soon as there is a worker that was not there before."""
+    before = set(stage.workers())
+    while not set(stage.workers()) - before:
+        time.sleep(0.02)
+    stage.client.interrupt()
+
+
+def endless(stage: Stage) -> Prompt:
+    """A video whose frames fit neither into memory nor on the disk; its latent has half a percent of their size."""
+    folder = stage.server.base / "models" / "vae"
+    if not (folder / "ltxv.safetensors").is_file():
+        files.write(folder, comfy_root=stage.server.comfy)
+    room = max(psutil.virtual_memory().available, shutil.disk_usage(tempfile.gettempdir()).free)
+    rows = 64  # of 32 pixels, as columns; 8 frames for each of the latent's
+    frames = 2 + int(1.2 * room) // (8 * (32 * rows) ** 2 * 3 * 4)
+    prompt = stage.prompt()
+    size = {"channels": 128, "frames": frames, "height": rows, "width": rows}
+    decode = {"ray_actors": [LOADER, 0], "samples": ["latent", 0], "vae_name": "ltxv.safetensors", "vae_dtype": "auto"}
+    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8, "release_vae": True}
+    return {
+        **{name: prompt[name] for name in (INIT, LOADER)},
+        "latent": {"class_type": "RLTestLatent", "inputs": {**size, "batch": 1, "seed": 5, "empty": True}},
+        "decoder": {"class_type": "RayVAEDecodeDistributed", "inputs": {**decode, **tiles}},
+        "save": {"class_type": "RLTestSavePixels", "inputs": {"images": ["decoder", 0], "name": "endless"}},
+    }
+
+
 FAULTS: Mapping[str, Fault] = {
     "rank 1": Fault("kill -9 of one worker", lambda s: s.kill(s.workers()[-1]), "died"),
     "rank 0": Fault("kill -9 of the first worker", lambda s: s.kill(s.workers()[0]), "died"),
@@ -162,6 +197,17 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "memory": Fault("out of memory on one worker", Stage.starve, "memory", prompt=video(60, 104), before=True),
     "truncated": Fault("the model file is truncated", truncate, "changed while it was in use", prompt=Stage.spoilable),
+    "room": Fault(
+        "decoded frames fit neither into memory nor on the disk",
+        lambda s: None,
+        "no room for the decoded frames",
+        prompt=endless,
+        before=True,
+        keeps=True,
+    ),
+    "cancel at start": Fault(
+        "Cancel while a pool starts", cancel_when_starting, "interrupted", prompt=one_worker, waits=False
+    ),
     "cancel": Fault("Cancel while sampling", lambda s: s.client.interrupt(), "interrupted", keeps=True),
     "cancel in a step": Fault(
         "Cancel within the first step of a large video",
