@@ -1,5 +1,6 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
+from .compile import RayTorchCompileModel
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
@@ -19,6 +20,7 @@ NODE_CLASS_MAPPINGS = {
     "RayLoraLoader": RayLoraLoader,
     "RayLoraLoaderModelOnly": RayLoraLoaderModelOnly,
     "RayOffloadModel": RayOffloadModel,
+    "RayTorchCompileModel": RayTorchCompileModel,
     "RayUNETLoader": RayUNETLoader,
     "RayVAEDecodeDistributed": RayVAEDecodeDistributed,
     "RayVAEEncodeDistributed": RayVAEEncodeDistributed,
@@ -34,6 +36,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayLoraLoader": "Ray LoRA Loader (chain)",
     "RayLoraLoaderModelOnly": "Ray LoRA Loader",
     "RayOffloadModel": "Offload Model (Ray)",
+    "RayTorchCompileModel": "Torch Compile Model (Ray)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
     "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
     "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",

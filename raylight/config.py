@@ -12,6 +12,8 @@ from .errors import ConfigError, LoadError
 
 AXES = ("dp", "cfg", "ring", "ulysses")
 """Mesh axes from outermost to innermost: ulysses ranks are neighbours (design section 5)."""
+COMPILERS = ("inductor", "cudagraphs")
+"""Backends of torch.compile that a user may choose."""
 READERS = ("map", "private", "fastsafetensors")
 """Ways to read a model file (see loaders.source)."""
 
@@ -188,10 +190,14 @@ class WorkerSettings:
 
     Attributes:
         ffn_chunks: stretches of tokens that feed-forward layers take one after another; 1 is all at once.
+        compile: backend of torch.compile for the blocks, one of COMPILERS; "" is none.
     """
 
     ffn_chunks: int = 1
+    compile: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.ffn_chunks <= 64:
             raise ConfigError("ffn_chunks is out of range", str(self.ffn_chunks), "Use 1 (off) to 64")
+        if self.compile and self.compile not in COMPILERS:
+            raise ConfigError("There is no such compiler", self.compile, f"Use one of {', '.join(COMPILERS)}")

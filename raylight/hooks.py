@@ -22,6 +22,8 @@ from .slots import Slot, modules
 from .whole_patches import show_whole
 
 Granularity = Literal["trunk", "block"]
+Attend = Callable[..., torch.Tensor]
+"""Attention as a model's own code asks for it: the function that it would call, and that one's arguments."""
 
 
 def install(
@@ -31,6 +33,7 @@ def install(
     *,
     kernel: LocalKernel | None = None,
     granularity: Granularity | None = None,
+    opaque: Callable[[Attend], Attend] = lambda attend: attend,
 ) -> Installation:
     """Put a plan's hooks on a model.
 
@@ -40,19 +43,22 @@ def install(
         mesh: the ranks that share the sequence.
         kernel: computes attention locally (`kernels.chosen`); None is what the model calls. A ring needs one.
         granularity: cut once per region ("trunk") or around every block ("block"); None decides per forward.
+        opaque: what a compiler is to leave alone, made so.
 
     Raises:
         PlanError: the plan names a module or argument that the model does not have.
     """
-    return Installation(model, plan, mesh, kernel=kernel, granularity=granularity)
+    return Installation(model, plan, mesh, kernel=kernel, granularity=granularity, opaque=opaque)
 
 
 class _Forward:
-    """What one forward has open: a layout per region that is inside its blocks, and the arguments cut so far."""
+    """What one forward has open: a layout per region that is inside its blocks, the attention of the sites that it is
+    in, innermost last, and the arguments cut so far."""
 
     def __init__(self, regions: int, *, per_block: bool) -> None:
         self.per_block = per_block
         self.layouts: list[Layout | None] = [None] * regions
+        self.attentions: list[Attend] = []
         self._cuts: dict[tuple[object, str], tuple[Any, Layout, Any]] = {}
 
     def cut(self, owner: object, name: str, entry: Entry, value: Any, layout: Layout) -> Any:
@@ -81,7 +87,9 @@ class Installation:
         *,
         kernel: LocalKernel | None,
         granularity: Granularity | None,
+        opaque: Callable[[Attend], Attend],
     ) -> None:
+        self.attend = opaque(self._attend)
         self.mesh = mesh
         self.kernel = kernel
         self.forward: _Forward | None = None
@@ -121,7 +129,8 @@ class Installation:
                 # after the block's own hook, since a block can be its own site
                 for site in blocks.sites:
                     for target in modules(module, site.at):
-                        self._hook(target, _SiteHook(self, index, site, target).before)
+                        attends = _SiteHook(self, index, site, target)
+                        self._hook(target, attends.before, attends.after)
         if not self.split:
             return
         for whole in region.whole:
@@ -166,6 +175,11 @@ class Installation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _attend(self, function: Attend, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attention of the site at hand. One function for all of them: compiled code is made for a function it saw."""
+        assert self.forward is not None
+        return self.forward.attentions[-1](function, *args, **kwargs)
 
     def layout(self, index: int) -> Layout:
         """The open layout of a region, inside its blocks."""
@@ -381,6 +395,10 @@ class _SiteHook:
                 for order in orders
             ]
             attention = made[0] if len(made) == 1 else ByLength(made, [layout.local(order) for order in orders])
-        local = {**options, "optimized_attention_override": overrides.compose(attention, self._owner.kernel, options)}
-        self._options.write(args, kwargs, local)
+        self._owner.forward.attentions.append(overrides.compose(attention, self._owner.kernel, options))
+        self._options.write(args, kwargs, {**options, "optimized_attention_override": self._owner.attend})
         return tuple(args), kwargs
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._owner.forward is not None:
+            self._owner.forward.attentions.pop()

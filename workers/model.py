@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comfy import model_management
@@ -15,10 +15,11 @@ from ..patches.ffn import ChunkedFeedForward
 from ..patches.registry import plan_for
 from ..raylight import cost
 from ..raylight.config import ModelSpec, WorkerSettings
-from ..raylight.hooks import install
+from ..raylight.hooks import Installation, install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
 from ..raylight.watch import Watch
+from . import compiled
 from .adopt import adopt, private_bytes
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
@@ -26,6 +27,8 @@ from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights
 from .messages import ModelFacts
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EVERYTHING = 1e30
 """What ComfyUI's own unload_all_models asks free_memory for."""
@@ -55,15 +58,17 @@ class WorkerModel:
         self.patcher = self._base
         self.state = ""
         self._settings = WorkerSettings()
+        self._objects: dict[str, Any] = {}
+        self._compiled: dict[str, Any] = {}
         self._chunked: ChunkedFeedForward | None = None
         self._mesh = mesh
-        self._installation = None
+        self._kernel = kernel
+        self._installation: Installation | None = None
         log.debug(
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
         )
         self._boundaries = Boundaries(self.diffusion)
-        if mesh.parallel.needs_plan:
-            self._installation = install(self.diffusion, plan_for(self.diffusion), mesh, kernel=kernel)
+        self._install()
 
     @property
     def diffusion(self) -> torch.nn.Module:
@@ -86,21 +91,44 @@ class WorkerModel:
         if state:
             patcher.patches_uuid = uuid.uuid5(uuid.NAMESPACE_OID, state)
         patcher.force_cast_weights = force_cast
-        for name, value in objects.items():
-            patcher.add_object_patch(name, value)
+        self._objects = objects
         self.patcher = patcher
         self.state = state
+        self._patch_objects()
 
-    def settle(self, settings: WorkerSettings) -> None:
-        """Bring the model to these settings; does nothing where it is there already."""
+    def settle(self, settings: WorkerSettings) -> bool:
+        """Bring the model to these settings; does nothing where it is there already.
+
+        Returns:
+            Whether the model has to be made resident again.
+        """
         if settings == self._settings:
-            return
+            return False
+        compiler, self._settings = self._settings.compile, settings
+        if settings.compile != compiler:
+            self._compiled = compiled.compiled_blocks(self.diffusion, settings.compile) if settings.compile else {}
+            if self._installation is not None:
+                self._installation.remove()
+            self._install()
+            self.patcher = self.patcher.clone()
+            self._patch_objects()
         if self._chunked is not None:
             self._chunked.remove()
             self._chunked = None
         if settings.ffn_chunks > 1:
             self._chunked = ChunkedFeedForward(self.diffusion, settings.ffn_chunks)
-        self._settings = settings
+        return settings.compile != compiler
+
+    def _install(self) -> None:
+        if self._mesh.parallel.needs_plan:
+            keep = compiled.opaque if self._settings.compile else _as_it_is
+            plan = plan_for(self.diffusion)
+            self._installation = install(self.diffusion, plan, self._mesh, kernel=self._kernel, opaque=keep)
+
+    def _patch_objects(self) -> None:
+        self.patcher.object_patches = {}
+        for name, value in {**self._compiled, **self._objects}.items():
+            self.patcher.add_object_patch(name, value)
 
     def make_resident(self, args: tuple[Any, ...]) -> None:
         """Bring weights and patches onto the device, with room for a call of these arguments.
@@ -184,6 +212,10 @@ class WorkerModel:
             self._installation.remove()
         self._boundaries.remove()
         self.offload()
+
+
+def _as_it_is(function: T) -> T:
+    return function
 
 
 def _patch_dtype(spec: ModelSpec) -> torch.dtype | None:

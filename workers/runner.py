@@ -179,6 +179,9 @@ class Runner:
         model = self._models[request.spec]
         with torch.inference_mode():
             args, kwargs = self._restore(self._decoder.decode(request.call))
+            with normal_tensors():
+                if model.settle(request.settings):
+                    self._active = None
             if self._active != (request.spec, model.state):
                 with normal_tensors():
                     self._make_room(request.spec)
@@ -188,7 +191,6 @@ class Runner:
             model.source.check()
             if request.random is not None:
                 random_states.put(request.random)
-            model.settle(request.settings)
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs, self.wire.cancelled)
             seconds, waited = time.perf_counter() - started, self.mesh.seconds - waited

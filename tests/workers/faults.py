@@ -41,3 +41,10 @@ def times_chunked_layers(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     layers = [m for m in gc.get_objects() if isinstance(m, torch.nn.Sequential) and m._forward_hooks]
     return func(*args, **kwargs) * (1 + len(layers))
+
+
+def times_compiled_graphs(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Attention times 1 + the graphs that this worker has compiled."""
+    import torch._dynamo.utils
+
+    return func(*args, **kwargs) * (1 + torch._dynamo.utils.counters["stats"]["unique_graphs"])

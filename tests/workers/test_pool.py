@@ -17,7 +17,7 @@ import torch
 from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
 from comfy_raylight.tests.host.checkpoints import Job, write
-from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers
+from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers, times_compiled_graphs
 from comfy_raylight.workers import links
 from comfy_raylight.workers import pool as pools
 from comfy_raylight.workers.messages import LoadRequest, PatchRequest
@@ -313,6 +313,17 @@ def test_settings_come_and_go(model: Model) -> None:
     assert torch.allclose(model.forward(settings=chunked), plain, atol=1e-6)
     assert (model.forward(times_chunked_layers, chunked) - probed).abs().max() > 1e-3
     assert torch.equal(model.forward(times_chunked_layers), probed)
+    assert torch.equal(model.forward(), plain)
+
+
+def test_blocks_are_compiled(model: Model) -> None:
+    """On two workers: what they exchange is no part of the graphs."""
+    plain, probed = model.forward(), model.forward(times_compiled_graphs)
+    assert torch.equal(probed, plain)
+    compiled = WorkerSettings(compile="inductor")
+    for _ in range(2):
+        assert torch.allclose(model.forward(settings=compiled), plain, atol=1e-5)
+    assert (model.forward(times_compiled_graphs, compiled) - plain).abs().max() > 1e-3
     assert torch.equal(model.forward(), plain)
 
 
