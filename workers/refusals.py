@@ -86,7 +86,11 @@ def check(patcher: Any) -> None:
     options = patcher.model_options.get("transformer_options", {})
     for wrappers in (patcher.wrappers, options.get("wrappers", {})):
         if COMPILE_KEY in wrappers.get(kinds.APPLY_MODEL, {}):
-            _refuse("TorchCompileModel", "it compiles the model in this process, and the model runs on the workers")
+            _refuse(
+                "TorchCompileModel",
+                "it compiles the model in this process, and the model runs on the workers",
+                "Use Torch Compile Model (Ray) in its place",
+            )
     inside = list(functions({key: options[key] for key in INSIDE if key in options}))
     outside = list(functions({key: patcher.model_options.get(key) for key in DRIVER_FUNCTIONS}))
     outside += list(functions(patcher.wrappers)) + list(functions(patcher.callbacks))
@@ -138,12 +142,12 @@ def refuse_training() -> NoReturn:
     )
 
 
-def _refuse(name: str, why: str) -> NoReturn:
-    raise UnsupportedError(
-        f"{name} cannot be used with a model on the Raylight pool",
-        why,
-        "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow",
-    )
+def _refuse(
+    name: str,
+    why: str,
+    remedy: str = "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow",
+) -> NoReturn:
+    raise UnsupportedError(f"{name} cannot be used with a model on the Raylight pool", why, remedy)
 
 
 def functions(value: Any) -> Iterator[Callable[..., Any]]:
