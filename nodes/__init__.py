@@ -5,6 +5,7 @@ from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
 from .ltx import RayLTXFFNChunker
 from .memory import RayKill, RayOffloadModel
+from .mirrors import display_names, node_classes
 from .samplers import XFuserKSamplerAdvanced
 from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 
@@ -23,6 +24,7 @@ NODE_CLASS_MAPPINGS = {
     "RayVAEDecodeDistributed": RayVAEDecodeDistributed,
     "RayVAEEncodeDistributed": RayVAEEncodeDistributed,
     "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
+    **node_classes(),
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -38,4 +40,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
     "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
+    **display_names(),
 }
