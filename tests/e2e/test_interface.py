@@ -30,6 +30,34 @@ OPTIONAL = {
     "use_fastsafe": False,
 }
 REQUIRED: dict[str, dict[str, Any]] = {
+    "DPConditioningList": {"positive_0": None, "negative_0": None},
+    "DPKSamplerAdvanced": {
+        "add_noise": None,
+        "steps": 20,
+        "cfg": 8.0,
+        "sampler_name": None,
+        "scheduler": None,
+        "ray_actors": None,
+        "noise_list": None,
+        "positive": None,
+        "negative": None,
+        "latent_image": None,
+        "start_at_step": 0,
+        "end_at_step": 10000,
+        "return_with_leftover_noise": None,
+    },
+    "DPNoiseList": {f"noise_seed_{number}": 0 for number in range(8)},
+    "DPSamplerCustom": {
+        "ray_actors": None,
+        "add_noise": True,
+        "noise_list": None,
+        "cfg": 8.0,
+        "positive": None,
+        "negative": None,
+        "sampler": None,
+        "sigmas": None,
+        "latent_image": None,
+    },
     "RayInitializer": {**CLUSTER, **DEGREES, **STORE},
     "RayInitializerAdvanced": {**CLUSTER, **STORE, **ADDRESSES, **DEGREES},
     "RayGGUFLoader": {"unet_name": None, "dequant_dtype": None, "patch_dtype": None, "ray_actors_init": None},
@@ -74,6 +102,10 @@ REQUIRED: dict[str, dict[str, Any]] = {
     },
 }
 OUTPUTS = {
+    "DPConditioningList": (["CONDITIONING", "CONDITIONING"], ["positive", "negative"]),
+    "DPKSamplerAdvanced": (["LATENT"], ["LATENT"]),
+    "DPNoiseList": (["NOISE"], ["NOISE"]),
+    "DPSamplerCustom": (["LATENT"], ["output"]),
     "RayInitializer": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
     "RayInitializerAdvanced": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
     "RayGGUFLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
@@ -88,6 +120,10 @@ OUTPUTS = {
     "XFuserKSamplerAdvanced": (["LATENT"], ["LATENT"]),
 }
 DISPLAY = {
+    "DPConditioningList": "Data Parallel Conditioning List",
+    "DPKSamplerAdvanced": "Data Parallel KSampler (Advanced)",
+    "DPNoiseList": "Data Parallel Noise List",
+    "DPSamplerCustom": "Data Parallel SamplerCustom",
     "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
     "RayLoraLoader": "Ray LoRA Loader (chain)",
     "RayLoraLoaderModelOnly": "Ray LoRA Loader",
@@ -101,6 +137,10 @@ DISPLAY = {
     "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
 }
+CATEGORIES = {
+    "DPSamplerCustom": "Raylight/extra/custom_sampling/samplers",
+    "RayLTXFFNChunker": "Raylight/extra",
+}
 
 
 def options(entry: list[Any]) -> dict[str, Any]:
@@ -110,15 +150,18 @@ def options(entry: list[Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("node", REQUIRED)
 def test_node(client: ComfyClient, node: str) -> None:
     info = client.object_info(node)[node]
-    category = "Raylight/extra" if node == "RayLTXFFNChunker" else "Raylight"
-    assert info["display_name"] == DISPLAY[node] and info["category"] == category
+    assert info["display_name"] == DISPLAY[node] and info["category"] == CATEGORIES.get(node, "Raylight")
     assert (info["output"], info["output_name"]) == OUTPUTS[node]
+    assert info["output_is_list"] == [node.startswith("DP")] * len(info["output"])
     required = info["input"]["required"]
     assert list(required) == info["input_order"]["required"] == list(REQUIRED[node])
     for name, default in REQUIRED[node].items():
         if default is not None:
             assert options(required[name])["default"] == default
     own: dict[str, dict[str, Any]] = {
+        "DPConditioningList": {f"{kind}_{n}": None for n in range(1, 8) for kind in ("positive", "negative")},
+        "DPKSamplerAdvanced": {"jobs": 0},
+        "DPSamplerCustom": {"jobs": 0},
         "XFuserKSamplerAdvanced": {"sigmas": None},
         "RayUNETLoader": {"lora": None},
         "RayGGUFLoader": {"lora": None},
