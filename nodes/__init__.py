@@ -1,5 +1,6 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
+from .data_parallel import DPConditioningList, DPKSamplerAdvanced, DPNoiseList, DPSamplerCustom
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
@@ -12,6 +13,10 @@ from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
 NODE_CLASS_MAPPINGS = {
+    "DPConditioningList": DPConditioningList,
+    "DPKSamplerAdvanced": DPKSamplerAdvanced,
+    "DPNoiseList": DPNoiseList,
+    "DPSamplerCustom": DPSamplerCustom,
     "RayGGUFLoader": RayGGUFLoader,
     "RayInitializer": RayInitializer,
     "RayInitializerAdvanced": RayInitializerAdvanced,
@@ -28,6 +33,10 @@ NODE_CLASS_MAPPINGS = {
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "DPConditioningList": "Data Parallel Conditioning List",
+    "DPKSamplerAdvanced": "Data Parallel KSampler (Advanced)",
+    "DPNoiseList": "Data Parallel Noise List",
+    "DPSamplerCustom": "Data Parallel SamplerCustom",
     "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",

@@ -130,6 +130,24 @@ OPTIONAL = {
 VAE_FILE = {"vae_name": choice(), "vae_dtype": choice("auto", "bf16", "fp16", "fp32", default="auto")}
 FLOATS = ("default", "target", "float32", "float16", "bfloat16")
 
+KSAMPLER = {
+    "steps": STEPS,
+    "cfg": CFG,
+    "sampler_name": choice("euler", "dpmpp_2m"),
+    "scheduler": choice("simple", "normal"),
+    **ACTORS,
+}
+KSAMPLER_END = {
+    **PROMPTS,
+    **sockets(latent_image="LATENT"),
+    "start_at_step": integer(0, 0, 10000),
+    "end_at_step": integer(10000, 0, 10000),
+    "return_with_leftover_noise": DISABLE,
+}
+SEEDS = sockets(noise_list="NOISE")
+JOBS = {"jobs": integer(0, 0, 4096)}
+PAIRS = {f"{kind}_{n}": Input("CONDITIONING") for n in range(8) for kind in ("positive", "negative")}
+
 NODES: Mapping[str, Node] = {
     "RayInitializer": Node(
         "Ray Init Actor", TOP, "RAY_ACTORS_INIT:ray_actors_init", {**CLUSTER, **DEGREES, **STORE}, OPTIONAL
@@ -213,18 +231,39 @@ NODES: Mapping[str, Node] = {
         {
             "add_noise": ENABLE,
             "noise_seed": SEED,
-            "steps": STEPS,
-            "cfg": CFG,
-            "sampler_name": choice("euler", "dpmpp_2m"),
-            "scheduler": choice("simple", "normal"),
-            **ACTORS,
-            **PROMPTS,
-            **sockets(latent_image="LATENT"),
-            "start_at_step": integer(0, 0, 10000),
-            "end_at_step": integer(10000, 0, 10000),
-            "return_with_leftover_noise": DISABLE,
+            **KSAMPLER,
+            **KSAMPLER_END,
         },
         sockets(sigmas="SIGMAS"),
+    ),
+    "DPKSamplerAdvanced": Node(
+        "Data Parallel KSampler (Advanced)",
+        TOP,
+        "LATENT:LATENT",
+        {"add_noise": ENABLE, **KSAMPLER, **SEEDS, **KSAMPLER_END},
+        JOBS,
+        lists=(True,),
+        input_is_list=True,
+    ),
+    "DPSamplerCustom": Node(
+        "Data Parallel SamplerCustom",
+        SAMPLERS,
+        "LATENT:output",
+        {**ACTORS, "add_noise": flag(True), **SEEDS, "cfg": CFG, **PROMPTS, **CUSTOM},
+        JOBS,
+        lists=(True,),
+        input_is_list=True,
+    ),
+    "DPNoiseList": Node(
+        "Data Parallel Noise List", TOP, "NOISE:NOISE", {f"noise_seed_{n}": SEED for n in range(8)}, lists=(True,)
+    ),
+    "DPConditioningList": Node(
+        "Data Parallel Conditioning List",
+        TOP,
+        "CONDITIONING:positive CONDITIONING:negative",
+        {name: PAIRS[name] for name in ("positive_0", "negative_0")},
+        {name: pair for name, pair in PAIRS.items() if not name.endswith("_0")},
+        lists=(True, True),
     ),
     "XFuserSamplerCustom": Node(
         "XFuser SamplerCustom",

@@ -234,6 +234,47 @@ class RLTestMirrors:
         return {"ui": {"mirrors": [{"id": mirror.id, "core": mirror.core} for mirror in mirrors]}}
 
 
+class RLTestSaveLatents(RLTestSaveLatent):
+    """Writes the latents of a list to NAME0.safetensors, NAME1.safetensors and so on."""
+
+    INPUT_IS_LIST = True
+
+    def save(self, samples: list[Any], name: list[str]) -> dict[str, Any]:  # type: ignore[override]
+        saved = [super(RLTestSaveLatents, self).save(one, f"{name[0]}{index}") for index, one in enumerate(samples)]
+        return {"ui": {"latents": [entry for one in saved for entry in one["ui"]["latents"]]}}
+
+
+class RLTestLatents:
+    """Two latents as a list."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_IS_LIST = (True,)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"first": ("LATENT",), "second": ("LATENT",)}}
+
+    def make(self, first: Any, second: Any) -> tuple[list[Any]]:
+        return ([first, second],)
+
+
+class RLTestRayActors:
+    """A MODEL of the pool under the earlier pack's type."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "same"
+    RETURN_TYPES = ("RAY_ACTORS",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def same(self, model: Any) -> tuple[Any]:
+        return (model,)
+
+
 class RLTestLatentImage:
     """The first three channels as a picture, eight pixels per latent element; frames become the batch."""
 
@@ -334,6 +375,9 @@ NODES = (
     RLTestSaveValues,
     RLTestSound,
     RLTestMirrors,
+    RLTestSaveLatents,
+    RLTestRayActors,
+    RLTestLatents,
     RLTestLatentImage,
     RLTestPixels,
     RLTestSavePixels,
