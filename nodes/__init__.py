@@ -1,6 +1,12 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
-from .data_parallel import DPConditioningList, DPKSamplerAdvanced, DPNoiseList, DPSamplerCustom
+from .data_parallel import (
+    DPConditioningList,
+    DPKSamplerAdvanced,
+    DPNoiseList,
+    DPSamplerCustom,
+    UnifiedParallelSampler,
+)
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
@@ -28,6 +34,7 @@ NODE_CLASS_MAPPINGS = {
     "RayUNETLoader": RayUNETLoader,
     "RayVAEDecodeDistributed": RayVAEDecodeDistributed,
     "RayVAEEncodeDistributed": RayVAEEncodeDistributed,
+    "UnifiedParallelSampler": UnifiedParallelSampler,
     "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
     **node_classes(),
 }
@@ -48,6 +55,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayUNETLoader": "Load Diffusion Model (Ray)",
     "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
     "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
+    "UnifiedParallelSampler": "Unified Parallel Sampler (Advanced)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
     **display_names(),
 }

@@ -41,6 +41,13 @@ JOBS: dict[str, Any] = {
         },
     ),
 }
+COMMON_NAMES = {
+    "noise_seed": "seed",
+    "latent_image": "latent",
+    "start_at_step": "start_step",
+    "end_at_step": "last_step",
+}
+"""What ComfyUI's common_ksampler calls its node's inputs."""
 
 
 class _DataParallel:
@@ -48,15 +55,17 @@ class _DataParallel:
 
     FUNCTION = "sample"
     INPUT_IS_LIST = True
-    RETURN_TYPES = ("LATENT",)
-    OUTPUT_IS_LIST = (True,)
-    OUTPUT_TOOLTIPS = ("The denoised latents, in the order of the seeds.",)
+    RETURN_TYPES: tuple[str, ...] = ("LATENT",)
+    OUTPUT_IS_LIST: tuple[bool, ...] = (True,)
+    OUTPUT_TOOLTIPS: tuple[str, ...] = ("The denoised latents, in the order of the seeds.",)
     CORE = ""
     """Id of the core node that makes one picture."""
     WITHOUT_NOISE: Any = False
     """Its `add_noise` for none."""
     ORDER: tuple[str, ...] = ()
     """Widget order of the earlier pack, by which saved files hold their values."""
+    ONE_WILL_DO = False
+    """Whether a pool that puts all workers on one picture is right as well."""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -69,11 +78,12 @@ class _DataParallel:
         }
         return {"required": {name: described[name] for name in cls.ORDER}, "optional": dict(JOBS)}
 
-    def sample(self, ray_actors: list[Any], noise_list: list[Any], jobs: Any = (0,), **lists: Any) -> tuple[list[Any]]:
+    def sample(self, ray_actors: list[Any], noise_list: list[Any], jobs: Any = (0,), **lists: Any) -> tuple[Any, ...]:
         seeds = [seed for noise in noise_list for seed in _seeds(noise)]
         model = ray_actors[0]
         lengths = [len(lists[name]) for name in LISTED]
-        count = number_of_jobs(parallel.replicas(model), len(seeds), lengths, wanted=jobs[0])
+        replicas = parallel.replicas(model, one_will_do=self.ONE_WILL_DO)
+        count = number_of_jobs(replicas, len(seeds), lengths, wanted=jobs[0])
         common = {name: values[0] for name, values in lists.items() if name not in LISTED}
         each = [
             {
@@ -83,7 +93,7 @@ class _DataParallel:
             }
             for number in range(count)
         ]
-        return (parallel.run(model, each, self.one),)
+        return (parallel.run(model, each, self.one, one_will_do=self.ONE_WILL_DO),)
 
     def _noise(self, add_noise: Any, seed: int | None) -> dict[str, Any]:
         if seed is NO_NOISE:
@@ -119,6 +129,42 @@ class DPKSamplerAdvanced(_DataParallel):
         "end_at_step",
         "return_with_leftover_noise",
     )
+
+
+class UnifiedParallelSampler(_DataParallel):
+    """DPKSamplerAdvanced for every kind of pool, with denoise."""
+
+    CATEGORY = "Raylight"
+    DESCRIPTION = (
+        f"ComfyUI's KSampler (Advanced), with the denoise of KSampler, for several pictures at once. {HOW_MANY} A pool "
+        "that puts all workers on one picture is one replica."
+    )
+    RETURN_TYPES = ("LATENT", "RAY_ACTORS")
+    RETURN_NAMES = ("latent", "ray_actors")
+    OUTPUT_IS_LIST = (True, False)
+    OUTPUT_TOOLTIPS = (*_DataParallel.OUTPUT_TOOLTIPS, "The model, unchanged.")
+    CORE = "KSamplerAdvanced"
+    WITHOUT_NOISE = "disable"
+    ORDER = DPKSamplerAdvanced.ORDER
+    ONE_WILL_DO = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        declared = super().INPUT_TYPES()
+        declared["required"]["denoise"] = core.KSampler.INPUT_TYPES()["required"]["denoise"]
+        return declared
+
+    def sample(self, ray_actors: list[Any], noise_list: list[Any], jobs: Any = (0,), **lists: Any) -> tuple[Any, ...]:
+        return (*super().sample(ray_actors, noise_list, jobs, **lists), ray_actors[0])
+
+    @classmethod
+    def one(cls, *, add_noise: str = "", return_with_leftover_noise: str = "", **values: Any) -> Any:
+        """One picture, by what ComfyUI's two nodes have in common."""
+        return core.common_ksampler(
+            disable_noise=add_noise == "disable",
+            force_full_denoise=return_with_leftover_noise == "disable",
+            **{COMMON_NAMES.get(name, name): value for name, value in values.items()},
+        )[0]
 
 
 class DPSamplerCustom(_DataParallel):

@@ -38,15 +38,18 @@ STATE = ("model_options", "wrappers", "callbacks", "attachments")
 """Attributes of a patcher that may hold objects and functions with a state of their own."""
 
 
-def replicas(model: Any) -> int:
+def replicas(model: Any, *, one_will_do: bool = False) -> int:
     """How many samplings of a MODEL can run at the same time.
+
+    Args:
+        one_will_do: whether a pool that puts all of its workers on one picture is right as well.
 
     Raises:
         ConfigError: it is not on the pool, or the pool puts all of its workers on one picture.
     """
     parallel: ParallelConfig = remote.on_pool(model).link.config.parallel
     count = parallel.degrees["dp"]
-    if count == 1 < parallel.world:
+    if count == 1 < parallel.world and not one_will_do:
         raise ConfigError(
             "Data parallel sampling needs a pool of several replicas",
             f"ulysses_degree={parallel.ulysses}, ring_degree={parallel.ring}, cfg_degree={parallel.cfg} "
@@ -57,7 +60,7 @@ def replicas(model: Any) -> int:
     return count
 
 
-def run(model: Any, jobs: Sequence[Mapping[str, Any]], sample: Sample[T]) -> list[T]:
+def run(model: Any, jobs: Sequence[Mapping[str, Any]], sample: Sample[T], *, one_will_do: bool = False) -> list[T]:
     """Sample several times, one job at a time on each replica of the pool; what is left waits for a free one.
 
     Each job is what a single run would be: it starts from torch's generators as they are now, and has copies of
@@ -66,6 +69,7 @@ def run(model: Any, jobs: Sequence[Mapping[str, Any]], sample: Sample[T]) -> lis
     Args:
         jobs: arguments of `sample` for each run, besides `model`.
         sample: one whole sampling, in ComfyUI's own code.
+        one_will_do: see `replicas`.
 
     Returns:
         The results in the order of the jobs.
@@ -73,7 +77,7 @@ def run(model: Any, jobs: Sequence[Mapping[str, Any]], sample: Sample[T]) -> lis
     Raises:
         ConfigError: see `replicas`.
     """
-    count = replicas(model)
+    count = replicas(model, one_will_do=one_will_do)
     alone = False
     try:
         _detach(model.clone(), {str(number): job for number, job in enumerate(jobs)})

@@ -265,6 +265,21 @@ NODES: Mapping[str, Node] = {
         {name: pair for name, pair in PAIRS.items() if not name.endswith("_0")},
         lists=(True, True),
     ),
+    "UnifiedParallelSampler": Node(
+        "Unified Parallel Sampler (Advanced)",
+        TOP,
+        "LATENT:latent RAY_ACTORS:ray_actors",
+        {
+            "add_noise": ENABLE,
+            **KSAMPLER,
+            **SEEDS,
+            **KSAMPLER_END,
+            "denoise": number(1.0, 0.0, 1.0, step=0.01),
+        },
+        JOBS,
+        lists=(True, False),
+        input_is_list=True,
+    ),
     "XFuserSamplerCustom": Node(
         "XFuser SamplerCustom",
         SAMPLERS,

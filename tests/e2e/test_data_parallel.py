@@ -241,6 +241,29 @@ def test_lora_reaches_every_replica(bench: Bench) -> None:
     assert (found[1] - bare[1]).abs().max() > 1e-3 * bare[1].abs().max()
 
 
+def unified(sampling: Case, where: PoolCase, **more: Any) -> Prompt:
+    advanced = dataclasses.replace(sampling, sampling="KSamplerAdvanced")
+    prompt = parallel(advanced, where, denoise=sampling.denoise, **more)
+    prompt[SAMPLER]["class_type"] = "UnifiedParallelSampler"
+    return prompt
+
+
+def test_unified_sampler(bench: Bench) -> None:
+    """One picture on all workers, or one on each; its second output is the model."""
+    partly = case("wan", sampling="KSampler", denoise=0.6, random_latent=True, steps=4, seed=SEEDS[0])
+    expected = bench.single(partly)
+    prompt = unified(partly, PoolCase(workers=2))
+    prompt["again"] = node("RLTestSaveLatent", samples=["once more", 0], name="once-more")
+    prompt["once more"] = {**pool(dataclasses.replace(partly, sampling="KSamplerAdvanced"))[SAMPLER]}
+    prompt["once more"]["inputs"]["ray_actors"] = [SAMPLER, 1]
+    same(bench.many(prompt), [expected])
+    late = case("wan", random_latent=True, start=1, steps=3, add_noise=False, leftover=True, end=2, seed=SEEDS[0])
+    same(bench.many(unified(late, PoolCase(workers=2))), [bench.single(late)])
+    prompt = unified(partly, TWO)
+    second = bench.single(dataclasses.replace(partly, seed=SEEDS[1]), latent=prompt["latent"])
+    same(bench.many(prompt), [expected, second])
+
+
 GROUPS_OF_TWO = PoolCase(workers=4, ulysses=2)
 CFG_GROUPS = PoolCase(workers=4, ulysses=1, cfg=2)
 GROUPS = [
