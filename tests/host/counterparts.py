@@ -84,13 +84,14 @@ class Side:
         steps: int = STEPS,
         positive: Link | None = None,
         latent: Link | None = None,
+        seed: int | None = None,
     ) -> Link:
         """A latent of two steps of euler at cfg 3."""
         return self.both.add(
             "XFuserKSamplerAdvanced" if self.pool else "KSamplerAdvanced",
             **{self.of_model: model or self.model},
             add_noise="enable",
-            noise_seed=self.both.seed,
+            noise_seed=self.both.seed if seed is None else seed,
             steps=steps,
             cfg=3.0,
             sampler_name="euler",
@@ -103,13 +104,13 @@ class Side:
             return_with_leftover_noise="disable",
         )
 
-    def with_method(self, sampler: Link) -> Link:
+    def with_method(self, sampler: Link, *, seed: int = SEED) -> Link:
         """A latent by a sampling method."""
         return self.both.add(
             "XFuserSamplerCustom" if self.pool else "SamplerCustom",
             **{self.of_model: self.model},
             add_noise=True,
-            noise_seed=SEED,
+            noise_seed=seed,
             cfg=3.0,
             positive=self.both.positive,
             negative=self.both.negative,
@@ -146,9 +147,10 @@ class Both:
     Args:
         published: ComfyUI's description of its nodes.
         seed: ComfyUI does not run again what it has run with the same one.
+        where: the pool.
     """
 
-    def __init__(self, published: Mapping[str, Any], *, seed: int = SEED) -> None:
+    def __init__(self, published: Mapping[str, Any], *, seed: int = SEED, where: PoolCase | None = None) -> None:
         self.published, self.seed = published, seed
         self.prompt: Prompt = {}
         self.pairs: dict[str, list[str]] = {}
@@ -169,7 +171,7 @@ class Both:
         self.sigmas = self.add("RLTestSigmas", sigmas="1.0, 0.7, 0.3, 0.0")
         self.method = self.add("KSamplerSelect", sampler_name="euler")
         self.noise = self.add("RandomNoise", noise_seed=SEED)
-        self.init = self.add("RayInitializer", **PoolCase().initializer())
+        self.init = self.add("RayInitializer", **(where or PoolCase()).initializer())
         self.core = Side(self, self.add("UNETLoader", unet_name=CHECKPOINT, weight_dtype="default"), pool=False)
         self.pool = Side(self, self.ray_loader(self.init), pool=True)
         self.core.plain, self.pool.plain = self.core.sampled(), self.pool.sampled()
@@ -205,6 +207,14 @@ class Both:
         names.append(name)
         self.save(name.format("core"), kind, core)
         self.save(name.format("pool"), kind, pool)
+
+    def pair_list(self, node: str, core: Iterable[Link], pool: Link) -> None:
+        """Latents, and a list that is to be equal."""
+        names = self.pairs.setdefault(node, [])
+        for number, link in enumerate(core):
+            self.save(f"{node}-core-{number}", "LATENT", link)
+            names.append(f"{node}-{{}}-{number}")
+        self.add("RLTestSaveLatents", samples=pool, name=f"{node}-pool-")
 
     def mirror(self, node: str, core: str) -> None:
         """A node of the pack and ComfyUI's own of the same inputs, whatever they are."""
@@ -325,7 +335,51 @@ def _encode(both: Both, node: str) -> None:
     both.pair(node, "LATENT", both.add("VAEEncode", pixels=pixels, vae=vae), both.add(node, pixels=pixels, **pool))
 
 
+SEEDS = (11, 12)
+
+
+def _seeds(both: Both) -> Link:
+    """A DPNoiseList that begins with SEEDS."""
+    return both.add("DPNoiseList", **{f"noise_seed_{number}": SEEDS[0] + number for number in range(8)})
+
+
+def _ksampler_inputs(both: Both) -> dict[str, Any]:
+    """What the data parallel samplers have of KSamplerAdvanced."""
+    inputs = dict(both.prompt[both.pool.plain[0]]["inputs"])
+    del inputs["noise_seed"]
+    return {**inputs, "noise_list": _seeds(both)}
+
+
+def _unified(both: Both, node: str) -> None:
+    """Two pictures with seeds and conditioning from lists."""
+    pairs = {"positive_0": both.positive, "negative_0": both.negative, "positive_1": both.third}
+    texts = both.add("DPConditioningList", **pairs, negative_1=both.negative)
+    inputs = {**_ksampler_inputs(both), "positive": texts, "negative": [texts[0], 1], "denoise": 1.0}
+    expected = [both.core.sampled(seed=SEEDS[0]), both.core.sampled(seed=SEEDS[1], positive=both.third)]
+    both.pair_list(node, expected, both.add("UnifiedParallelSampler", **inputs))
+
+
+def _replicas(both: Both, node: str) -> None:
+    expected = [both.core.sampled(seed=seed) for seed in SEEDS]
+    both.pair_list(node, expected, both.add(node, **_ksampler_inputs(both)))
+
+
+def _custom_replicas(both: Both, node: str) -> None:
+    expected = [both.core.with_method(both.method, seed=seed) for seed in SEEDS]
+    inputs = dict(both.prompt[both.pool.with_method(both.method)[0]]["inputs"])
+    del inputs["noise_seed"]
+    both.pair_list(node, expected, both.add(node, **inputs, noise_list=_seeds(both)))
+
+
+ON_REPLICAS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
+    "DPKSamplerAdvanced": ("`KSamplerAdvanced`, once per seed", _replicas),
+    "DPSamplerCustom": ("`SamplerCustom`, once per seed", _custom_replicas),
+}
+"""As `OTHERS`, on a pool of two replicas."""
 OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
+    **ON_REPLICAS,
+    "DPConditioningList": (f"{NONE}: the conditionings of `KSamplerAdvanced`", _unified),
+    "DPNoiseList": (f"{NONE}: the seeds of `KSamplerAdvanced`", _unified),
     "RayGGUFLoader": ("`UNETLoader` of the dequantised weights", _gguf),
     "RayInitializer": (f"{NONE}: `KSamplerAdvanced` on the pool it starts", _sampler),
     "RayInitializerAdvanced": (f"{NONE}: `KSamplerAdvanced` on the pool it starts", _advanced_initializer),
@@ -336,6 +390,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
     "RayUNETLoader": ("`UNETLoader`", _sampler),
     "RayVAEDecodeDistributed": ("`VAEDecode`", _decode),
     "RayVAEEncodeDistributed": ("`VAEEncode`", _encode),
+    "UnifiedParallelSampler": ("`KSamplerAdvanced`, once per seed", _unified),
     "XFuserKSamplerAdvanced": ("`KSamplerAdvanced`", _sampler),
 }
 """Nodes that are no mirrors: their counterpart in words, and what makes the pairs."""
@@ -355,6 +410,11 @@ def mirrors(client: ComfyClient) -> dict[str, str]:
     return {row["id"]: row["core"] for row in rows if row["id"] in published}
 
 
+def comparable(client: ComfyClient) -> set[str]:
+    """The mirrors, and nodes of which is said here what they compare with."""
+    return {*mirrors(client), *OTHERS, KILL}
+
+
 def compare(server: ComfyServer, client: ComfyClient, wanted: Iterable[str]) -> dict[str, Outcome]:
     """Run nodes of the pack beside their counterparts, all in one prompt.
 
@@ -365,6 +425,8 @@ def compare(server: ComfyServer, client: ComfyClient, wanted: Iterable[str]) -> 
     wanted = list(wanted)
     first = Both(published)
     prompts = [first]
+    if ON_REPLICAS.keys() & set(wanted):
+        prompts.append(Both(published, seed=SEED + 50, where=PoolCase(ulysses=0, ring=0, cfg=0)))
     for name in wanted:
         if name in ALONE:
             prompts.append(Both(published, seed=SEED + len(prompts)))
@@ -372,7 +434,7 @@ def compare(server: ComfyServer, client: ComfyClient, wanted: Iterable[str]) -> 
         elif name in table:
             first.mirror(name, table[name])
         elif name != KILL:
-            OTHERS[name][1](first, name)
+            OTHERS[name][1](prompts[1] if name in ON_REPLICAS else first, name)
     errors: dict[str, float] = {}
     for both in prompts:
         errors |= _errors(server, client, both)
