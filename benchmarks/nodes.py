@@ -86,7 +86,7 @@ def table(columns: Mapping[str, Mapping[str, Outcome | None]]) -> list[str]:
     for name in sorted({name for column in columns.values() for name in column}):
         found = [column.get(name) for column in columns.values()]
         core = next((outcome.core for outcome in found if outcome), "")
-        cells = [f"{outcome.error:.2g}" if outcome else "not there" for outcome in found]
+        cells = [f"{outcome.error:.1g}" if outcome else "not there" for outcome in found]
         rows.append(f"| `{name}` | {core} | {' | '.join(cells)} |")
     return rows
 

@@ -26,7 +26,8 @@ LIMIT_S = 500.0
 NONE = "none"
 ROUNDING = {"RayModelComputeDtype": 2e-2}
 """Nodes that have the model compute in bfloat16, and what that makes of a latent in two steps: some CPUs' matrix
-products round otherwise for other numbers of rows, which workers have."""
+products round otherwise for other numbers of rows, which workers have. Both are equally far from fp32, and one worker
+gives plain's bits."""
 IDLE = frozenset({"RayLTXVReferenceAudio"})
 """Model nodes that change nothing of a model without sound."""
 NUDGES: Mapping[str, Mapping[str, Any]] = {
