@@ -1,12 +1,13 @@
 """What the pool costs and what it gains, against plain ComfyUI in the same run.
 
-    python benchmarks/pool.py start | again | overhead | sampling | cfg [--workers 2] [--comfy PATH]
+    python benchmarks/pool.py start | again | overhead | sampling | cfg | data [--workers 2] [--comfy PATH]
 
 start: seconds from nothing to a pool that can be used. again: milliseconds of a run of one step outside of its model
 call, with models and LoRAs where the run before left them. overhead: milliseconds of a model call beyond the
 workers' own time, and the bytes that cross. sampling: seconds per step of a Wan-like model wide enough that
 computing dominates, workers with one thread each against plain ComfyUI with one thread. cfg: the same at cfg 4,
-where two workers can share the tokens (ulysses_degree 2) or the conditions (cfg_degree 2).
+where two workers can share the tokens (ulysses_degree 2) or the conditions (cfg_degree 2). data: a picture for each
+worker at the same time (all degrees 0) against the same pictures one after another.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ STEPS = 2
 def main() -> int:
     """Set up, then measure in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "again", "overhead", "sampling", "cfg"))
+    parser.add_argument("what", choices=("start", "again", "overhead", "sampling", "cfg", "data"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     options = parser.parse_args()
     code = environment.enter(options.comfy)
     if code is not None:
         return code
-    {"start": start, "again": again, "overhead": overhead, "sampling": sampling, "cfg": guidance}[options.what](options)
+    parts = {"start": start, "again": again, "overhead": overhead}
+    parts |= {"sampling": sampling, "cfg": guidance, "data": pictures}
+    parts[options.what](options)
     return 0
 
 
@@ -156,6 +159,57 @@ def guidance(options: argparse.Namespace) -> None:
     """Positive and negative prompt at cfg 4: tokens shared against conditions shared."""
     ways = [(f"ulysses {options.workers}", config(options.workers)), ("cfg 2", config(options.workers, cfg=2))]
     compare(ways, scale=4.0, widths=(22, 44))
+
+
+def pictures(options: argparse.Namespace) -> None:
+    """A picture for each worker: plain ComfyUI and one replica make them one after another, all replicas at once."""
+    import comfy.sd
+    import torch
+    from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, PoolConfig
+    from comfy_raylight.workers import jobs, remote
+
+    generator = torch.Generator().manual_seed(1)
+    positive, negative = ([[torch.randn(1, 128, 4096, generator=generator), {}]] for _ in range(2))
+    count = options.workers
+    print(f"{count} pictures, width 768, 8 layers, one thread each; medians of {ROUNDS} rounds of {STEPS} steps")
+    print("| tokens | plain s | one replica s | all replicas s | against plain | against one replica | difference |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        path = checkpoint(folder, dim=768, ffn=3072, layers=8)
+        plain = comfy.sd.load_diffusion_model(str(path))
+        pooled = remote.load_model(PoolConfig(parallel=ParallelConfig(world=count)), ModelSpec.of(path))
+        for width in (22, 44):
+            noises = [torch.randn(1, 16, 5, 40, width, generator=generator) for _ in range(count)]
+
+            def sample(model: Any, noise: torch.Tensor) -> torch.Tensor:
+                return comfy.sample.sample(
+                    model, noise, STEPS, 1.0, "euler", "simple", positive, negative, torch.zeros_like(noise),
+                    disable_pbar=True, seed=1,
+                )  # fmt: skip
+
+            def in_turn(model: Any, noises: Sequence[torch.Tensor] = noises) -> list[torch.Tensor]:
+                return [sample(model, noise) for noise in noises]
+
+            def at_once(model: Any, noises: Sequence[torch.Tensor] = noises) -> list[torch.Tensor]:
+                return jobs.run(model, [{"noise": noise} for noise in noises], sample)
+
+            ways = [(in_turn, plain), (in_turn, pooled), (at_once, pooled)]
+            results = [way(model) for way, model in ways]  # also loads what is not loaded yet
+            difference = max((a - b).abs().max() / a.abs().max() for a, b in zip(results[0], results[2], strict=True))
+            rounds = []
+            for _ in range(ROUNDS):
+                seconds = []
+                for way, model in ways:
+                    began = time.perf_counter()
+                    way(model)
+                    seconds.append(time.perf_counter() - began)
+                rounds.append(seconds)
+            plain_s, one_s, all_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+            print(
+                f"| {noises[0][0, 0].numel() // 4} | {plain_s:.2f} | {one_s:.2f} | {all_s:.2f} | "
+                f"{plain_s / all_s:.2f} | {one_s / all_s:.2f} | {difference:.1e} |",
+                flush=True,
+            )
 
 
 def compare(ways: Sequence[tuple[str, Any]], *, scale: float, widths: Sequence[int]) -> None:

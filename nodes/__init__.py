@@ -1,17 +1,29 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
 from .compile import RayTorchCompileModel
+from .data_parallel import (
+    DPConditioningList,
+    DPKSamplerAdvanced,
+    DPNoiseList,
+    DPSamplerCustom,
+    UnifiedParallelSampler,
+)
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
 from .ltx import RayLTXFFNChunker
 from .memory import RayKill, RayOffloadModel
+from .mirrors import display_names, node_classes
 from .samplers import XFuserKSamplerAdvanced
 from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
 NODE_CLASS_MAPPINGS = {
+    "DPConditioningList": DPConditioningList,
+    "DPKSamplerAdvanced": DPKSamplerAdvanced,
+    "DPNoiseList": DPNoiseList,
+    "DPSamplerCustom": DPSamplerCustom,
     "RayGGUFLoader": RayGGUFLoader,
     "RayInitializer": RayInitializer,
     "RayInitializerAdvanced": RayInitializerAdvanced,
@@ -24,10 +36,16 @@ NODE_CLASS_MAPPINGS = {
     "RayUNETLoader": RayUNETLoader,
     "RayVAEDecodeDistributed": RayVAEDecodeDistributed,
     "RayVAEEncodeDistributed": RayVAEEncodeDistributed,
+    "UnifiedParallelSampler": UnifiedParallelSampler,
     "XFuserKSamplerAdvanced": XFuserKSamplerAdvanced,
+    **node_classes(),
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "DPConditioningList": "Data Parallel Conditioning List",
+    "DPKSamplerAdvanced": "Data Parallel KSampler (Advanced)",
+    "DPNoiseList": "Data Parallel Noise List",
+    "DPSamplerCustom": "Data Parallel SamplerCustom",
     "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
@@ -40,5 +58,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayUNETLoader": "Load Diffusion Model (Ray)",
     "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
     "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
+    "UnifiedParallelSampler": "Unified Parallel Sampler (Advanced)",
     "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
+    **display_names(),
 }

@@ -12,7 +12,7 @@ import torch
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.workers.arena import Arena
 from comfy_raylight.workers.path_modules import resolve
-from comfy_raylight.workers.transfer import HELD_LIMIT, Decoder, Encoder, Shelf
+from comfy_raylight.workers.transfer import HELD_LIMIT, Decoder, Encoder, Shelf, copied
 
 
 def pair(*, shared: bool) -> tuple[Encoder, Decoder]:
@@ -187,3 +187,39 @@ def test_functions_of_modules_named_by_path(ends: tuple[Encoder, Decoder], tmp_p
         assert function(3) == 6 and isinstance(instance, cls) and cls is not module.Node
     finally:
         sys.modules.pop(name, None)
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def test_a_copy_has_a_state_of_its_own() -> None:
+    """Functions, what they close over and what they share with each other; tensors are the same ones."""
+    total, counter, weight = 0, Counter(), torch.ones(2)
+
+    def add() -> torch.Tensor:
+        nonlocal total
+        total += 1
+        counter.count += 1
+        return weight
+
+    def seen() -> tuple[int, int]:
+        return total, counter.count
+
+    value = {"add": add, "seen": [seen], "counter": counter, "weight": weight}
+    other = copied(value, is_tensor)
+    for _ in range(2):
+        assert other["add"]() is weight
+    assert other["seen"][0]() == (2, 2) and other["counter"].count == 2 and other["weight"] is weight
+    assert seen() == (0, 0) and counter.count == 0
+    assert copied(value, is_tensor)["seen"][0]() == (0, 0)
+
+
+def test_what_cannot_be_copied_is_said() -> None:
+    with pytest.raises(UnsupportedError, match="cannot be copied.*generator"):
+        copied({"numbers": (number for number in range(3))}, is_tensor)

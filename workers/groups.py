@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ..raylight import cfg
 from ..raylight.config import ModelSpec
 from ..raylight.errors import RaylightError
+from .lanes import Lanes
 from .messages import LoadRequest, ModelFacts
 from .pool import Pool
 from .replica import Call, Patches, Replica
@@ -31,10 +32,14 @@ class Groups:
     """The parts of `ranks` that each hold one sequence; every part is a `Replica` by itself.
 
     To its replicas this object is the pool. What they ask for while several of them work goes out together.
+
+    Args:
+        lanes: the pool's, through which other data-parallel replicas work at the same time.
     """
 
-    def __init__(self, pool: Pool, ranks: Sequence[int], refer: Reference) -> None:
+    def __init__(self, pool: Pool, lanes: Lanes, ranks: Sequence[int], refer: Reference) -> None:
         self.pool = pool
+        self._lanes = lanes
         self._together = cfg.Together()
         size = pool.config.parallel.sequence
         parts = [ranks[start : start + size] for start in range(0, len(ranks), size)]
@@ -81,7 +86,7 @@ class Groups:
             if isinstance(replies, _Failed):
                 raise replies.error
             return list(replies)
-        return self.pool.call(verb, *arguments, ranks=ranks)
+        return self._lanes.call_groups(verb, [(ranks, arguments)])[0]
 
     def _each(self, job: Callable[[Replica], T]) -> list[T]:
         return self._run([functools.partial(job, replica) for replica in self.replicas])
@@ -108,7 +113,7 @@ class Groups:
         (verb, *_) = next(iter(ready.values()))
         same = {number: message for number, message in ready.items() if message[0] == verb}
         try:
-            replies = self.pool.call_groups(verb, [(ranks, arguments) for _, arguments, ranks in same.values()])
+            replies = self._lanes.call_groups(verb, [(ranks, arguments) for _, arguments, ranks in same.values()])
         except RaylightError as error:
             if not self.pool.alive():
                 raise

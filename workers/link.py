@@ -20,8 +20,9 @@ from . import random_states, refusals
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
+from .lanes import Lanes
 from .messages import LoadRequest, ModelFacts
-from .pool import REGISTRY, acquire
+from .pool import REGISTRY, Pool, acquire
 from .replica import Call, Patches, Traffic, on_options
 from .transfer import Reference
 
@@ -34,6 +35,8 @@ DRIVER_ONLY = frozenset({"wrappers", "callbacks", "easycache", "lazycache", PER_
 """Keys of transformer_options that only code around the cut reads."""
 SETTINGS = "raylight_settings"
 """Key of the patcher's attachment that holds its WorkerSettings."""
+LANES = "lanes"
+"""Key of a pool's notes; replicas are under their numbers."""
 CARRIED_OBJECTS = frozenset({"manual_cast_dtype"})
 """Object patches outside the diffusion model that change what the model does with its weights."""
 
@@ -56,20 +59,39 @@ class ModelLink:
     Args:
         dtype: what plain ComfyUI keeps the weights in.
         refer: names live objects that the workers have their own of (see transfer.Encoder).
+        replica: which data-parallel replica of the pool answers.
 
     Attributes:
         together: runs the evaluation of several conditions side by side (see conds.calc_cond_batch).
     """
 
-    def __init__(self, config: PoolConfig, spec: ModelSpec, dtype: torch.dtype, refer: Reference) -> None:
+    def __init__(
+        self, config: PoolConfig, spec: ModelSpec, dtype: torch.dtype, refer: Reference, *, replica: int = 0
+    ) -> None:
         self.config = config
         self.spec = spec
+        self.replica = replica
+        self._dtype = dtype
         self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."))
         self.together = cfg.Together()
         self._refer = refer
+        self._others: dict[int, ModelLink] = {}
         self._environment = describe()
         self._told = False
         self._lock = threading.RLock()
+
+    def at(self, replica: int) -> ModelLink:
+        """The way to the same model on another replica; it lives as long as this one does."""
+        if replica == self.replica:
+            return self
+        if replica not in self._others:
+            self._others[replica] = ModelLink(self.config, self.spec, self._dtype, self._refer, replica=replica)
+        return self._others[replica]
+
+    def lanes(self) -> Lanes:
+        """What runs tasks side by side on the pool, which is started where needed."""
+        with interruptible():
+            return _lanes(self._pool())
 
     def load(self) -> list[ModelFacts]:
         """Have the weights on the workers, starting the pool where needed."""
@@ -119,7 +141,7 @@ class ModelLink:
             for call in calls.values():
                 if not groups.holds(call.spec, call.patches):
                     for other in _links(call.patches.weights):
-                        other.load()  # a new pool, or one that made room, may not have it
+                        other.at(self.replica).load()  # a new pool, or one that made room, may not have it
             with interruptible(), self._explained():
                 found = groups.run({group: calls[number] for number, group in chosen.items()})
             outputs = {}
@@ -152,17 +174,20 @@ class ModelLink:
         """Totals of the pool's calls on one cfg group so far."""
         return self._groups().replicas[group].traffic
 
-    def _groups(self, index: int = 0) -> Groups:
-        pool = acquire(self.config, self._environment, model_management.processing_interrupted)
-        if index not in pool.notes:
-            pool.notes[index] = Groups(pool, pool.replicas[index], self._refer)
-        groups: Groups = pool.notes[index]
+    def _pool(self) -> Pool:
+        return acquire(self.config, self._environment, model_management.processing_interrupted)
+
+    def _groups(self) -> Groups:
+        pool = self._pool()
+        if self.replica not in pool.notes:
+            pool.notes[self.replica] = Groups(pool, _lanes(pool), pool.replicas[self.replica], self._refer)
+        groups: Groups = pool.notes[self.replica]
         return groups
 
     def _loaded(self) -> Groups:
         with interruptible():
             groups = self._groups()
-            groups.pool.agree_on(self.spec)
+            groups.pool.agree_on(self.spec, _lanes(groups.pool).call_groups)
             groups.load(self._request, self)
             return groups
 
@@ -178,12 +203,12 @@ class ModelLink:
 
     def _live_groups(self) -> Groups | None:
         pool = REGISTRY.get(self.config)
-        return pool.notes.get(0) if pool is not None and pool.alive() else None
+        return pool.notes.get(self.replica) if pool is not None and pool.alive() else None
 
     def _tell(self, calls: int) -> None:
         """Say once per run that cfg_degree does not help, unless it did."""
         degree = self.config.parallel.degrees["cfg"]
-        if degree == 1 or calls == 0:
+        if degree == 1 or calls == 0 or self.replica:
             return
         if calls == 1 and not self._told:
             log.info(
@@ -227,6 +252,13 @@ class ModelLink:
             random=random_states.take() if found or patches.objects else None,
             settings=settings_of(patcher),
         )
+
+
+def _lanes(pool: Pool) -> Lanes:
+    if LANES not in pool.notes:
+        pool.notes[LANES] = Lanes(pool, random_states.keep)
+    lanes: Lanes = pool.notes[LANES]
+    return lanes
 
 
 def settings_of(patcher: Any) -> WorkerSettings:

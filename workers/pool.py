@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -10,8 +11,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
@@ -49,6 +50,7 @@ CLOSE_GRACE_S = 0.5
 CANCELLABLE = frozenset({"load", "forward", "decode", "encode"})
 """Verbs that workers end together when they are told to."""
 
+CallGroups = Callable[[str, Sequence[tuple[Sequence[int], tuple[Any, ...]]]], list[list[Any]]]
 Tell = Callable[[int, int], None]
 """Takes what is done, and the total."""
 
@@ -70,6 +72,34 @@ class Member:
     local: bool
     heartbeat: Any = None
     busy: bool = False
+
+
+@dataclass
+class Exchange:
+    """A request on its way to groups of ranks, and what has come back.
+
+    Attributes:
+        groups: what each rank of each group is sent; groups share no collective.
+        progress: called with what is done and the total, as a rank tells it.
+        deadline: when everybody must have answered, by `time.monotonic()`.
+        heard: when somebody was last heard.
+        bounds: when the others of a group must have answered of which a rank failed, by number of the group.
+        cancelled: whether the ranks need not be told any more to end.
+    """
+
+    groups: Sequence[Mapping[int, bytes]]
+    request: Request
+    progress: Tell | None
+    deadline: float
+    heard: float
+    replies: dict[int, Reply] = field(default_factory=dict)
+    bounds: dict[int, float] = field(default_factory=dict)
+    cancelled: bool = False
+
+    @property
+    def waiting(self) -> list[int]:
+        """Ranks that have not answered."""
+        return [rank for group in self.groups for rank in group if rank not in self.replies]
 
 
 def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> Pool:
@@ -127,7 +157,7 @@ class Pool:
 
     A pool is either alive or closed; it closes itself when a rank died, stopped, or failed in a way that
     may have left another one inside a collective. `replicas` lists the ranks of each data-parallel replica,
-    `laps` the seconds each part of the start took, `notes` what callers remember per replica while it lives.
+    `laps` the seconds each part of the start took, `notes` what callers remember while it lives.
     """
 
     def __init__(self, config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> None:
@@ -136,7 +166,7 @@ class Pool:
         self.config = config
         self.members: list[Member] = []
         self.laps: dict[str, float] = {}
-        self.notes: dict[int, Any] = {}
+        self.notes: dict[Hashable, Any] = {}
         self._launch = launch
         self._interrupted = interrupted
         self._actors: list[Any] = []
@@ -202,12 +232,47 @@ class Pool:
         Groups share no collective, so only ranks of one group must fail alike for the pool to stay alive; the
         others then end what they do first.
         """
-        self._next_id += 1
-        requests = [Request(id=self._next_id, verb=verb, arguments=arguments) for _, arguments in groups]
-        sent = [
-            dict.fromkeys(ranks, pickle.dumps(request)) for (ranks, _), request in zip(groups, requests, strict=True)
-        ]
-        return self._exchange(sent, requests[0], progress, limit)
+        return self._exchange(*self._packed(verb, groups), progress, limit)
+
+    def post(self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]) -> Exchange:
+        """Send what `call_groups` sends, and do not wait. None of the ranks may be at work."""
+        with _LOCK, self._closing_on_error(verb):
+            return self._begin(*self._packed(verb, groups))
+
+    def settle(self, exchanges: Sequence[Exchange]) -> list[Exchange]:
+        """Wait until somebody has finished with one of these; the finished ones.
+
+        Raises:
+            WorkerError: a rank died or stopped; the pool is closed, and nothing will come of the others.
+        """
+        verb = exchanges[0].request.verb
+        with _LOCK, self._closing_on_error(verb):
+            while True:
+                finished = [exchange for exchange in exchanges if not exchange.waiting]
+                if finished:
+                    return finished
+                self._listen(exchanges)
+
+    def result(self, exchange: Exchange) -> list[list[Any]]:
+        """The answers to an exchange that has finished, as `call_groups` returns and raises them."""
+        with _LOCK:
+            failures = [failures_of(exchange.replies, group) for group in exchange.groups]
+            if any(failures):
+                self._raise(failures, [len(group) for group in exchange.groups], exchange.request.verb)
+            return [[exchange.replies[rank].value for rank in group] for group in exchange.groups]
+
+    def abandon(self, exchanges: Sequence[Exchange]) -> None:
+        """Have everybody end what was posted, and wait for that."""
+        left = [exchange for exchange in exchanges if exchange.waiting]
+        with _LOCK, self._closing_on_error(left[0].request.verb if left else ""):
+            self._cancel(left)
+            while left:
+                self._listen(left)
+                left = [exchange for exchange in left if exchange.waiting]
+
+    def idle(self, ranks: Sequence[int]) -> bool:
+        """Whether none of the ranks is at work, so that they can be posted something."""
+        return not any(self.members[rank].busy for rank in ranks) if self.members else True
 
     def call_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Like `call`, with arguments of its own for each rank."""
@@ -215,15 +280,21 @@ class Pool:
         requests = [Request(id=self._next_id, verb=verb, arguments=own) for own in arguments]
         return self._exchange([{rank: pickle.dumps(request) for rank, request in enumerate(requests)}], requests[0])[0]
 
-    def agree_on(self, spec: ModelSpec) -> None:
+    def agree_on(self, spec: ModelSpec, call_groups: CallGroups | None = None) -> None:
         """Make sure that all workers find the same file as this process; each then goes by its own machine's.
+
+        Args:
+            call_groups: what asks them, where some may be at work.
 
         Raises:
             LoadError: a machine has none of that path, or another one.
         """
         if self._single or spec in self._agreed:
             return
-        told: list[str] = self.call("recognise", spec, content_key(spec.path))
+        everyone = range(len(self.members))
+        told: list[str] = (call_groups or self.call_groups)("recognise", [(everyone, (spec, content_key(spec.path)))])[
+            0
+        ]
         wrong = {member.place.host: why for member, why in zip(self.members, told, strict=True) if why}
         if wrong:
             raise LoadError(
@@ -374,95 +445,136 @@ class Pool:
 
     # ---- calls ---------------------------------------------------------------------------------
 
+    def _packed(
+        self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]
+    ) -> tuple[list[dict[int, bytes]], Request]:
+        """What each rank of each group is sent, and the first group's request."""
+        self._next_id += 1
+        requests = [Request(id=self._next_id, verb=verb, arguments=arguments) for _, arguments in groups]
+        sent = [
+            dict.fromkeys(ranks, pickle.dumps(request)) for (ranks, _), request in zip(groups, requests, strict=True)
+        ]
+        return sent, requests[0]
+
     def _exchange(
         self,
-        groups: Sequence[dict[int, bytes]],
+        groups: Sequence[Mapping[int, bytes]],
         request: Request,
         progress: Tell | None = None,
         limit: float = float("inf"),
     ) -> list[list[Any]]:
         """Send what each rank of each group is to get, and collect the answers in the same order."""
         with _LOCK:
+            with self._closing_on_error(request.verb):
+                exchange = self._begin(groups, request, progress, limit)
+                while exchange.waiting:
+                    self._listen([exchange])
+            return self.result(exchange)
+
+    @contextlib.contextmanager
+    def _closing_on_error(self, verb: str) -> Iterator[None]:
+        """A rank may be left inside a collective, or hold an answer that a later call would read: end them all."""
+        try:
             if self._closed:
+                if self._lost:
+                    raise ray_lost(self._lost, verb)
                 raise WorkerError("The pool is closed", "", "Queue the prompt again: it starts a new one")
-            try:
-                self._send(groups, request)
-                replies = self._collect(groups, request, progress, time.monotonic() + limit)
-            except BaseException as error:
-                # a rank may be left inside a collective, or hold an answer that a later call would read
+            yield
+        except BaseException as error:
+            if not self._closed:
                 self._lost = self._lost or self._launch.ray_ended(ask=True)
                 self.close()
                 if self._lost:
-                    raise ray_lost(self._lost, request.verb) from error
-                raise
-        failures = [failures_of(replies, group) for group in groups]
-        if any(failures):
-            self._raise(failures, [len(group) for group in groups], request.verb)
-        return [[replies[rank].value for rank in group] for group in groups]
+                    raise ray_lost(self._lost, verb) from error
+            raise
 
-    def _send(self, groups: Sequence[dict[int, bytes]], request: Request) -> None:
+    def _begin(
+        self,
+        groups: Sequence[Mapping[int, bytes]],
+        request: Request,
+        progress: Tell | None = None,
+        limit: float = float("inf"),
+    ) -> Exchange:
         for group in groups:
             for rank, payload in group.items():
                 member = self.members[rank]
+                assert not member.busy
                 member.busy = True
-                try:
-                    member.connection.send_bytes(payload)
-                except OSError as error:
-                    raise self._dead(member, request.verb) from error
+                self._send(member, payload, request.verb)
+        now = time.monotonic()
+        return Exchange(
+            groups=groups,
+            request=request,
+            progress=progress,
+            deadline=now + limit,
+            heard=now,
+            cancelled=request.verb not in CANCELLABLE,
+        )
 
-    def _collect(
-        self, groups: Sequence[Collection[int]], request: Request, progress: Tell | None, deadline: float
-    ) -> dict[int, Reply]:
-        """Everyone's replies; ends early when a failure leaves the others of its group without hope."""
-        replies: dict[int, Reply] = {}
-        waiting = [self.members[rank] for group in groups for rank in group]
-        heard = time.monotonic()
-        deadlines: dict[int, float] = {}
-        cancel = pickle.dumps(Cancel(id=request.id))
-        cancelled = request.verb not in CANCELLABLE
-        while waiting:
-            if not cancelled and self._interrupted():
-                cancelled = True
-                for member in waiting:
-                    try:
-                        member.connection.send_bytes(cancel)
-                    except OSError as error:
-                        raise self._dead(member, request.verb) from error
-            by_connection = {member.connection: member for member in waiting}
-            for connection in wait(list(by_connection), timeout=POLL_S):
-                member = by_connection[connection]  # type: ignore[index]
-                try:
-                    reply: Reply | Progress = pickle.loads(member.connection.recv_bytes())
-                except (EOFError, OSError) as error:
-                    raise self._dead(member, request.verb) from error
-                assert reply.id == request.id
-                if isinstance(reply, Progress):
-                    heard = time.monotonic()
-                    if progress is not None:
-                        progress(reply.done, reply.total)
-                    continue
-                replies[member.rank] = reply
-                member.busy = False
-                waiting.remove(member)
-                heard = time.monotonic()
-                if reply.failure is not None:
-                    group = next(number for number, ranks in enumerate(groups) if member.rank in ranks)
-                    # ranks that were cancelled have agreed to leave, each after what it computes at the moment
-                    agreed = isinstance(reply.failure.error, Cancelled)
-                    deadlines.setdefault(group, heard + (SILENCE_S if agreed else GRACE_S))
-            now = time.monotonic()
-            left = {member.rank for member in waiting}
-            if waiting and now > deadline:
-                raise WorkerError(
-                    f"The workers did not finish {request.verb} in time",
-                    f"missing: {', '.join(map(str, sorted(left)))}",
-                    "Check the links between them (for example with NCCL_P2P_DISABLE=1), then queue the prompt again",
-                )
-            if any(now > at and not left.isdisjoint(groups[group]) for group, at in deadlines.items()):
-                raise describe(failures_of(replies, replies), request.verb)
-            if waiting and now - heard > HEARTBEAT_S:
-                self._check_heartbeats(waiting, now - heard, request.verb)
-        return replies
+    def _send(self, member: Member, payload: bytes, verb: str) -> None:
+        try:
+            member.connection.send_bytes(payload)
+        except OSError as error:
+            raise self._dead(member, verb) from error
+
+    def _listen(self, exchanges: Sequence[Exchange]) -> None:
+        """Read what comes within a moment; raises when a failure leaves the others of its group without hope."""
+        if self._interrupted():
+            self._cancel(exchanges)
+        waiting = {
+            self.members[rank].connection: (exchange, rank) for exchange in exchanges for rank in exchange.waiting
+        }
+        for connection in wait(list(waiting), timeout=POLL_S):
+            self._read(*waiting[connection])  # type: ignore[index]
+        for exchange in exchanges:
+            self._check_bounds(exchange)
+
+    def _cancel(self, exchanges: Sequence[Exchange]) -> None:
+        """Tell those who are still at work to end."""
+        for exchange in exchanges:
+            if not exchange.cancelled:
+                exchange.cancelled = True
+                cancel = pickle.dumps(Cancel(id=exchange.request.id))
+                for rank in exchange.waiting:
+                    self._send(self.members[rank], cancel, exchange.request.verb)
+
+    def _read(self, exchange: Exchange, rank: int) -> None:
+        member = self.members[rank]
+        try:
+            reply: Reply | Progress = pickle.loads(member.connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise self._dead(member, exchange.request.verb) from error
+        assert reply.id == exchange.request.id
+        exchange.heard = time.monotonic()
+        if isinstance(reply, Progress):
+            if exchange.progress is not None:
+                exchange.progress(reply.done, reply.total)
+            return
+        exchange.replies[rank] = reply
+        member.busy = False
+        if reply.failure is not None:
+            group = next(number for number, ranks in enumerate(exchange.groups) if rank in ranks)
+            # ranks that were cancelled have agreed to leave, each after what it computes at the moment
+            agreed = isinstance(reply.failure.error, Cancelled)
+            exchange.bounds.setdefault(group, exchange.heard + (SILENCE_S if agreed else GRACE_S))
+
+    def _check_bounds(self, exchange: Exchange) -> None:
+        left, verb = exchange.waiting, exchange.request.verb
+        if not left:
+            return
+        now = time.monotonic()
+        if now > exchange.deadline:
+            raise WorkerError(
+                f"The workers did not finish {verb} in time",
+                f"missing: {', '.join(map(str, sorted(left)))}",
+                "Check the links between them (for example with NCCL_P2P_DISABLE=1), then queue the prompt again",
+            )
+        if any(
+            now > at and not exchange.groups[group].keys().isdisjoint(left) for group, at in exchange.bounds.items()
+        ):
+            raise describe(failures_of(exchange.replies, exchange.replies), verb)
+        if now - exchange.heard > HEARTBEAT_S:
+            self._check_heartbeats([self.members[rank] for rank in left], now - exchange.heard, verb)
 
     def _check_heartbeats(self, waiting: list[Member], silent: float, verb: str) -> None:
         """Ask the silent ones for a sign of life over Ray; one that gives none in time is stopped."""

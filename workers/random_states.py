@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,17 @@ def put(states: tuple[Any, Any]) -> None:
     for module, state in zip(_generators(), states, strict=False):
         if state is not None:
             module.set_rng_state(torch.from_numpy(state.copy()))
+
+
+def keep() -> Callable[[], None]:
+    """Remember the states, and whether gradients are computed; the function that was returned puts them back."""
+    states, gradients = take(), torch.is_grad_enabled()
+
+    def restore() -> None:
+        put(states)
+        torch.set_grad_enabled(gradients)
+
+    return restore
 
 
 def _generators() -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import weakref
@@ -43,13 +44,35 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
     link = ModelLink(config, spec, dtype, refer)
     link.load()
     base = ghost.without_weights(model, state, dtype, model.manual_cast_dtype)
-    base.diffusion_model = remote_module(model.diffusion_model, link, base, dtype)
+    for key, parameter in model.diffusion_model.state_dict(keep_vars=True).items():
+        parameter.raylight_source = (spec, PREFIX + key)
+        parameter.raylight_link = link
     # each rank holds one part of every activation
     base.memory_usage_factor /= config.parallel.sequence
-    patcher = RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
+    twins = [_patcher(_twin(base), model.diffusion_model, link.at(i), dtype) for i in range(1, replicas_of(config))]
+    patcher = _patcher(base, model.diffusion_model, link, dtype)
+    base.raylight_twins = tuple(twins)
     if config.parallel.degrees["cfg"] > 1:
         patcher.add_wrapper_with_key(conds.KINDS.CALC_COND_BATCH, conds.KEY, conds.calc_cond_batch)
     return patcher
+
+
+def _patcher(base: Any, shadow: torch.nn.Module, link: ModelLink, dtype: torch.dtype) -> RemotePatcher:
+    base.diffusion_model = remote_module(shadow, link, base, dtype)
+    return RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
+
+
+def _twin(base: Any) -> Any:
+    """A BaseModel of its own for another replica: what patchers, hooks and samplers write there stays there."""
+    twin = copy.copy(base)
+    for name in ("_modules", "_buffers", "_parameters"):
+        setattr(twin, name, dict(getattr(base, name)))
+    return twin
+
+
+def replicas_of(config: PoolConfig) -> int:
+    """How many data-parallel replicas a pool has."""
+    return config.parallel.degrees["dp"]
 
 
 def with_settings(model: Any, **changes: Any) -> RemotePatcher:
@@ -88,6 +111,8 @@ def offload(model: Any) -> None:
         ConfigError: it is not on the pool.
     """
     on_pool(model).link.offload()
+    for twin in model.model.raylight_twins:
+        twin.link.offload()
 
 
 def start_pool(config: PoolConfig) -> Pool:
@@ -112,6 +137,8 @@ def end_pools(*, ray: bool) -> None:
         close_all()
 
 
+BACKUPS = ("backup", "backup_buffers", "object_patches_backup", "hook_backup", "pinned")
+"""What all patchers of one model share; names that a version of ComfyUI does not have are skipped."""
 FILE_ATTRIBUTE = "raylight_file"
 """Holds the FileRef of a tensor that workers can take from the same file."""
 
@@ -176,9 +203,6 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     instance: torch.nn.Module = module.__new__(module)
     torch.nn.Module.__init__(instance)
     instance.__dict__.update(_ghost=shadow, link=link, dtype=dtype)
-    for key, parameter in shadow.state_dict(keep_vars=True).items():
-        parameter.raylight_source = (link.spec, PREFIX + key)
-        parameter.raylight_link = link
     return instance.eval()
 
 
@@ -197,6 +221,17 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def link(self) -> ModelLink:
         link: ModelLink = self.model.diffusion_model.link
         return link
+
+    def at(self, replica: int) -> RemotePatcher:
+        """A clone of this MODEL on a replica of its pool: the same patches and options on a model of its own."""
+        clone: RemotePatcher = self.clone()
+        if replica != self.link.replica:
+            twin = self.model.raylight_twins[replica - 1]
+            clone.model, clone.parent = twin.model, twin
+            for name in BACKUPS:
+                if hasattr(twin, name):
+                    setattr(clone, name, getattr(twin, name))
+        return clone
 
     def model_size(self) -> int:
         """Bytes on this process's device once workers have the model there; never 0, "not computed yet" to ComfyUI.

@@ -166,6 +166,7 @@ class Replica:
             return
         parcel = self._encoder.encode((dict(patches.weights), dict(patches.objects)), keep=True)
         state = uuid.uuid4().hex if patches.fingerprint else NO_PATCHES
+        self._states[spec] = (object(),)  # equals nothing: this may be left before the answer comes
         self._call("patch", PatchRequest(spec=spec, state=state, patches=parcel, force_cast=patches.force_cast))
         self._encoder.arrived()
         self._states[spec] = patches.fingerprint

@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 import torch
@@ -21,6 +21,8 @@ from . import path_modules
 from .arena import Arena, ArenaRef, open_arena
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 COMPARE_FROM = 64 << 10
 """Bytes from which a tensor is compared with what the workers hold: below, sending is cheaper than looking."""
@@ -373,6 +375,32 @@ class _Unpickler(pickle.Unpickler):
             return self._held[value]
         assert self._resolve is not None
         return self._resolve(value)
+
+
+def copied(value: T, is_shared: Callable[[object], bool]) -> T:
+    """A copy of a value with all that it holds, also inside of functions, but for what `is_shared`.
+
+    Raises:
+        UnsupportedError: something in it cannot be copied.
+    """
+    shared: list[object] = []
+    memo: dict[int, int] = {}
+
+    def refer(found: object) -> tuple[Any, ...] | None:
+        if not is_shared(found):
+            return None
+        if id(found) not in memo:
+            memo[id(found)] = len(shared)
+            shared.append(found)
+        return (memo[id(found)],)
+
+    file = io.BytesIO()
+    try:
+        _Pickler(file, lambda _: ("", None), refer).dump(value)
+        copy: T = _Unpickler(io.BytesIO(file.getvalue()), [], {}, lambda name: shared[name[0]]).load()
+    except Exception as error:  # what objects of other packs raise is open
+        raise UnsupportedError("Something in the model or conditioning cannot be copied", str(error)) from error
+    return copy
 
 
 class Decoder:

@@ -6,147 +6,49 @@ from typing import Any
 
 import pytest
 from comfy_raylight.tests.host.client import ComfyClient
+from comfy_raylight.tests.host.server import PACK_FOLDER
 
-SEED_MAX = 0xFFFFFFFFFFFFFFFF
-CLUSTER = {"ray_cluster_address": "local", "ray_cluster_namespace": "default"}
-DEGREES = {
-    "GPU": 2,
-    "ulysses_degree": 2,
-    "ring_degree": 1,
-    "cfg_degree": 1,
-    "sync_ulysses": False,
-    "FSDP": False,
-    "FSDP_CPU_OFFLOAD": False,
-    "XFuser_attention": "TORCH",
-}
-STORE = {"ray_object_store_gb": 0.0}
-ADDRESSES = {"ray_dashboard_address": "None", "torch_dist_address": "127.0.0.1:29500"}
-OPTIONAL = {
-    "gpu_indices": "",
-    "skip_comm_test": True,
-    "pack_qkv": False,
-    "use_mmap": True,
-    "mmap_cache_size": 2,
-    "use_fastsafe": False,
-}
-REQUIRED: dict[str, dict[str, Any]] = {
-    "RayInitializer": {**CLUSTER, **DEGREES, **STORE},
-    "RayInitializerAdvanced": {**CLUSTER, **STORE, **ADDRESSES, **DEGREES},
-    "RayGGUFLoader": {"unet_name": None, "dequant_dtype": None, "patch_dtype": None, "ray_actors_init": None},
-    "RayKill": {"ray_actors": None, "kill_mode": None},
-    "RayLTXFFNChunker": {"ray_actors": None, "ffn_chunks": 8},
-    "RayLoraLoader": {"lora_name": None, "strength_model": 1.0},
-    "RayLoraLoaderModelOnly": {"ray_actors": None, "lora_name": None, "strength_model": 1.0},
-    "RayOffloadModel": {"ray_actors": None},
-    "RayUNETLoader": {"unet_name": None, "weight_dtype": None, "ray_actors_init": None},
-    "RayVAEDecodeDistributed": {
-        "ray_actors": None,
-        "samples": None,
-        "vae_name": None,
-        "vae_dtype": "auto",
-        "tile_size": 512,
-        "overlap": 64,
-        "temporal_size": 64,
-        "temporal_overlap": 8,
-        "release_vae": True,
-    },
-    "RayVAEEncodeDistributed": {
-        "ray_actors": None,
-        "pixels": None,
-        "vae_name": None,
-        "vae_dtype": "auto",
-        "release_vae": True,
-    },
-    "XFuserKSamplerAdvanced": {
-        "add_noise": None,
-        "noise_seed": 0,
-        "steps": 20,
-        "cfg": 8.0,
-        "sampler_name": None,
-        "scheduler": None,
-        "ray_actors": None,
-        "positive": None,
-        "negative": None,
-        "latent_image": None,
-        "start_at_step": 0,
-        "end_at_step": 10000,
-        "return_with_leftover_noise": None,
-    },
-}
-OUTPUTS = {
-    "RayInitializer": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
-    "RayInitializerAdvanced": (["RAY_ACTORS_INIT"], ["ray_actors_init"]),
-    "RayGGUFLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
-    "RayKill": ([], []),
-    "RayLTXFFNChunker": (["RAY_ACTORS"], ["ray_actors"]),
-    "RayLoraLoader": (["RAY_LORA"], ["ray_lora"]),
-    "RayLoraLoaderModelOnly": (["RAY_ACTORS", "RAY_LORA"], ["ray_actors", "ray_lora"]),
-    "RayOffloadModel": (["LATENT"], ["latent"]),
-    "RayUNETLoader": (["RAY_ACTORS", "MODEL"], ["ray_actors", "model"]),
-    "RayVAEDecodeDistributed": (["IMAGE"], ["IMAGE"]),
-    "RayVAEEncodeDistributed": (["LATENT"], ["LATENT"]),
-    "XFuserKSamplerAdvanced": (["LATENT"], ["LATENT"]),
-}
-DISPLAY = {
-    "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
-    "RayLoraLoader": "Ray LoRA Loader (chain)",
-    "RayLoraLoaderModelOnly": "Ray LoRA Loader",
-    "RayOffloadModel": "Offload Model (Ray)",
-    "RayInitializer": "Ray Init Actor",
-    "RayInitializerAdvanced": "Ray Init Actor (Advanced)",
-    "RayKill": "Kill Ray Workers",
-    "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
-    "RayUNETLoader": "Load Diffusion Model (Ray)",
-    "RayVAEDecodeDistributed": "Distributed VAE (Ray)",
-    "RayVAEEncodeDistributed": "Distributed VAE Encode (Ray)",
-    "XFuserKSamplerAdvanced": "XFuser KSampler (Advanced)",
-}
+from .interface import NODES, OPTIONS, Input, Inputs
 
 
-def options(entry: list[Any]) -> dict[str, Any]:
-    return entry[1] if len(entry) > 1 else {}
+@pytest.fixture(scope="module")
+def published(client: ComfyClient) -> dict[str, Any]:
+    """Every node of this ComfyUI, by id."""
+    return client.object_info()
 
 
-@pytest.mark.parametrize("node", REQUIRED)
-def test_node(client: ComfyClient, node: str) -> None:
-    info = client.object_info(node)[node]
-    category = "Raylight/extra" if node == "RayLTXFFNChunker" else "Raylight"
-    assert info["display_name"] == DISPLAY[node] and info["category"] == category
-    assert (info["output"], info["output_name"]) == OUTPUTS[node]
-    required = info["input"]["required"]
-    assert list(required) == info["input_order"]["required"] == list(REQUIRED[node])
-    for name, default in REQUIRED[node].items():
-        if default is not None:
-            assert options(required[name])["default"] == default
-    own: dict[str, dict[str, Any]] = {
-        "XFuserKSamplerAdvanced": {"sigmas": None},
-        "RayUNETLoader": {"lora": None},
-        "RayGGUFLoader": {"lora": None},
-        "RayLoraLoaderModelOnly": {"prev_ray_lora": None},
-        "RayLoraLoader": {"prev_ray_lora": None},
-        "RayOffloadModel": {"latent": None},
-        "RayVAEDecodeDistributed": {"mode": "auto"},
-    }
-    optional = OPTIONAL if node.startswith("RayInitializer") else own.get(node, {})
-    assert list(info["input"].get("optional", {})) == list(optional)
-    for name, default in optional.items():
-        if default is not None:
-            assert options(info["input"]["optional"][name])["default"] == default
-    for kind in ("required", "optional"):
-        for name, entry in info["input"].get(kind, {}).items():
-            assert options(entry).get("tooltip"), f"{name} has no tooltip"
+@pytest.mark.parametrize("name", NODES)
+def test_node(published: dict[str, Any], name: str) -> None:
+    expected = NODES[name]
+    if expected.needs and expected.needs not in published:
+        assert name not in published
+        pytest.skip(f"this ComfyUI has no {expected.needs}")
+    info = published[name]
+    assert info["display_name"] == (expected.display or name)
+    assert info["category"] == expected.category
+    outputs = zip(info["output"], info["output_name"], strict=True)
+    assert [f"{kind}:{label}" for kind, label in outputs] == expected.outputs.split()
+    assert list(info["output_is_list"]) == list(expected.lists or [False] * len(info["output"]))
+    assert info.get("is_input_list", False) == expected.input_is_list
+    assert info["output_node"] == expected.output_node
+    assert info["description"] and all(info.get("output_tooltips", ())), "what it does is said on the canvas"
+    same_inputs(info, "required", expected.required)
+    same_inputs(info, "optional", expected.optional)
 
 
-def test_choices(client: ComfyClient) -> None:
-    loader = client.object_info("RayUNETLoader")["RayUNETLoader"]["input"]["required"]
-    assert loader["weight_dtype"][0] == ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16"]
-    assert loader["ray_actors_init"][0] == "RAY_ACTORS_INIT"
-    sampler = client.object_info("XFuserKSamplerAdvanced")["XFuserKSamplerAdvanced"]["input"]["required"]
-    assert sampler["add_noise"][0] == ["enable", "disable"]
-    assert sampler["return_with_leftover_noise"][0] == ["disable", "enable"]
-    seed = options(sampler["noise_seed"])
-    assert seed["max"] == SEED_MAX and seed["control_after_generate"]
-    assert sampler["ray_actors"][0] == "RAY_ACTORS"
-    names = client.object_info("RayInitializer")["RayInitializer"]["input"]["required"]["XFuser_attention"][0]
-    old = {"TORCH", "FLASH_ATTN", "FLASH_ATTN_3", "SAGE_AUTO_DETECT", "SAGE_FP16_TRITON", "SAGE_FP16_CUDA"}
-    assert old | {"SAGE_FP8_CUDA", "SAGE_FP8_SM90", "AITER_ROCM", "FA", "TORCH_FLASH"} <= set(names)
+def test_no_other_node(published: dict[str, Any]) -> None:
+    """A node that is new is in the table, so that a later change of it is seen."""
+    ours = {name for name, info in published.items() if PACK_FOLDER in info["python_module"]}
+    absent = {name for name, node in NODES.items() if node.needs and node.needs not in published}
+    assert ours == set(NODES) - absent
+
+
+def same_inputs(info: dict[str, Any], part: str, expected: Inputs) -> None:
+    found = info["input"].get(part, {})
+    assert list(found) == info["input_order"].get(part, []) == list(expected), "the order is that of saved values"
+    for name, (kind, *more) in found.items():
+        options = more[0] if more else {}
+        values = tuple(value for value in kind if value in expected[name].values) if isinstance(kind, list) else ()
+        kept = {key: options[key] for key in OPTIONS if key in options}
+        assert Input("" if isinstance(kind, list) else kind, values, kept) == expected[name], name
+        assert options.get("tooltip"), f"{name} has no tooltip"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_raylight.tests.host.checkpoints import Job, write
-from comfy_raylight.tests.host.client import ComfyClient, Result
+from comfy_raylight.tests.host.client import ComfyClient, Prompt, Result
 from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, SAMPLER, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
@@ -98,6 +98,29 @@ def test_feed_forward_in_chunks(server: ComfyServer, client: ComfyClient, chunks
     a, b = latent(server, "plain"), latent(server, "pool")
     assert (a - b).abs().max() <= FP32 * a.abs().max()
     assert both(server, client, WAN, NODE)[0] <= FP32
+
+
+def part_of_batch(prompt: Prompt, *, whole: bool = False) -> Prompt:
+    """The second and third of a batch of latents, whose first frame a mask keeps; their noise is that of the batch."""
+    prompt["latent"]["inputs"] |= {"batch": 3, "kept": 1}
+    if not whole:
+        part = {"samples": ["latent", 0], "batch_index": 1, "length": 2}
+        prompt["part"] = {"class_type": "LatentFromBatch", "inputs": part}
+        prompt[SAMPLER]["inputs"]["latent_image"] = ["part", 0]
+    return prompt
+
+
+def test_noise_mask_and_batch_index(server: ComfyServer, client: ComfyClient) -> None:
+    masked = case("wan", random_latent=True, start=1, steps=3)
+    client.run(part_of_batch(plain(dataclasses.replace(masked, name="plain"))))
+    client.run(part_of_batch(pool(dataclasses.replace(masked, name="pool"))))
+    client.run(part_of_batch(pool(dataclasses.replace(masked, name="batch")), whole=True))
+    a, b, whole = latent(server, "plain"), latent(server, "pool"), latent(server, "batch")
+    assert len(a) == 2 and (a - b).abs().max() <= FP32 * a.abs().max()
+    # another size of the batch rounds otherwise, other noise would be as far off as the first one of the batch
+    assert (b - whole[1:]).abs().max() <= FP32 * a.abs().max() < (b - whole[:2]).abs().max()
+    untouched = torch.randn(3, *b.shape[1:], generator=torch.Generator().manual_seed(masked.seed + 1))[1:, :, :1]
+    assert (b[:, :, :1] - untouched).abs().max() <= 1e-4 and (b[:, :, 1:] - untouched).abs().max() > 1
 
 
 def test_progress_and_previews(server: ComfyServer, client: ComfyClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +182,99 @@ class RLTestSaveLatent:
         return {"ui": {"latents": [{"path": str(path), "shape": list(tensor.shape), "dtype": str(tensor.dtype)}]}}
 
 
+class RLTestSaveValues:
+    """Writes noise levels, or one number, to NAME.safetensors in the output folder."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"values": ("SIGMAS,FLOAT", {}), "name": ("STRING", {"default": "values"})}}
+
+    def save(self, values: torch.Tensor | float, name: str) -> dict[str, Any]:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        save_file({"values": torch.as_tensor(values, dtype=torch.float64).reshape(-1).contiguous()}, path)
+        return {"ui": {"values": [{"path": str(path)}]}}
+
+
+class RLTestSound:
+    """A sound, and a VAE that makes a random latent of any."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("AUDIO", "VAE")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[dict[str, Any], Any]:
+        latent = torch.randn(1, 8, 4, 16, generator=torch.Generator().manual_seed(5))
+        vae = SimpleNamespace(audio_sample_rate=44100, encode=lambda sound: latent)
+        return {"waveform": torch.zeros(1, 2, 4410), "sample_rate": 44100}, vae
+
+
+class RLTestMirrors:
+    """The pack's table of mirrors: the ids of both nodes of each row."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "read"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def read(self) -> dict[str, Any]:
+        mirrors = importlib.import_module("comfy_raylight.nodes.mirrors").MIRRORS
+        return {"ui": {"mirrors": [{"id": mirror.id, "core": mirror.core} for mirror in mirrors]}}
+
+
+class RLTestSaveLatents(RLTestSaveLatent):
+    """Writes the latents of a list to NAME0.safetensors, NAME1.safetensors and so on."""
+
+    INPUT_IS_LIST = True
+
+    def save(self, samples: list[Any], name: list[str]) -> dict[str, Any]:  # type: ignore[override]
+        saved = [super(RLTestSaveLatents, self).save(one, f"{name[0]}{index}") for index, one in enumerate(samples)]
+        return {"ui": {"latents": [entry for one in saved for entry in one["ui"]["latents"]]}}
+
+
+class RLTestLatents:
+    """Two latents as a list."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_IS_LIST = (True,)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"first": ("LATENT",), "second": ("LATENT",)}}
+
+    def make(self, first: Any, second: Any) -> tuple[list[Any]]:
+        return ([first, second],)
+
+
+class RLTestRayActors:
+    """A MODEL of the pool under the earlier pack's type."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "same"
+    RETURN_TYPES = ("RAY_ACTORS",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def same(self, model: Any) -> tuple[Any]:
+        return (model,)
+
+
 class RLTestLatentImage:
     """The first three channels as a picture, eight pixels per latent element; frames become the batch."""
 
@@ -278,6 +372,12 @@ NODES = (
     RLTestLatent,
     RLTestSigmas,
     RLTestSaveLatent,
+    RLTestSaveValues,
+    RLTestSound,
+    RLTestMirrors,
+    RLTestSaveLatents,
+    RLTestRayActors,
+    RLTestLatents,
     RLTestLatentImage,
     RLTestPixels,
     RLTestSavePixels,
