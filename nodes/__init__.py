@@ -15,6 +15,7 @@ from .ltx import RayLTXFFNChunker
 from .memory import RayKill, RayOffloadModel
 from .mirrors import display_names, node_classes
 from .samplers import XFuserKSamplerAdvanced
+from .teacache import RayTeaCache
 from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -32,6 +33,7 @@ NODE_CLASS_MAPPINGS = {
     "RayLoraLoader": RayLoraLoader,
     "RayLoraLoaderModelOnly": RayLoraLoaderModelOnly,
     "RayOffloadModel": RayOffloadModel,
+    "RayTeaCache": RayTeaCache,
     "RayTorchCompileModel": RayTorchCompileModel,
     "RayUNETLoader": RayUNETLoader,
     "RayVAEDecodeDistributed": RayVAEDecodeDistributed,
@@ -54,6 +56,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayLoraLoader": "Ray LoRA Loader (chain)",
     "RayLoraLoaderModelOnly": "Ray LoRA Loader",
     "RayOffloadModel": "Offload Model (Ray)",
+    "RayTeaCache": "TeaCache (Ray)",
     "RayTorchCompileModel": "Torch Compile Model (Ray)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",
     "RayVAEDecodeDistributed": "Distributed VAE (Ray)",

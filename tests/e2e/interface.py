@@ -434,6 +434,20 @@ NODES: Mapping[str, Node] = {
     "RayLTXFFNChunker": Node(
         "Ray LTX FFN Chunker (VRAM Saver)", EXTRA, ON_ACTORS, {**ACTORS, "ffn_chunks": integer(8, 1, 64)}
     ),
+    "RayTeaCache": Node(
+        "TeaCache (Ray)",
+        EXTRA,
+        ON_ACTORS,
+        {
+            **ACTORS,
+            "threshold": number(0.25, 0.0, 5.0, step=0.01),
+            "warmup_percent": number(0.1, 0.0, 0.5, step=0.01),
+            "retention_interval": integer(8, 1, 64),
+            "start_percent": number(0.15, 0.0, 1.0, step=0.01),
+            "end_percent": number(0.95, 0.0, 1.0, step=0.01),
+        },
+        {"subsample_factor": integer(8, 1, 16), "verbose": flag(False), "distributed_sync": flag(True)},
+    ),
     "RayTorchCompileModel": Node(
         "Torch Compile Model (Ray)", EXTRA, ON_ACTORS, {**ACTORS, "backend": choice("inductor", "cudagraphs")}
     ),

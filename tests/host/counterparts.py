@@ -321,6 +321,13 @@ def _compiled(both: Both, node: str) -> None:
     both.pair(node, "LATENT", both.core.plain, found)
 
 
+def _teacache(both: Both, node: str) -> None:
+    """At a threshold that no change stays below."""
+    parts = {"threshold": 0.0, "warmup_percent": 0.0, "start_percent": 0.0, "end_percent": 1.0}
+    found = both.pool.sampled(both.add(node, ray_actors=both.pool.model, retention_interval=8, **parts))
+    both.pair(node, "LATENT", both.core.plain, found)
+
+
 def _offload(both: Both, node: str) -> None:
     latent = both.add(node, ray_actors=both.pool.model, latent=both.pool.plain)
     both.pair(node, "LATENT", both.core.plain, latent)
@@ -393,6 +400,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
     "RayLoraLoader": ("`LoraLoaderModelOnly`", _lora),
     "RayLoraLoaderModelOnly": ("`LoraLoaderModelOnly`", _lora),
     "RayOffloadModel": (f"{NONE}: the latent that passes", _offload),
+    "RayTeaCache": (f"{NONE}: `KSamplerAdvanced`, with a threshold of 0", _teacache),
     "RayTorchCompileModel": (f"{NONE}: `KSamplerAdvanced` without it", _compiled),
     "RayUNETLoader": ("`UNETLoader`", _sampler),
     "RayVAEDecodeDistributed": ("`VAEDecode`", _decode),
