@@ -163,6 +163,7 @@ def guidance(options: argparse.Namespace) -> None:
 
 def pictures(options: argparse.Namespace) -> None:
     """A picture for each worker: plain ComfyUI and one replica make them one after another, all replicas at once."""
+    import comfy.sample
     import comfy.sd
     import torch
     from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, PoolConfig
@@ -172,8 +173,11 @@ def pictures(options: argparse.Namespace) -> None:
     positive, negative = ([[torch.randn(1, 128, 4096, generator=generator), {}]] for _ in range(2))
     count = options.workers
     print(f"{count} pictures, width 768, 8 layers, one thread each; medians of {ROUNDS} rounds of {STEPS} steps")
-    print("| tokens | plain s | one replica s | all replicas s | against plain | against one replica | difference |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | plain s | one replica s | all replicas s | against plain | against one replica "
+        "| replicas at work at a time | difference |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = checkpoint(folder, dim=768, ffn=3072, layers=8)
         plain = comfy.sd.load_diffusion_model(str(path))
@@ -196,18 +200,22 @@ def pictures(options: argparse.Namespace) -> None:
             ways = [(in_turn, plain), (in_turn, pooled), (at_once, pooled)]
             results = [way(model) for way, model in ways]  # also loads what is not loaded yet
             difference = max((a - b).abs().max() / a.abs().max() for a, b in zip(results[0], results[2], strict=True))
-            rounds = []
+            rounds, traffics = [], [pooled.link.at(replica).traffic() for replica in range(count)]
+            working = 0.0
             for _ in range(ROUNDS):
                 seconds = []
                 for way, model in ways:
+                    before = sum(traffic.worker_seconds for traffic in traffics)
                     began = time.perf_counter()
                     way(model)
                     seconds.append(time.perf_counter() - began)
                 rounds.append(seconds)
+                working += sum(traffic.worker_seconds for traffic in traffics) - before  # all replicas came last
             plain_s, one_s, all_s = (statistics.median(column) for column in zip(*rounds, strict=True))
             print(
                 f"| {noises[0][0, 0].numel() // 4} | {plain_s:.2f} | {one_s:.2f} | {all_s:.2f} | "
-                f"{plain_s / all_s:.2f} | {one_s / all_s:.2f} | {difference:.1e} |",
+                f"{plain_s / all_s:.2f} | {one_s / all_s:.2f} | "
+                f"{working / sum(seconds[-1] for seconds in rounds):.2f} | {difference:.1e} |",
                 flush=True,
             )
 

@@ -215,6 +215,7 @@ def test_cancel(bench: Bench) -> None:
     assert all(map(torch.equal, before, after))
 
 
+@SLOW
 def test_killed_worker(bench: Bench) -> None:
     """One clear error whichever replica it was, and a new pool for the next prompt."""
     before = bench.many(parallel(WAN))
