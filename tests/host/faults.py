@@ -35,7 +35,7 @@ class Fault:
         waits: whether it is called when two steps are done.
         expect: what the message must have.
         prompt: what is sampled, by default something long.
-        keeps: whether the workers live on.
+        keeps: whether the workers live on; None where that depends on the moment.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Fault:
     before: bool = False
     waits: bool = True
     prompt: Callable[[Stage], Prompt] | None = None
-    keeps: bool = False
+    keeps: bool | None = False
 
 
 class Stage:
@@ -196,7 +196,10 @@ FAULTS: Mapping[str, Fault] = {
         "a patch raises on every worker", lambda s: None, "ValueError", prompt=raising(-1), before=True, keeps=True
     ),
     "memory": Fault("out of memory on one worker", Stage.starve, "memory", prompt=video(60, 104), before=True),
-    "truncated": Fault("the model file is truncated", truncate, "changed while it was in use", prompt=Stage.spoilable),
+    # within a step a worker touches a page that is gone, and dies; between two, all of them refuse
+    "truncated": Fault(
+        "the model file is truncated", truncate, "changed while it was in use", prompt=Stage.spoilable, keeps=None
+    ),
     "room": Fault(
         "decoded frames fit neither into memory nor on the disk",
         lambda s: None,
