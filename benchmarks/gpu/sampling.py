@@ -30,7 +30,9 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "ulysses": {},
     "ulysses, pack_qkv": {"pack_qkv": True},
     "ring": {"ring": True},
+    "compiled": {"compile": "inductor"},
 }
+"""Of several GPUs; compiled runs with Ulysses, on one GPU too."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     """Load the model as a worker does, and call it."""
     import torch
     from comfy import model_management
-    from comfy_raylight.raylight.config import ModelSpec, ParallelConfig
+    from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
     from comfy_raylight.raylight.kernels import chosen
     from comfy_raylight.workers import ghost
     from comfy_raylight.workers.loading import normal_tensors
@@ -132,6 +134,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
 
     mode = dict(MODES.get(options.mode, {}))
     ring = options.size if mode.pop("ring", False) else 1
+    settings = WorkerSettings(compile=mode.pop("compile", ""))
     parallel = ParallelConfig(world=options.size, ulysses=options.size // ring, ring=ring, cfg=1, **mode)
     device = model_management.get_torch_device()
     mesh = mesh_of(parallel, rank, store)
@@ -142,6 +145,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     began = time.perf_counter()
     with normal_tensors():
         model = WorkerModel(spec, dtype, mesh, chosen(parallel, device=device))
+        model.settle(settings)
         model.make_resident(())
     torch.cuda.synchronize()
     load = time.perf_counter() - began
@@ -158,6 +162,8 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
 
     with torch.inference_mode():
         output = call()
+        if settings.compile:
+            call()  # what depends on a second call has been compiled as well
         difference = compared(output, options.reference, keep=options.mode == "")
         seconds, peak = timed(call, options.rounds, mesh)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
