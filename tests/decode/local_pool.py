@@ -37,18 +37,21 @@ class LocalPool(Pool):
         self.config = PoolConfig(parallel=parallel)
         self.notes: dict[int, Any] = {}
         self._launch = SimpleNamespace(
-            ready=lambda references: references[0] is not None, kill=self._kill, ray_ended=lambda: ""
+            ready=lambda references: references[0] is not None, kill=self._kill, ray_ended=lambda ask: ""
         )
         self._interrupted = interrupted
         self._serving: list[Any] = []
         self._closed = False
         self._lost = ""
+        self._single = True
         self._next_id = 0
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         pipes = [CONTEXT.Pipe() for _ in range(world)]
         self._actors = [
-            CONTEXT.Process(target=_serve, args=(parallel, rank, store, pipes, before)) for rank in range(world)
+            # daemons: what goes wrong here must not wait for their end
+            CONTEXT.Process(target=_serve, args=(parallel, rank, store, pipes, before), daemon=True)
+            for rank in range(world)
         ]
         for process in self._actors:
             process.start()
