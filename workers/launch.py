@@ -247,7 +247,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _choose_authentication(address: str) -> None:
-    """Send Ray's token where the cluster wants it, and only there: both otherwise fail, after minutes or at a worker.
+    """Send Ray's token where the cluster wants it, and only there: otherwise the connection, or the first actor, fails.
 
     Ray itself uses the token it finds for clusters that it finds or starts, but never for an address. It reads the
     variable of its mode again when it is told to.
