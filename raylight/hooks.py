@@ -33,7 +33,7 @@ def install(
     *,
     kernel: LocalKernel | None = None,
     granularity: Granularity | None = None,
-    opaque: Callable[[Attend], Attend] = lambda attend: attend,
+    opaque: Callable[[Attend], Attend] | None = None,
 ) -> Installation:
     """Put a plan's hooks on a model.
 
@@ -43,7 +43,7 @@ def install(
         mesh: the ranks that share the sequence.
         kernel: computes attention locally (`kernels.chosen`); None is what the model calls. A ring needs one.
         granularity: cut once per region ("trunk") or around every block ("block"); None decides per forward.
-        opaque: what a compiler is to leave alone, made so.
+        opaque: makes a function one that compilers leave alone; None where nothing is compiled.
 
     Raises:
         PlanError: the plan names a module or argument that the model does not have.
@@ -87,9 +87,9 @@ class Installation:
         *,
         kernel: LocalKernel | None,
         granularity: Granularity | None,
-        opaque: Callable[[Attend], Attend],
+        opaque: Callable[[Attend], Attend] | None,
     ) -> None:
-        self.attend = opaque(self._attend)
+        self.attend: Attend = opaque(self._attend) if opaque else self._attend
         self.mesh = mesh
         self.kernel = kernel
         self.forward: _Forward | None = None

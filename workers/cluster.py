@@ -23,7 +23,6 @@ COUNTED = {"cpu": "CPU", "cuda": "GPU", "xpu": "GPU", "npu": "NPU"}
 ROOM_WAIT_S = 15.0
 """How long Ray may take to count the devices of a pool that has just been closed as free."""
 POLL_S = 0.1
-SAME = ("ComfyUI", "Raylight", "PyTorch")
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,10 @@ class Seat:
 
     Attributes:
         node: Ray's id of the machine, "" for that of a local Ray.
-        address: of the machine.
         threads: the rank's share of its cores, for a CPU worker.
     """
 
     node: str
-    address: str
     threads: int
 
 
@@ -57,17 +54,17 @@ def seats(
     chosen = _choose(config, environment.device_type, interrupted)
     facts = _survey(list({node.id: node for node in chosen}.values()), environment.comfy_root, gather, interrupted)
     beside = {node.id: chosen.count(node) for node in chosen}
-    return [Seat(node.id, node.address, max(1, int(facts[node.id]["cores"]) // beside[node.id])) for node in chosen]
+    return [Seat(node.id, max(1, int(facts[node.id]["cores"]) // beside[node.id])) for node in chosen]
 
 
 def own_seats(world: int) -> list[Seat]:
     """Those of a Ray of our own: this machine's."""
-    return [Seat("", "", max(1, processes.usable_cores() // world))] * world
+    return [Seat("", max(1, processes.usable_cores() // world))] * world
 
 
-def options(seat: Seat) -> dict[str, Any]:
-    """Of an actor or a task, to run at that seat's machine and nowhere else."""
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(seat.node, soft=False)} if seat.node else {}
+def options(node: str) -> dict[str, Any]:
+    """Of an actor or a task, to run on the machine of this id and nowhere else; none for "", a local Ray's."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else {}
 
 
 def _choose(config: PoolConfig, device_type: str, interrupted: Callable[[], bool]) -> list[placement.Node]:
@@ -118,23 +115,18 @@ def _survey(
     ray.cloudpickle.register_pickle_by_value(node_facts)  # type: ignore[attr-defined]
     try:
         look = ray.remote(num_cpus=0, max_retries=0)(node_facts.look)
-        asked = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-                comfy_root, str(PACK_ROOT)
-            )
-            for node in nodes
-        ]
+        asked = [look.options(**options(node.id)).remote(comfy_root, str(PACK_ROOT)) for node in nodes]
     finally:
         ray.cloudpickle.unregister_pickle_by_value(node_facts)  # type: ignore[attr-defined]
     told = gather(asked, timeout=60.0, what="tell what their machines have", interrupted=interrupted)
     mine = node_facts.look(comfy_root, str(PACK_ROOT))
-    places = {"ComfyUI": f" in {comfy_root}", "Raylight": f" in {PACK_ROOT}", "PyTorch": " in Ray's Python"}
+    places = {"ComfyUI": comfy_root, "Raylight": str(PACK_ROOT), "PyTorch": "Ray's Python"}
     differences = [
         f"{node.address} ({facts['host']}) has {name} {facts[name]}, here it is {mine[name]}"
         if facts[name]
-        else f"{node.address} ({facts['host']}) has no {name}{places[name]}"
+        else f"{node.address} ({facts['host']}) has no {name} in {place}"
         for node, facts in zip(nodes, told, strict=True)
-        for name in SAME
+        for name, place in places.items()
         if facts[name] != mine[name]
     ]
     if differences:

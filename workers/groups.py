@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..raylight import cfg
 from ..raylight.config import ModelSpec
 from ..raylight.errors import RaylightError
-from .lanes import Lanes
+from .lanes import Failed, Lanes
 from .messages import LoadRequest, ModelFacts
 from .pool import Pool
 from .replica import Call, Patches, Replica
@@ -19,13 +18,6 @@ from .transfer import Reference, Shelf
 T = TypeVar("T")
 Message = tuple[str, tuple[Any, ...], Sequence[int]]
 """Verb, arguments and ranks of a request."""
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """What came in place of an answer or a result."""
-
-    error: Exception
 
 
 class Groups:
@@ -83,7 +75,7 @@ class Groups:
         """What Pool.call does, together with the calls of other groups that work at the moment."""
         if self._together.inside():
             replies = self._together.ask((verb, arguments, ranks))
-            if isinstance(replies, _Failed):
+            if isinstance(replies, Failed):
                 raise replies.error
             return list(replies)
         return self._lanes.call_groups(verb, [(ranks, arguments)])[0]
@@ -101,7 +93,7 @@ class Groups:
             return [jobs[0]()]
         results: list[T] = []
         for found in self._together.run([functools.partial(_caught, job) for job in jobs], self._send):
-            if isinstance(found, _Failed):
+            if isinstance(found, Failed):
                 raise found.error
             results.append(found)
         return results
@@ -117,12 +109,12 @@ class Groups:
         except RaylightError as error:
             if not self.pool.alive():
                 raise
-            return dict.fromkeys(same, _Failed(error))
+            return dict.fromkeys(same, Failed(error))
         return dict(zip(same, replies, strict=True))
 
 
-def _caught(job: Callable[[], T]) -> T | _Failed:
+def _caught(job: Callable[[], T]) -> T | Failed:
     try:
         return job()
     except Exception as error:
-        return _Failed(error)
+        return Failed(error)

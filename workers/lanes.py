@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ..raylight import cfg
 from ..raylight.errors import RaylightError
-from .pool import Exchange, Pool
+from .pool import Exchange, Pool, RankGroups
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ class _Question:
     """A request of a task; it has no exchange as long as a rank is at work for another task."""
 
     verb: str
-    groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]
+    groups: RankGroups
     exchange: Exchange | None = None
 
     @property
@@ -27,10 +27,10 @@ class _Question:
 
 
 @dataclass(frozen=True)
-class _Failed:
-    """What came in place of an answer."""
+class Failed:
+    """What came in place of an answer or a result."""
 
-    error: RaylightError
+    error: Exception
 
 
 class Lanes:
@@ -64,7 +64,7 @@ class Lanes:
             if posted and self._pool.alive():
                 self._pool.abandon(posted)
 
-    def call_groups(self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]) -> list[list[Any]]:
+    def call_groups(self, verb: str, groups: RankGroups) -> list[list[Any]]:
         """What Pool.call_groups does; in a task, other tasks go on meanwhile."""
         if not self._together.inside():
             return self._pool.call_groups(verb, groups)
@@ -76,7 +76,7 @@ class Lanes:
         restore = self._keep()
         answer = self._together.ask(question)
         restore()
-        if isinstance(answer, _Failed):
+        if isinstance(answer, Failed):
             raise answer.error
         found: list[list[Any]] = answer
         return found
@@ -96,7 +96,7 @@ class Lanes:
             posted = {number: asked for number, asked in questions.items() if asked.exchange is not None}
             finished = self._pool.settle([asked.exchange for asked in posted.values() if asked.exchange is not None])
         except RaylightError as error:  # the pool is closed: the first task says why
-            return dict.fromkeys(questions, _Failed(error))
+            return dict.fromkeys(questions, Failed(error))
         answers: dict[int, Any] = {}
         for number, asked in posted.items():
             if asked.exchange in finished:
@@ -104,8 +104,8 @@ class Lanes:
                 answers[number] = self._result(asked.exchange)
         return answers
 
-    def _result(self, exchange: Exchange) -> list[list[Any]] | _Failed:
+    def _result(self, exchange: Exchange) -> list[list[Any]] | Failed:
         try:
             return self._pool.result(exchange)
         except RaylightError as error:
-            return _Failed(error)
+            return Failed(error)

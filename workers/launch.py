@@ -23,7 +23,7 @@ from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError, WorkerError
 from . import actor, cluster, devices
 from .messages import HostEnvironment
-from .ray_watch import RayWatch
+from .ray_watch import RayWatch, knock
 
 IMPORT_ROOT = Path(__file__).resolve().parent / "import_root"
 LOCAL = "local"
@@ -32,9 +32,7 @@ OBJECT_STORE_BYTES = 256 << 20
 QUICK_END = {"RAY_task_events_shutdown_flush_timeout_ms": "100"}
 """A setting of our own Ray: leaving one whose control service is gone would otherwise take 5 s more."""
 POLL_S = 0.1
-KNOCK_S = 5.0
 MODE = "RAY_AUTH_MODE"
-UNREACHABLE = "Start it with `ray start --head`, or set ray_cluster_address to local"
 EXPECTED = ("Token authentication is enabled", "SIGTERM handler is not set")
 
 
@@ -68,11 +66,7 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
             try:
                 ray.init(address=config.address, namespace=config.namespace, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"No Ray cluster answers at {config.address}",
-                    str(error),
-                    UNREACHABLE,
-                ) from error
+                raise _unreachable(config.address, error) from error
         atexit.register(stop_ray)
         RayWatch(lost, address=ray.get_runtime_context().gcs_address).start()
         return
@@ -147,7 +141,7 @@ def make_actors(config: PoolConfig, environment: HostEnvironment, seats: Sequenc
     if config.address != LOCAL and environment.device_type == "cuda":
         options["num_gpus"] = 1  # a shared cluster counts its GPUs; our own does not have to
     remote: Any = ray.remote(concurrency_groups={"control": 1})(actor.Worker)  # type: ignore[call-overload]
-    return [remote.options(**options, **cluster.options(seat)).remote(rank) for rank, seat in enumerate(seats)]
+    return [remote.options(**options, **cluster.options(seat.node)).remote(rank) for rank, seat in enumerate(seats)]
 
 
 def worker_variables(config: PoolConfig, environment: HostEnvironment) -> list[dict[str, str]]:
@@ -233,17 +227,20 @@ def node_id() -> str:
 
 def _check_reachable(address: str) -> None:
     """Knock first: Ray itself retries for a minute and then may end the process, ComfyUI."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
     try:
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+        knock(address.removeprefix("ray://"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"No Ray cluster answers at {address}",
-            str(error),
-            UNREACHABLE,
-        ) from error
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"No Ray cluster answers at {address}",
+        str(error),
+        "Start it with `ray start --head`, or set ray_cluster_address to local",
+    )
 
 
 def _choose_authentication(address: str) -> None:
@@ -270,7 +267,7 @@ def _choose_authentication(address: str) -> None:
                     "Copy ~/.ray/auth_token from the machine that started the cluster",
                 ) from error
         except ray.exceptions.RayError as error:
-            raise ConfigError(f"No Ray cluster answers at {address}", str(error), UNREACHABLE) from error
+            raise _unreachable(address, error) from error
         else:
             return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from comfy import model_management
@@ -27,8 +27,6 @@ from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights
 from .messages import ModelFacts
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 EVERYTHING = 1e30
 """What ComfyUI's own unload_all_models asks free_memory for."""
@@ -121,9 +119,13 @@ class WorkerModel:
 
     def _install(self) -> None:
         if self._mesh.parallel.needs_plan:
-            keep = compiled.opaque if self._settings.compile else _as_it_is
-            plan = plan_for(self.diffusion)
-            self._installation = install(self.diffusion, plan, self._mesh, kernel=self._kernel, opaque=keep)
+            self._installation = install(
+                self.diffusion,
+                plan_for(self.diffusion),
+                self._mesh,
+                kernel=self._kernel,
+                opaque=compiled.opaque if self._settings.compile else None,
+            )
 
     def _patch_objects(self) -> None:
         self.patcher.object_patches = {}
@@ -212,10 +214,6 @@ class WorkerModel:
             self._installation.remove()
         self._boundaries.remove()
         self.offload()
-
-
-def _as_it_is(function: T) -> T:
-    return function
 
 
 def _patch_dtype(spec: ModelSpec) -> torch.dtype | None:

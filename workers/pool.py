@@ -50,7 +50,9 @@ CLOSE_GRACE_S = 0.5
 CANCELLABLE = frozenset({"load", "forward", "decode", "encode"})
 """Verbs that workers end together when they are told to."""
 
-CallGroups = Callable[[str, Sequence[tuple[Sequence[int], tuple[Any, ...]]]], list[list[Any]]]
+RankGroups = Sequence[tuple[Sequence[int], tuple[Any, ...]]]
+"""The ranks of each group, and the arguments of its request."""
+CallGroups = Callable[[str, RankGroups], list[list[Any]]]
 Tell = Callable[[int, int], None]
 """Takes what is done, and the total."""
 
@@ -222,7 +224,7 @@ class Pool:
     def call_groups(
         self,
         verb: str,
-        groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]],
+        groups: RankGroups,
         *,
         progress: Tell | None = None,
         limit: float = float("inf"),
@@ -234,7 +236,7 @@ class Pool:
         """
         return self._exchange(*self._packed(verb, groups), progress, limit)
 
-    def post(self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]) -> Exchange:
+    def post(self, verb: str, groups: RankGroups) -> Exchange:
         """Send what `call_groups` sends, and do not wait. None of the ranks may be at work."""
         with _LOCK, self._closing_on_error(verb):
             return self._begin(*self._packed(verb, groups))
@@ -291,10 +293,8 @@ class Pool:
         """
         if self._single or spec in self._agreed:
             return
-        everyone = range(len(self.members))
-        told: list[str] = (call_groups or self.call_groups)("recognise", [(everyone, (spec, content_key(spec.path)))])[
-            0
-        ]
+        ask = call_groups or self.call_groups
+        told: list[str] = ask("recognise", [(range(len(self.members)), (spec, content_key(spec.path)))])[0]
         wrong = {member.place.host: why for member, why in zip(self.members, told, strict=True) if why}
         if wrong:
             raise LoadError(
@@ -427,10 +427,9 @@ class Pool:
         return beside.index(rank), len(beside)
 
     def _topology(self, device_type: str) -> str:
-        hosts = list(dict.fromkeys(member.place.host for member in self.members))
-        if not self._single:
-            return f"workers on {', '.join(hosts)}"
-        return devices.topology(self.config, device_type)
+        if self._single:
+            return devices.topology(self.config, device_type)
+        return f"workers on {', '.join(dict.fromkeys(member.place.host for member in self.members))}"
 
     def _driver_host(self, single: bool) -> str:
         return "127.0.0.1" if single else self._launch.host_address()
@@ -445,9 +444,7 @@ class Pool:
 
     # ---- calls ---------------------------------------------------------------------------------
 
-    def _packed(
-        self, verb: str, groups: Sequence[tuple[Sequence[int], tuple[Any, ...]]]
-    ) -> tuple[list[dict[int, bytes]], Request]:
+    def _packed(self, verb: str, groups: RankGroups) -> tuple[list[dict[int, bytes]], Request]:
         """What each rank of each group is sent, and the first group's request."""
         self._next_id += 1
         requests = [Request(id=self._next_id, verb=verb, arguments=arguments) for _, arguments in groups]

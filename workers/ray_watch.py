@@ -92,10 +92,20 @@ class RayWatch(threading.Thread):
         return next((self._descriptors[ready] for ready in wait(list(self._descriptors), 0)), "")  # type: ignore[index]
 
 
-def _answers(address: str) -> bool:
+def knock(address: str) -> None:
+    """Connect to "host:port" and hang up.
+
+    Raises:
+        OSError: nobody answers there.
+        ValueError: it is no such address.
+    """
     host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+
+
+def _answers(address: str) -> bool:
     try:
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+        knock(address)
     except OSError:
         return False
     return True

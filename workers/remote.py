@@ -49,7 +49,9 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
         parameter.raylight_link = link
     # each rank holds one part of every activation
     base.memory_usage_factor /= config.parallel.sequence
-    twins = [_patcher(_twin(base), model.diffusion_model, link.at(i), dtype) for i in range(1, replicas_of(config))]
+    twins = [
+        _patcher(_twin(base), model.diffusion_model, link.at(i), dtype) for i in range(1, config.parallel.degrees["dp"])
+    ]
     patcher = _patcher(base, model.diffusion_model, link, dtype)
     base.raylight_twins = tuple(twins)
     if config.parallel.degrees["cfg"] > 1:
@@ -68,11 +70,6 @@ def _twin(base: Any) -> Any:
     for name in ("_modules", "_buffers", "_parameters"):
         setattr(twin, name, dict(getattr(base, name)))
     return twin
-
-
-def replicas_of(config: PoolConfig) -> int:
-    """How many data-parallel replicas a pool has."""
-    return config.parallel.degrees["dp"]
 
 
 def with_settings(model: Any, **changes: Any) -> RemotePatcher:

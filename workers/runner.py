@@ -179,9 +179,8 @@ class Runner:
         model = self._models[request.spec]
         with torch.inference_mode():
             args, kwargs = self._restore(self._decoder.decode(request.call))
-            with normal_tensors():
-                if model.settle(request.settings):
-                    self._active = None
+            if model.settle(request.settings):
+                self._active = None
             if self._active != (request.spec, model.state):
                 with normal_tensors():
                     self._make_room(request.spec)
