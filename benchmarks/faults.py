@@ -18,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from host import setup  # noqa: E402
+from host import documents, setup  # noqa: E402
 
 TABLE = ROOT / "docs" / "operations.md"
-BEGIN, END = "<!-- faults: written by benchmarks/faults.py -->", "<!-- end of faults -->"
+BEGIN, END = "<!-- faults: written by benchmarks/faults.py -->\n", "<!-- end of faults -->"
 
 
 def main() -> int:
@@ -82,10 +82,8 @@ def shown(text: str) -> str:
 
 def write(rows: list[str]) -> None:
     """Put the table into the document."""
-    text = TABLE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    TABLE.write_text(f"{before}{BEGIN}\n{chr(10).join(rows)}\n{END}{after}", encoding="utf-8", newline="\n")
+    text = documents.with_table(TABLE.read_text(encoding="utf-8"), BEGIN, END, "\n".join([*rows, ""]))
+    TABLE.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from host import setup  # noqa: E402
+from host import documents, setup  # noqa: E402
 
 if TYPE_CHECKING:
     from comfy_raylight.tests.host.counterparts import Outcome
 
 TABLE = ROOT / "docs" / "nodes.md"
-BEGIN, END = "<!-- nodes: written by benchmarks/nodes.py -->", "<!-- end of nodes -->"
+BEGIN, END = "<!-- nodes: written by benchmarks/nodes.py -->\n", "<!-- end of nodes -->"
 
 
 def main() -> int:
@@ -93,10 +93,8 @@ def table(columns: Mapping[str, Mapping[str, Outcome | None]]) -> list[str]:
 
 def write(rows: list[str]) -> None:
     """Put the table into the document."""
-    text = TABLE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    TABLE.write_text(f"{before}{BEGIN}\n{chr(10).join(rows)}\n{END}{after}", encoding="utf-8", newline="\n")
+    text = documents.with_table(TABLE.read_text(encoding="utf-8"), BEGIN, END, "\n".join([*rows, ""]))
+    TABLE.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

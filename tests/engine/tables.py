@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from comfy_raylight.patches.registry import FAMILIES, UNSPLIT
+from comfy_raylight.tests.host import documents
 
 from .families import CASES
 from .ranks import MESHES
@@ -31,10 +32,7 @@ def readme_table() -> str:
 
 def with_table(text: str, table: str) -> str:
     """The README with the table between its marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    assert mark, "the README has lost the marks of its table of families"
-    return before + BEGIN + table + END + after
+    return documents.with_table(text, BEGIN, END, table)
 
 
 def error_table(results: Mapping[str, Any]) -> str:
