@@ -1,6 +1,5 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
-from .compile import RayTorchCompileModel
 from .data_parallel import (
     DPConditioningList,
     DPKSamplerAdvanced,
@@ -11,10 +10,10 @@ from .data_parallel import (
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
-from .ltx import RayLTXFFNChunker
 from .memory import RayKill, RayOffloadModel
 from .mirrors import display_names, node_classes
 from .samplers import XFuserKSamplerAdvanced
+from .settings import RayLTXFFNChunker, RayTorchCompileModel
 from .teacache import RayTeaCache
 from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 

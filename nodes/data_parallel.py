@@ -7,6 +7,7 @@ from typing import Any
 
 from ..raylight.errors import ConfigError
 from ..workers import jobs as parallel
+from .mirrors import first_output
 from .samplers import TOOLTIPS, core
 
 SEEDS = 8
@@ -103,8 +104,7 @@ class _DataParallel:
     @classmethod
     def one(cls, **values: Any) -> Any:
         """One picture: the core node's first output."""
-        node = core.NODE_CLASS_MAPPINGS[cls.CORE]
-        return getattr(node(), node.FUNCTION)(**values)[0]
+        return first_output(cls.CORE, **values)
 
 
 class DPKSamplerAdvanced(_DataParallel):
@@ -212,7 +212,7 @@ class DPNoiseList:
         }
 
     def get_noise(self, **seeds: int) -> tuple[list[Any]]:
-        return ([_core_noise("RandomNoise", noise_seed=seeds[f"noise_seed_{number}"]) for number in range(SEEDS)],)
+        return ([first_output("RandomNoise", noise_seed=seeds[f"noise_seed_{number}"]) for number in range(SEEDS)],)
 
 
 class DPConditioningList:
@@ -290,9 +290,9 @@ def _seeds(noise: Any) -> Iterator[int | None]:
             yield from _seeds(item)
     elif isinstance(noise, int):
         yield noise
-    elif type(noise) is type(_core_noise("RandomNoise", noise_seed=0)):
+    elif type(noise) is type(first_output("RandomNoise", noise_seed=0)):
         yield int(noise.seed)
-    elif type(noise) is type(_core_noise("DisableNoise")):
+    elif type(noise) is type(first_output("DisableNoise")):
         yield NO_NOISE
     else:
         raise ConfigError(
@@ -300,8 +300,3 @@ def _seeds(noise: Any) -> Iterator[int | None]:
             f"noise_list has {type(noise).__name__}",
             "Connect Data Parallel Noise List or RandomNoise",
         )
-
-
-def _core_noise(node_id: str, **inputs: Any) -> Any:
-    node = core.NODE_CLASS_MAPPINGS[node_id]
-    return getattr(node(), node.FUNCTION)(**inputs)[0]

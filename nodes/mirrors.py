@@ -243,13 +243,13 @@ def _runner(node: Any) -> Core:
     return run
 
 
-def _core(node: str, **values: Any) -> Any:
-    """The first output of a node of ComfyUI."""
+def first_output(node: str, **values: Any) -> Any:
+    """The first output of a node of ComfyUI, by the names of its inputs."""
     return _runner(core.NODE_CLASS_MAPPINGS[node])(**values)[0]
 
 
 def _noise(*, seed: int, empty: bool) -> Any:
-    return _core("DisableNoise") if empty else _core("RandomNoise", noise_seed=seed)
+    return first_output("DisableNoise") if empty else first_output("RandomNoise", noise_seed=seed)
 
 
 def _sampled(run: Core, **values: Any) -> tuple[Any, ...]:
