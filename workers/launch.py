@@ -29,9 +29,12 @@ IMPORT_ROOT = Path(__file__).resolve().parent / "import_root"
 LOCAL = "local"
 OBJECT_STORE_BYTES = 256 << 20
 """Ray's store of a local cluster: payloads do not go through it, so the smallest comfortable size."""
-QUICK_END = {"RAY_task_events_shutdown_flush_timeout_ms": "100"}
-"""A setting of our own Ray: leaving one whose control service is gone would otherwise take 5 s more."""
+OWN_SETTINGS = {"RAY_task_events_shutdown_flush_timeout_ms": "100", "RAY_memory_monitor_refresh_ms": "0"}
+"""Of our own Ray: leaving one whose control service is gone would otherwise take 5 s more; and its memory monitor
+would kill workers wherever the host's memory is 95 percent full, which ComfyUI's caches and pinned memory may well
+make it. The system's own killer comes when memory is out, and to Ray's workers first."""
 POLL_S = 0.1
+CAUSE_WAIT_S = 2.0
 MODE = "RAY_AUTH_MODE"
 EXPECTED = ("Token authentication is enabled", "SIGTERM handler is not set")
 
@@ -76,7 +79,7 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
     folder = tempfile.mkdtemp(prefix="rl_")  # short: a socket path may have 107 bytes
     atexit.register(_stop_local, folder)
     with _environment_kept(), _loopback_only(), _expected_messages_hidden():
-        os.environ.update(QUICK_END)
+        os.environ.update(OWN_SETTINGS)
         ray.init(
             address=LOCAL,
             num_cpus=0,
@@ -213,6 +216,17 @@ def ready(references: list[Any]) -> list[Any]:
     if not ray.is_initialized():  # ray.wait would silently start a new Ray
         return list(references)
     return ray.wait(references, num_returns=len(references), timeout=0)[0]
+
+
+def why_ended(serving: Any) -> str:
+    """What Ray knows, or soon learns, of the end of the actor that makes this call."""
+    if not ray.is_initialized():
+        return "Ray has ended too"
+    try:
+        ray.get(serving, timeout=CAUSE_WAIT_S)
+    except ray.exceptions.RayError as error:
+        return str(error)
+    return "it left by itself"
 
 
 def host_address() -> str:

@@ -75,6 +75,13 @@ class Member:
     heartbeat: Any = None
     busy: bool = False
 
+    def ended(self) -> bool:
+        """Whether its process is known to have ended, as far as that can be told at once."""
+        # an idle worker says nothing: what can be read from its connection is the end of it. A killed process
+        # may hold its connection for some time yet, until the last of its threads has gone
+        silent = self.busy or not self.connection.poll()
+        return not silent or (self.local and not processes.running(self.place.pid))
+
 
 @dataclass
 class Exchange:
@@ -191,10 +198,9 @@ class Pool:
         return [list(range(index * size, (index + 1) * size)) for index in range(count)]
 
     def alive(self) -> bool:
-        """Whether every worker is still connected."""
+        """Whether every worker is still there."""
         with _LOCK:
-            # an idle worker says nothing: what can be read from its connection is the end of it
-            if not self._closed and any(not member.busy and member.connection.poll() for member in self.members):
+            if not self._closed and any(member.ended() for member in self.members):
                 self.close()
             return not self._closed
 
@@ -591,6 +597,7 @@ class Pool:
                 )
 
     def _dead(self, member: Member, verb: str) -> WorkerError:
+        log.error("worker %d has ended: %s", member.rank, self._launch.why_ended(member.serving))
         where = "" if member.local else f" on {member.place.host}"
         return dead(member.rank, f"process {member.place.pid}{where}", verb)
 

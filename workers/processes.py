@@ -8,15 +8,16 @@ import signal
 import time
 from collections.abc import Iterable
 
+import psutil
+
 log = logging.getLogger(__name__)
 
 
 def running(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # it may end between opening and reading
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

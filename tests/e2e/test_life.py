@@ -112,7 +112,11 @@ def test_anything_in_any_order(stage: Stage) -> None:
         action = chance.choice(ACTIONS)
         done.append(action.__name__)
         action(stage, chance)
-        assert stage.good() == wanted, f"after {', '.join(done)}"
+        try:
+            assert stage.good() == wanted
+        except (AssertionError, PromptError) as error:
+            error.add_note(f"after {', '.join(done)}")
+            raise
     assert len(done) >= 3
 
 
