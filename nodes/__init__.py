@@ -1,5 +1,6 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
+from .control import RayControlNetLoader
 from .data_parallel import (
     DPConditioningList,
     DPKSamplerAdvanced,
@@ -24,6 +25,7 @@ NODE_CLASS_MAPPINGS = {
     "DPKSamplerAdvanced": DPKSamplerAdvanced,
     "DPNoiseList": DPNoiseList,
     "DPSamplerCustom": DPSamplerCustom,
+    "RayControlNetLoader": RayControlNetLoader,
     "RayGGUFLoader": RayGGUFLoader,
     "RayInitializer": RayInitializer,
     "RayInitializerAdvanced": RayInitializerAdvanced,
@@ -47,6 +49,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "DPKSamplerAdvanced": "Data Parallel KSampler (Advanced)",
     "DPNoiseList": "Data Parallel Noise List",
     "DPSamplerCustom": "Data Parallel SamplerCustom",
+    "RayControlNetLoader": "Load ControlNet (Ray)",
     "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
     "RayInitializer": "Ray Init Actor",
     "RayInitializerAdvanced": "Ray Init Actor (Advanced)",

@@ -42,10 +42,12 @@ TOOLTIPS: Mapping[str, str] = {
     "corrector_order": "Order of the corrector; 0 switches it off.",
     "denoise": "Part of the schedule that is run, counted from its end: below 1.0 the latent keeps something.",
     "dtype": "Type to compute in; the weights stay as they are. default: what ComfyUI chooses.",
+    "end_percent": "Where in the schedule it ends.",
     "eta": "How much noise is added between the two percents.",
     "force_empty_noise": "Add no noise: only scale the latent as if there were some.",
     "guider": "Model and conditioning: a guider of this pack or of ComfyUI.",
     "height": "Height of the picture in pixels.",
+    "image": "The picture that controls, of any size.",
     "latent": "Its number of tokens decides between the two shifts; without one, 4096 tokens.",
     "latent_image": "The latent to begin with.",
     "max_shift": "Shift of the noise levels of a large picture.",
@@ -54,6 +56,8 @@ TOOLTIPS: Mapping[str, str] = {
     "noise_seed": "Seed of the noise.",
     "positive": "What the picture should show.",
     "predictor_order": "Order of the predictor.",
+    "ray_control_net": "The ControlNet, from Load ControlNet (Ray).",
+    "ray_vae": "For ControlNets that look at a latent of the picture.",
     "s_noise": "Scale of the noise that is added.",
     "sampler": "The sampling method, from KSamplerSelect or another node.",
     "sampling": "What the model was trained to predict.",
@@ -66,7 +70,9 @@ TOOLTIPS: Mapping[str, str] = {
     "sigma_min": "Lowest noise level.",
     "sigmas": "The noise levels, from a scheduler.",
     "simple_order_2": "Use a simpler formula at order 2.",
+    "start_percent": "Where in the schedule it begins.",
     "steps": "Number of steps.",
+    "strength": "How much of what the ControlNet adds; 0 leaves it out.",
     "style": "How the two scales are combined.",
     "use_pece": "Evaluate the model once more after each correction: better steps at twice the cost.",
     "vae_name": "File in models/vae.",
@@ -75,6 +81,7 @@ TOOLTIPS: Mapping[str, str] = {
 }
 """For inputs to which ComfyUI gives none."""
 OUTPUT_TOOLTIPS: Mapping[str, str] = {
+    "CONDITIONING": "The prompt with the ControlNet.",
     "FLOAT": "The noise level.",
     "GUIDER": "The same guider, for ComfyUI's own nodes.",
     "LATENT": "The latent.",
@@ -281,6 +288,10 @@ def _without_actors(run: Core, *, ray_actors: Any, **values: Any) -> tuple[Any, 
     return _for_both(run, **values)
 
 
+def _controlled(run: Core, *, ray_control_net: Any, ray_vae: Any = None, **values: Any) -> tuple[Any, ...]:
+    return run(control_net=ray_control_net, vae=ray_vae, **values)
+
+
 SEED: Spec = ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True})
 GUIDER_OUTPUTS = "RAY_GUIDER:guider GUIDER:GUIDER"
 SYNC = "Of the earlier pack, without effect: the cache decides once, in ComfyUI's process, for all workers."
@@ -402,6 +413,17 @@ MIRRORS = (
         EXTRA,
         "ray_actors positive negative reference_audio audio_vae identity_guidance_scale start_percent end_percent",
         display="LTXV Reference Audio (Ray)",
+    ),
+    Mirror(
+        "RayControlNetApply",
+        "ControlNetApplyAdvanced",
+        "Raylight",
+        "positive negative ray_control_net image strength start_percent end_percent | ray_vae",
+        display="Apply ControlNet (Ray)",
+        own={"ray_control_net": ("RAY_CONTROL_NET,CONTROL_NET", {}), "ray_vae": ("RAY_VAE,VAE", {})},
+        given=("control_net", "vae"),
+        call=_controlled,
+        about="for one whose residuals the workers compute, from Load ControlNet (Ray), or for ComfyUI's own.",
     ),
     Mirror(
         "RayVAELoader",

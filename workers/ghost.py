@@ -47,6 +47,16 @@ class _StayOnMeta(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class AllOnMeta(_StayOnMeta):
+    """Has parameters on meta also where ComfyUI names the device they are to be made on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": "meta"}
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def build(spec: ModelSpec) -> tuple[Any, Any]:
     """Build the model of a file without its weights.
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy
 import torch
@@ -16,7 +16,7 @@ from ..loaders.source import changed
 from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ..raylight.errors import UnsupportedError, WorkerError
-from . import random_states, refusals
+from . import deferred, random_states, refusals
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
@@ -65,6 +65,8 @@ class ModelLink:
         together: runs the evaluation of several conditions side by side (see conds.calc_cond_batch).
     """
 
+    KIND: ClassVar[Literal["diffusion", "control"]] = "diffusion"
+
     def __init__(
         self, config: PoolConfig, spec: ModelSpec, dtype: torch.dtype, refer: Reference, *, replica: int = 0
     ) -> None:
@@ -72,20 +74,20 @@ class ModelLink:
         self.spec = spec
         self.replica = replica
         self._dtype = dtype
-        self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."))
+        self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."), kind=self.KIND)
         self.together = cfg.Together()
         self._refer = refer
-        self._others: dict[int, ModelLink] = {}
+        self._others: dict[int, Self] = {}
         self._environment = describe()
-        self._told = False
+        self._told: set[str] = set()
         self._lock = threading.RLock()
 
-    def at(self, replica: int) -> ModelLink:
+    def at(self, replica: int) -> Self:
         """The way to the same model on another replica; it lives as long as this one does."""
         if replica == self.replica:
             return self
         if replica not in self._others:
-            self._others[replica] = ModelLink(self.config, self.spec, self._dtype, self._refer, replica=replica)
+            self._others[replica] = type(self)(self.config, self.spec, self._dtype, self._refer, replica=replica)
         return self._others[replica]
 
     def lanes(self) -> Lanes:
@@ -139,6 +141,8 @@ class ModelLink:
             self._tell(sum(call.method in FORWARD for call in calls.values()))
             chosen = cfg.assign(calls, len(groups.replicas))
             for call in calls.values():
+                for control in call.controls:
+                    control.at(self.replica).load()
                 if not groups.holds(call.spec, call.patches):
                     for other in _links(call.patches.weights):
                         other.at(self.replica).load()  # a new pool, or one that made room, may not have it
@@ -165,7 +169,7 @@ class ModelLink:
     def forget(self) -> None:
         """A sampling run has ended."""
         with self._lock:
-            self._told = False
+            self._told.clear()
             groups = self._live_groups()
             if groups is not None:
                 groups.forget()
@@ -210,13 +214,24 @@ class ModelLink:
         degree = self.config.parallel.degrees["cfg"]
         if degree == 1 or calls == 0 or self.replica:
             return
-        if calls == 1 and not self._told:
+        if calls == 1 and "cfg" not in self._told:
             log.info(
                 "cfg_degree=%d has nothing to divide: the model is called for one condition at a time "
                 "(cfg 1, or a patch around the model that needs it so), on one of the groups",
                 degree,
             )
-        self._told = True
+        self._told.add("cfg")
+
+    def _tell_sent(self, control: Any) -> None:
+        """Say once per run what residuals cost that another process computed."""
+        size = sum(tensor.nbytes for tensor in deferred.carried(control))
+        if size and "control" not in self._told:
+            self._told.add("control")
+            log.warning(
+                "The ControlNet runs in ComfyUI's process: its residuals, %.1f MiB, are sent to the workers at every "
+                "model call. Load ControlNet (Ray) has the workers compute them",
+                size / (1 << 20),
+            )
 
     def _divide(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
@@ -241,6 +256,8 @@ class ModelLink:
             return kept
 
         args, kwargs = on_options(args, kwargs, strip)
+        self._tell_sent(kwargs.get("control"))
+        sources = {source for tensor in deferred.deferred_in(kwargs.get("control")) for source in tensor.sources}
         return Call(
             spec=self.spec,
             method=method,
@@ -248,10 +265,24 @@ class ModelLink:
             kwargs=kwargs,
             functions=tuple(found),
             patches=patches,
-            fresh=tuple(cfg.tensors(args[:1])),
+            fresh=(
+                *cfg.tensors(args[:1]),
+                *(tensor for asked, _ in sources for tensor in cfg.tensors(asked.arguments.get("x"))),
+            ),
             random=random_states.take() if found or patches.objects else None,
             settings=settings_of(patcher),
+            controls=tuple(self._checked(control) for control in {control for _, control in sources}),
         )
+
+    def _checked(self, control: ModelLink) -> ModelLink:
+        """The link to a ControlNet, which must be on this pool."""
+        if control.config != self.config:
+            raise UnsupportedError(
+                "The ControlNet and the model are on different pools",
+                f"{control.config} and {self.config}",
+                "Connect Load ControlNet (Ray) to the model that is sampled",
+            )
+        return control
 
 
 def _lanes(pool: Pool) -> Lanes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from ..raylight.errors import RaylightError
@@ -69,11 +69,12 @@ class LoadRequest:
     """Loads a model.
 
     `dtype` names what plain ComfyUI would keep its weights in; the driver decides it, since it may depend on
-    free memory.
+    free memory. `kind` says what the file holds.
     """
 
     spec: ModelSpec
     dtype: str
+    kind: Literal["diffusion", "control"] = "diffusion"
 
 
 @dataclass(frozen=True, kw_only=True)

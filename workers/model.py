@@ -18,9 +18,10 @@ from ..raylight.config import ModelSpec, WorkerSettings
 from ..raylight.hooks import Installation, install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
+from ..raylight.plan import Plan
 from ..raylight.watch import Watch
 from . import compiled
-from .adopt import adopt, private_bytes
+from .adopt import Adopted, adopt, private_bytes
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights
@@ -47,7 +48,7 @@ class WorkerModel:
         if spec.now() != spec:
             raise changed(spec.path, "it is not the file that was chosen any more")
         self.source = Source(spec.path, reader=spec.reader)
-        adopted = adopt(self.source, spec, dtype)
+        adopted = self._adopted(spec, dtype)
         weights = Weights(self.source, adopted.homes, _patch_dtype(spec))
         found = adopted.patcher
         self._base = MappedPatcher(found.model, found.load_device, found.offload_device)
@@ -61,6 +62,7 @@ class WorkerModel:
         self._chunked: ChunkedFeedForward | None = None
         self._mesh = mesh
         self._kernel = kernel
+        self._plan = self._planned() if mesh.parallel.needs_plan else None
         self._installation: Installation | None = None
         log.debug(
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
@@ -70,7 +72,15 @@ class WorkerModel:
 
     @property
     def diffusion(self) -> torch.nn.Module:
+        """What runs."""
         return self._base.model.diffusion_model
+
+    def _adopted(self, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
+        return adopt(self.source, spec, dtype)
+
+    def _planned(self) -> Plan | None:
+        """How the ranks of a sequence share the model; None where each runs all of it."""
+        return plan_for(self.diffusion)
 
     def facts(self) -> ModelFacts:
         """What the driver must know of this copy."""
@@ -118,10 +128,10 @@ class WorkerModel:
         return settings.compile != compiler
 
     def _install(self) -> None:
-        if self._mesh.parallel.needs_plan:
+        if self._plan is not None:
             self._installation = install(
                 self.diffusion,
-                plan_for(self.diffusion),
+                self._plan,
                 self._mesh,
                 kernel=self._kernel,
                 opaque=compiled.opaque if self._settings.compile else None,

@@ -47,7 +47,7 @@ GRACE_S = 0.5
 """After a first failure the others' are collected: the first one seen is often a victim's."""
 CLOSE_GRACE_S = 0.5
 
-CANCELLABLE = frozenset({"load", "forward", "decode", "encode"})
+CANCELLABLE = frozenset({"load", "forward", "outline", "decode", "encode"})
 """Verbs that workers end together when they are told to."""
 
 RankGroups = Sequence[tuple[Sequence[int], tuple[Any, ...]]]

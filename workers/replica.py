@@ -49,6 +49,7 @@ class Call:
         fresh: tensors that change at each call.
         random: the driver's generator states where a patch may draw.
         settings: how the workers run it.
+        controls: links to the ControlNets that its arguments are to come from.
     """
 
     spec: ModelSpec
@@ -60,6 +61,7 @@ class Call:
     fresh: tuple[torch.Tensor, ...]
     random: tuple[Any, Any] | None
     settings: WorkerSettings
+    controls: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -199,6 +201,7 @@ class Replica:
     def _forward(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         started = time.perf_counter()
         self.resident.add(call.spec)
+        self.resident.update(control.spec for control in call.controls)
         parcel = self._encoder.encode((args, kwargs), fresh=call.fresh)
         request = Forward(spec=call.spec, method=call.method, call=parcel, random=call.random, settings=call.settings)
         replies: list[ForwardReply] = self._call("forward", request)
@@ -217,6 +220,11 @@ class Replica:
             self._told.add(first.advice)
             log.warning("%s", first.advice)
         return output, first.random
+
+    def outline(self, spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:
+        """What a call of a ControlNet would return, without the values (see deferred.outline)."""
+        self.resident.add(spec)
+        return self._call("outline", spec, self._encoder.encode(arguments))[0]
 
     def offload(self, spec: ModelSpec) -> None:
         """Take a model's weights, and those of models that nobody holds any more, off the workers' devices."""

@@ -22,6 +22,8 @@ from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
 from . import links, memory, random_states
 from .arena import ArenaRef, is_open
+from .control_loading import WorkerControl
+from .deferred import Computed, Evaluation, Result, outline
 from .loading import normal_tensors
 from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, LoadRequest, ModelFacts, PatchRequest
 from .model import WorkerModel
@@ -45,7 +47,7 @@ class Runner:
         self._readers = (0, 1)
         self._kernel: kernels.LocalKernel | None = None
         self._models: OrderedDict[ModelSpec, WorkerModel] = OrderedDict()  # the least recently used first
-        self._active: tuple[ModelSpec, str] | None = None
+        self._ready: dict[ModelSpec, tuple[str, int]] = {}  # on the device: its patches' state, its bytes
         self._functions: dict[int, Callable[..., Any]] = {}
         self._files = OpenFiles()
         self._decoder = Decoder(self._resolve, model_management.get_torch_device())
@@ -147,7 +149,8 @@ class Runner:
         if spec not in self._models:
             with normal_tensors():
                 found = self._on_this_machine(spec)
-                model = WorkerModel(found, getattr(torch, request.dtype), self.mesh, self._kernel)
+                kind = WorkerControl if request.kind == "control" else WorkerModel
+                model = kind(found, getattr(torch, request.dtype), self.mesh, self._kernel)
             self._models[spec] = model
             if spec.reader == "map":
                 prefetch(
@@ -178,21 +181,17 @@ class Runner:
         """Run one method of the diffusion model."""
         model = self._models[request.spec]
         with torch.inference_mode():
-            args, kwargs = self._restore(self._decoder.decode(request.call))
+            computed = Computed(self._evaluate, model_management.get_torch_device())
+            args, kwargs = self._restore(self._decoder.decode(request.call), computed)
             if model.settle(request.settings):
-                self._active = None
-            if self._active != (request.spec, model.state):
-                with normal_tensors():
-                    self._make_room(request.spec)
-                    model.make_resident(args)
-                self._active = (request.spec, model.state)
-                self._models.move_to_end(request.spec)
+                self._ready.pop(request.spec, None)
+            self._make_ready(request.spec, args)
             model.source.check()
             if request.random is not None:
                 random_states.put(request.random)
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs, self.wire.cancelled)
-            seconds, waited = time.perf_counter() - started, self.mesh.seconds - waited
+            seconds, waited = time.perf_counter() - started + computed.seconds, self.mesh.seconds - waited
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         return ForwardReply(
             output=parcel,
@@ -202,9 +201,14 @@ class Runner:
             advice=model.advice() if self._speaks else "",
         )
 
+    def outline(self, spec: ModelSpec, arguments: Parcel) -> Any:
+        """Run a ControlNet to see what it returns; see deferred.outline."""
+        with torch.inference_mode():
+            return outline(self._evaluate(Evaluation(spec, self._decoder.decode(arguments))))
+
     def plan_vae(self, request: VAEPlan) -> VAEFacts | None:
         """Load a VAE and find out what this rank can do with it; see WorkerVAEs."""
-        self._active = None  # a model may have to make room
+        self._ready.clear()  # a model may have to make room
         with torch.inference_mode():
             return self._vaes.plan(request, self.mesh)
 
@@ -214,7 +218,7 @@ class Runner:
 
     def decode(self, request: DecodeRequest) -> PartReply:
         """Decode this rank's part of a latent."""
-        self._active = None
+        self._ready.clear()
         with torch.inference_mode():
             if request.random is not None:
                 random_states.put(request.random)
@@ -222,7 +226,7 @@ class Runner:
 
     def encode(self, request: EncodeRequest) -> PartReply:
         """Encode this rank's part of a picture."""
-        self._active = None
+        self._ready.clear()
         with torch.inference_mode():
             if request.random is not None:
                 random_states.put(request.random)
@@ -234,14 +238,14 @@ class Runner:
 
     def offload(self, spec: ModelSpec) -> None:
         """Take a model off the device; the next call brings it back."""
-        self._active = None
+        self._ready.clear()
         with normal_tensors():
             self._models[spec].offload()
         memory.give_back()
 
     def release(self, spec: ModelSpec) -> None:
         """Forget a model."""
-        self._active = None
+        self._ready.clear()
         model = self._models.pop(spec, None)
         if model is not None:
             with normal_tensors():
@@ -256,6 +260,20 @@ class Runner:
         if self._mesh is not None:
             self._mesh.close()
             self._mesh = None
+
+    def _make_ready(self, spec: ModelSpec, args: tuple[Any, ...]) -> None:
+        """Have a model with its patches on the device, for a call of these arguments; others may have to leave."""
+        model = self._models[spec]
+        if spec in self._ready and self._ready[spec][0] == model.state:
+            return
+        with normal_tensors():
+            self._make_room(spec)
+            model.make_resident(args)
+        self._models.move_to_end(spec)
+        self._ready[spec] = (model.state, model.resident_bytes)
+        self._ready = {
+            known: ready for known, ready in self._ready.items() if self._models[known].resident_bytes == ready[1]
+        }
 
     def _make_room(self, spec: ModelSpec) -> None:
         """Take models off the device that were used least recently, until this one fits beside the others."""
@@ -280,13 +298,22 @@ class Runner:
             return model.weight(rest[0])
         return {"base": model.patcher.model, "patcher": model.patcher, "diffusion": model.diffusion}[kind]
 
-    def _restore(self, value: Any) -> Any:
+    def _evaluate(self, evaluation: Evaluation) -> Any:
+        """Call a ControlNet."""
+        model = self._models[evaluation.spec]
+        self._make_ready(evaluation.spec, ())
+        model.source.check()
+        return model.run("forward", (), dict(evaluation.arguments), self.wire.cancelled)
+
+    def _restore(self, value: Any, computed: Computed) -> Any:
         if isinstance(value, FunctionRef):
             return self._functions[value.number]
+        if isinstance(value, Result):
+            return computed.tensor(value)
         if isinstance(value, dict):
-            return {key: self._restore(item) for key, item in value.items()}
+            return {key: self._restore(item, computed) for key, item in value.items()}
         if type(value) in (list, tuple):
-            return type(value)(self._restore(item) for item in value)
+            return type(value)(self._restore(item, computed) for item in value)
         return value
 
 

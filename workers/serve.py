@@ -27,6 +27,7 @@ VERBS = frozenset(
         "define",
         "forget",
         "forward",
+        "outline",
         "offload",
         "release",
     }

@@ -22,7 +22,7 @@ class Job:
     """One checkpoint to write.
 
     Attributes:
-        family: a key of `recipes.RECIPES`.
+        family: a key of `recipes.RECIPES` or of `controls.SCHEMES`.
         path: the file; one that exists is kept.
         dtype: torch's name, or "" for the family's.
         size: overrides of the family's sizes.

@@ -14,6 +14,7 @@ def main() -> None:
     """Write every checkpoint asked for and say what each is."""
     sys.path.append(str(TESTS))
     from host.checkpoints import Job
+    from host.checkpoints.controls import SCHEMES
     from host.checkpoints.recipes import RECIPES
 
     def job(words: Sequence[str]) -> Job:
@@ -22,18 +23,19 @@ def main() -> None:
         family, path, *options = words
         given = dict(option.split("=", 1) for option in options)
         dtype, seed = given.pop("dtype", ""), int(given.pop("seed", "0"))
-        if family not in RECIPES:
-            parser.error(f"no family {family}, only {', '.join(RECIPES)}")
-        if unknown := given.keys() - RECIPES[family].size.keys():
-            parser.error(f"{family} has no size {', '.join(unknown)}, only {', '.join(RECIPES[family].size)}")
-        sizes = {name: int(value) for name, value in given.items()}
-        return Job(family=family, path=Path(path), dtype=dtype, seed=seed, size=sizes)
+        like = SCHEMES.get(family, family)
+        if family not in {*RECIPES, *SCHEMES}:
+            parser.error(f"no family {family}, only {', '.join([*RECIPES, *SCHEMES])}")
+        sizes = RECIPES[like].size if like else {}
+        if unknown := given.keys() - sizes.keys():
+            parser.error(f"{family} has no size {', '.join(unknown)}, only {', '.join(sizes)}")
+        numbers = {name: int(value) for name, value in given.items()}
+        return Job(family=family, path=Path(path), dtype=dtype, seed=seed, size=numbers)
 
     parser = argparse.ArgumentParser(description="Write small checkpoints that a ComfyUI detects.")
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
-    help_make = (
-        f"FAMILY FILE [NAME=VALUE ...]: one of {', '.join(RECIPES)}; the file; dtype, seed and sizes; may be repeated"
-    )
+    families = ", ".join([*RECIPES, *SCHEMES])
+    help_make = f"FAMILY FILE [NAME=VALUE ...]: one of {families}; the file; dtype, seed and sizes; may be repeated"
     parser.add_argument("--make", nargs="+", action="append", required=True, metavar="WORD", help=help_make)
     options = parser.parse_args()
     jobs = [job(words) for words in options.make]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import Job
+from . import Job, controls
 from .markers import Keys
 from .recipes import RECIPES, Recipe
 
@@ -29,6 +29,8 @@ def make(job: Job) -> str:
     import torch
     from safetensors.torch import save_file
 
+    if job.family in controls.SCHEMES:
+        return _make_control(job)
     recipe = RECIPES[job.family]
     size = {**recipe.size, **job.size}
     dtype = getattr(torch, job.dtype or recipe.dtype)
@@ -45,6 +47,19 @@ def make(job: Job) -> str:
     size_bytes = sum(weight.nbytes for weight in weights.values())
     name = type(model).__name__
     return f"{job.path}: {recipe.detected}, {name}, {dtype}, {len(weights)} tensors, {size_bytes >> 20} MiB"
+
+
+def _make_control(job: Job) -> str:
+    import torch
+    from safetensors.torch import save_file
+
+    model = controls.model_of(job.family, job.size)
+    dtype = getattr(torch, job.dtype or "float32")
+    weights = controls.keys_of(job.family, fill(model, None, dtype=dtype, seed=job.seed))
+    partial = job.path.with_suffix(".partial")
+    save_file({key: weight.contiguous() for key, weight in weights.items()}, partial)
+    partial.replace(job.path)
+    return f"{job.path}: {type(model).__name__}, {dtype}, {len(weights)} tensors"
 
 
 def detect(state: Mapping[str, torch.Tensor], recipe: Recipe) -> Any:
@@ -77,7 +92,7 @@ def build(recipe: Recipe, size: Mapping[str, int]) -> torch.nn.Module:
     return model
 
 
-def fill(model: torch.nn.Module, recipe: Recipe, *, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+def fill(model: torch.nn.Module, recipe: Recipe | None, *, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
     """Random weights that keep activations near 1: matrices by their fan-in, norm weights about 1, small biases."""
     import torch
 
@@ -91,9 +106,9 @@ def fill(model: torch.nn.Module, recipe: Recipe, *, dtype: torch.dtype, seed: in
     return result
 
 
-def _spread(recipe: Recipe, key: str, weight: torch.Tensor) -> tuple[float, float]:
+def _spread(recipe: Recipe | None, key: str, weight: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation of a weight."""
-    for pattern, mean, scale in recipe.spread:
+    for pattern, mean, scale in recipe.spread if recipe else ():
         if re.search(pattern, key):
             return mean, scale
     if weight.ndim > 1 and weight.shape[0] > 1:
