@@ -223,6 +223,25 @@ NODES: Mapping[str, Node] = {
         "LATENT:LATENT",
         {**ACTORS, **sockets(pixels="IMAGE"), **VAE_FILE, "release_vae": flag(True)},
     ),
+    "RayControlNetLoader": Node(
+        "Load ControlNet (Ray)",
+        TOP,
+        "RAY_CONTROL_NET:ray_control_net CONTROL_NET:control_net",
+        {**ACTORS, "control_net_name": choice()},
+    ),
+    "RayControlNetApply": Node(
+        "Apply ControlNet (Ray)",
+        TOP,
+        "CONDITIONING:positive CONDITIONING:negative",
+        {
+            **PROMPTS,
+            **sockets(ray_control_net="RAY_CONTROL_NET,CONTROL_NET", image="IMAGE"),
+            "strength": number(1.0, 0.0, 10.0, step=0.01),
+            "start_percent": number(0.0, 0.0, 1.0, step=0.001),
+            "end_percent": number(1.0, 0.0, 1.0, step=0.001),
+        },
+        sockets(ray_vae="RAY_VAE,VAE"),
+    ),
     "RayVAELoader": Node("Load VAE (Ray)", TOP, "RAY_VAE:ray_vae VAE:vae", {**ACTORS, "vae_name": choice()}),
     "XFuserKSamplerAdvanced": Node(
         "XFuser KSampler (Advanced)",

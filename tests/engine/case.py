@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from comfy_raylight.patches.control import control_plan_for
 from comfy_raylight.patches.registry import plan_for
 from comfy_raylight.raylight.plan import Plan, Region
 
@@ -90,7 +91,7 @@ class Case:
 
     def plan(self, model: torch.nn.Module) -> Plan:
         """The family's plan, or the changed one."""
-        plan = plan_for(model)
+        plan = control_plan_for(model) or plan_for(model)
         return plan if self.change is None else self.change(plan)
 
     def available(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from comfy_raylight.patches.control import control_plan_for
 from comfy_raylight.raylight import cost, kernels
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.hooks import install
@@ -82,8 +83,11 @@ def mesh_of(parallel: ParallelConfig, *, rank: int, path: str) -> Mesh:
 
 
 def leaves(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output: one, or a list of several."""
-    return [output] if isinstance(output, torch.Tensor) else list(output)
+    """The tensors of a model's output: one, a list of several, or the residuals of a ControlNet."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, dict) else output
+    return [leaf for part in parts for leaf in leaves(part)]
 
 
 def difference(output: Any, reference: Any) -> float:
@@ -148,7 +152,7 @@ def least_bytes(installation: Any, mesh: Mesh) -> dict[str, float]:
 
 def forward_of(model: Any) -> Any:
     """What a worker runs: the forward below ComfyUI's wrappers."""
-    return getattr(model, "_forward", model.forward)
+    return model.forward if control_plan_for(model) else getattr(model, "_forward", model.forward)
 
 
 def parity(rank: int, size: int, path: str, name: str, prepared: list[Any]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from comfy_raylight.patches.control import PLANS
 from comfy_raylight.patches.registry import FAMILIES
 
 from .conftest import comfy_roots
-from .families import CASES
+from .families import CASES, controls
 from .ranks import ALONE, MESHES, Case, meshes_of
 
 pytestmark = pytest.mark.timeout(2000)  # the first test of a ComfyUI waits for all of its ranks
@@ -67,10 +68,17 @@ def test_modes_agree(run_ranks: Any, root: str, case: Case, mesh: str) -> None:
         assert modes["packed"]["collectives"] <= modes[expected]["collectives"]
 
 
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("case", [case for case in controls.CASES if not case.meshes], ids=lambda case: case.name)
+def test_ranks_share_controls(run_ranks: Any, root: str, case: Case) -> None:
+    (result,) = results(run_ranks, root, case, "u2").values()
+    assert result["sent"]["all_to_all"] > 0
+
+
 def test_every_family_has_a_case() -> None:
     """A plan without the comparison that would show it wrong is not a feature."""
     compared = {case.family for case in CASES if not (case.wrong or case.raises)}
-    assert compared == set(FAMILIES)
+    assert compared == {*FAMILIES, *(path.rpartition(".")[2] for path in PLANS)}
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -20,6 +20,7 @@ Link = list[Any]
 """Node id and number of an output."""
 CHECKPOINT, DEQUANTISED, GGUF = "wan.safetensors", "wan-counterpart-whole.safetensors", "wan-counterpart.gguf"
 LORA, VAE_FILE = "counterpart.safetensors", "wan.safetensors"
+CONTROLLED, CONTROL, CONTROL_VAE = "sd3-counterpart.safetensors", "control.safetensors", "taesd3.safetensors"
 STEPS = 2
 SEED = 3
 LIMIT_S = 500.0
@@ -84,6 +85,7 @@ class Side:
         *,
         steps: int = STEPS,
         positive: Link | None = None,
+        negative: Link | None = None,
         latent: Link | None = None,
         seed: int | None = None,
     ) -> Link:
@@ -98,7 +100,7 @@ class Side:
             sampler_name="euler",
             scheduler="simple",
             positive=positive or self.both.positive,
-            negative=self.both.negative,
+            negative=negative or self.both.negative,
             latent_image=latent or self.both.latent,
             start_at_step=0,
             end_at_step=10000,
@@ -328,6 +330,43 @@ def _teacache(both: Both, node: str) -> None:
     both.pair(node, "LATENT", both.core.plain, found)
 
 
+def _control(both: Both, node: str) -> None:
+    """A ControlNet of another family, as Wan has none."""
+    from .families import FAMILIES
+
+    given = FAMILIES["sd3"].inputs
+    made = {"tokens": given.tokens, "width": given.context, "pooled": given.pooled, "guidance": -1.0}
+    positive = both.add("RLTestConditioning", seed=1, attention_mask=False, extras="{}", **made)
+    negative = both.add("RLTestConditioning", seed=2, attention_mask=False, extras="{}", **made)
+    latent = both.random_latent(channels=given.channels, height=given.height, width=given.width)
+    image = both.add("RLTestPixels", frames=1, height=200, width=248, channels=3, smooth=True)
+    vae = both.add("VAELoader", vae_name=CONTROL_VAE)
+    how = {"image": image, "strength": 0.7, "start_percent": 0.0, "end_percent": 1.0}
+    core_model = both.add("UNETLoader", unet_name=CONTROLLED, weight_dtype="default")
+    pool_model = both.add("RayUNETLoader", unet_name=CONTROLLED, weight_dtype="default", ray_actors_init=both.init)
+    expected = both.add(
+        "ControlNetApplyAdvanced",
+        positive=positive,
+        negative=negative,
+        control_net=both.add("ControlNetLoader", control_net_name=CONTROL),
+        vae=vae,
+        **how,
+    )
+    found = both.add(
+        "RayControlNetApply",
+        positive=positive,
+        negative=negative,
+        ray_control_net=both.add("RayControlNetLoader", ray_actors=pool_model, control_net_name=CONTROL),
+        ray_vae=vae,
+        **how,
+    )
+
+    def sampled(side: Side, model: Link, conditioning: Link) -> Link:
+        return side.sampled(model, positive=conditioning, negative=[conditioning[0], 1], latent=latent)
+
+    both.pair(node, "LATENT", sampled(both.core, core_model, expected), sampled(both.pool, pool_model, found))
+
+
 def _offload(both: Both, node: str) -> None:
     latent = both.add(node, ray_actors=both.pool.model, latent=both.pool.plain)
     both.pair(node, "LATENT", both.core.plain, latent)
@@ -393,6 +432,8 @@ OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
     **ON_REPLICAS,
     "DPConditioningList": (f"{NONE}: the conditionings of `KSamplerAdvanced`", _unified),
     "DPNoiseList": (f"{NONE}: the seeds of `KSamplerAdvanced`", _unified),
+    "RayControlNetApply": ("`ControlNetApplyAdvanced`", _control),
+    "RayControlNetLoader": ("`ControlNetLoader`", _control),
     "RayGGUFLoader": ("`UNETLoader` of the dequantised weights", _gguf),
     "RayInitializer": (f"{NONE}: `KSamplerAdvanced` on the pool it starts", _sampler),
     "RayInitializerAdvanced": (f"{NONE}: `KSamplerAdvanced` on the pool it starts", _advanced_initializer),
@@ -408,7 +449,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
     "UnifiedParallelSampler": ("`KSamplerAdvanced`, once per seed", _unified),
     "XFuserKSamplerAdvanced": ("`KSamplerAdvanced`", _sampler),
 }
-"""Nodes that are no mirrors: their counterpart in words, and what makes the pairs."""
+"""Nodes that are no mirrors, or need another model than the rest: their counterpart in words, what makes the pairs."""
 KILL, AFTER_KILL = "RayKill", f"{NONE}: `KSamplerAdvanced` after it"
 PLAIN = "no-node"
 
@@ -446,10 +487,10 @@ def compare(server: ComfyServer, client: ComfyClient, wanted: Iterable[str]) -> 
         if name in ALONE:
             prompts.append(Both(published, seed=SEED + len(prompts)))
             prompts[-1].mirror(name, table[name])
-        elif name in table:
-            first.mirror(name, table[name])
-        elif name != KILL:
+        elif name in OTHERS:
             OTHERS[name][1](prompts[1] if name in ON_REPLICAS else first, name)
+        elif name != KILL:
+            first.mirror(name, table[name])
     errors: dict[str, float] = {}
     for both in prompts:
         errors |= _errors(server, client, both)
@@ -507,7 +548,14 @@ def write_files(server: ComfyServer) -> None:
     write_adapter(base, loras / LORA, "lora")
     _, whole = write_gguf(base, server.models / GGUF, "Q8_0")
     save_file(whole, server.models / DEQUANTISED)
-    write_vaes(server.base / "models" / "vae", comfy_root=server.comfy)
+    models = server.base / "models"
+    write_vaes(models / "vae", comfy_root=server.comfy)
+    jobs = {
+        "sd3": server.models / CONTROLLED,
+        "control_sd3": models / "controlnet" / CONTROL,
+        "taesd3": models / "vae" / CONTROL_VAE,
+    }
+    write([Job(family=name, path=path) for name, path in jobs.items()], comfy_root=server.comfy)
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from . import (
     chroma,
+    controls,
     cosmos,
     even,
     flux,
@@ -34,4 +35,5 @@ CASES = (
     *mmdit.CASES,
     *cosmos.CASES,
     *lumina.CASES,
+    *controls.CASES,
 )
