@@ -21,6 +21,7 @@ from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import save_file
 
 from .conftest import LARGE
+from .test_data_parallel import SEEDS, Bench, parallel, same
 from .test_sampling import FP32, latent
 
 SD3 = Case(file="control-sd3.safetensors", inputs=families.FAMILIES["sd3"].inputs, seed=5)
@@ -154,6 +155,18 @@ def test_flux(server: ComfyServer, client: ComfyClient, comfy_root: Path) -> Non
     control = Control(file="flux.safetensors", vae=False)
     difference, effect = compared(server, client, FLUX, PoolCase(workers=2), control)
     assert difference <= FP32 and effect > 1e-2
+
+
+@pytest.mark.usefixtures("files")
+def test_pictures_side_by_side(server: ComfyServer, client: ComfyClient) -> None:
+    """Each replica computes the residuals of its own picture."""
+    bench = Bench(server, client)
+    found = bench.many(controlled(parallel(SD3), (Control(),), on_pool=True))[:2]
+    expected = []
+    for seed in SEEDS[:2]:
+        client.run(controlled(plain(dataclasses.replace(SD3, seed=seed, name="plain")), (Control(),), on_pool=False))
+        expected.append(latent(server, "plain"))
+    same(found, expected)
 
 
 @pytest.mark.usefixtures("files")
