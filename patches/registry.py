@@ -7,7 +7,7 @@ from types import MappingProxyType
 from torch import nn
 
 from ..raylight.errors import UnsupportedError
-from ..raylight.plan import Plan
+from ..raylight.plan import Plan, RowPlan
 from .audio import ACE_STEP15, STABLE_AUDIO
 from .aura import AURAFLOW
 from .chroma import chroma, radiance
@@ -25,6 +25,7 @@ from .omnigen import OMNIGEN2
 from .pixart import PIXART
 from .qwen import QWEN
 from .sd3 import SD3
+from .unet import unet
 from .wan import ANIMATE, DANCER, HUMO, S2V, VACE, WAN
 
 
@@ -34,12 +35,12 @@ class Family:
 
     Attributes:
         models: what users know it by.
-        plan: where its tokens are, or a function of the model that says it, where versions differ.
+        plan: where its tokens or rows are, or a function of the model that says it, where versions differ.
         limit: what the workers do not share, "" for nothing.
     """
 
     models: str
-    plan: Plan | Callable[[nn.Module], Plan]
+    plan: Plan | Callable[[nn.Module], Plan | RowPlan]
     limit: str = ""
 
 
@@ -81,13 +82,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "AceStepConditionGenerationModel": Family("ACE-Step 1.5", ACE_STEP15, ATTENTION_IS_NOT),
         "ErnieImageModel": Family("ERNIE-Image", ERNIE, ATTENTION_IS_NOT),
         "PixArtMS": Family("PixArt Alpha, Sigma", PIXART, ATTENTION_IS_NOT),
+        "UNetModel": Family("Stable Diffusion 1.5, 2, XL, XL refiner, inpaint models; SVD", unet),
     }
 )
 """Families by exact class name. A subclass has a forward of its own, so it has an entry of its own or none."""
 
 UNSPLIT: Mapping[str, str] = MappingProxyType(
     {
-        "UNetModel": "SD1.5 and SDXL UNets have no sequence of tokens: they run with CFG and data parallel only",
+        "StageB": "Stable Cascade's blocks normalise over all rows of the picture, and resize inside",
+        "StageC": "Stable Cascade's blocks normalise over all rows of the picture",
         "HunYuanDiT": "HunyuanDiT calls its attention without transformer_options, so that nothing can take its place",
         "ACEStepTransformer2DModel": "ACE-Step 1's blocks have linear attention and convolutions over all tokens",
         "CausalWanModel": "causal Wan generates frame after frame from key and value caches of its own",
@@ -96,7 +99,7 @@ UNSPLIT: Mapping[str, str] = MappingProxyType(
 """Why some classes cannot share a sequence."""
 
 
-def plan_for(model: nn.Module) -> Plan:
+def plan_for(model: nn.Module) -> Plan | RowPlan:
     """The plan of a diffusion model.
 
     Raises:

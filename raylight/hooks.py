@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import overrides
 from .attention import ByLength, SequenceAttention
 from .cost import Work
 from .cuts import Entry
@@ -17,24 +16,24 @@ from .errors import PlanError
 from .kernels import LocalKernel
 from .layout import Layout, Segment
 from .mesh import Mesh
-from .plan import Blocks, Head, Plan, Site, Whole
+from .plan import Blocks, Head, Plan, RowPlan, Site, Whole
+from .row_hooks import RowInstallation
+from .sites import Attend, Sites
 from .slots import Slot, modules
 from .whole_patches import show_whole
 
 Granularity = Literal["trunk", "block"]
-Attend = Callable[..., torch.Tensor]
-"""Attention as a model's own code asks for it: the function that it would call, and that one's arguments."""
 
 
 def install(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | RowPlan,
     mesh: Mesh,
     *,
     kernel: LocalKernel | None = None,
     granularity: Granularity | None = None,
     opaque: Callable[[Attend], Attend] | None = None,
-) -> Installation:
+) -> Installation | RowInstallation:
     """Put a plan's hooks on a model.
 
     Args:
@@ -47,18 +46,19 @@ def install(
 
     Raises:
         PlanError: the plan names a module or argument that the model does not have.
+        UnsupportedError: a model that is cut by rows is to be compiled.
     """
+    if isinstance(plan, RowPlan):
+        return RowInstallation(model, plan, mesh, kernel=kernel, compiled=opaque is not None)
     return Installation(model, plan, mesh, kernel=kernel, granularity=granularity, opaque=opaque)
 
 
 class _Forward:
-    """What one forward has open: a layout per region that is inside its blocks, the attention of the sites that it is
-    in, innermost last, and the arguments cut so far."""
+    """What one forward has open: a layout per region that is inside its blocks, and the arguments cut so far."""
 
     def __init__(self, regions: int, *, per_block: bool) -> None:
         self.per_block = per_block
         self.layouts: list[Layout | None] = [None] * regions
-        self.attentions: list[Attend] = []
         self._cuts: dict[tuple[object, str], tuple[Any, Layout, Any]] = {}
 
     def cut(self, owner: object, name: str, entry: Entry, value: Any, layout: Layout) -> Any:
@@ -89,9 +89,9 @@ class Installation:
         granularity: Granularity | None,
         opaque: Callable[[Attend], Attend] | None,
     ) -> None:
-        self.attend: Attend = opaque(self._attend) if opaque else self._attend
         self.mesh = mesh
         self.kernel = kernel
+        self.sites = Sites(kernel, opaque)
         self.forward: _Forward | None = None
         self.regions = plan.regions
         self.works: dict[int, Work] = {}
@@ -169,17 +169,13 @@ class Installation:
             return out
         finally:
             self.forward = None
+            self.sites.clear()
 
     def remove(self) -> None:
         """Leave the model exactly as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _attend(self, function: Attend, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Attention of the site at hand. One function for all of them: compiled code is made for a function it saw."""
-        assert self.forward is not None
-        return self.forward.attentions[-1](function, *args, **kwargs)
 
     def layout(self, index: int) -> Layout:
         """The open layout of a region, inside its blocks."""
@@ -379,7 +375,6 @@ class _SiteHook:
         if self._owner.forward is None:
             return None
         args, kwargs = list(args), dict(kwargs)
-        options = self._options.read(args, kwargs) or {}
         attention = None
         if self._owner.split:
             layout = self._owner.layout(self._index)
@@ -395,10 +390,9 @@ class _SiteHook:
                 for order in orders
             ]
             attention = made[0] if len(made) == 1 else ByLength(made, [layout.local(order) for order in orders])
-        self._owner.forward.attentions.append(overrides.compose(attention, self._owner.kernel, options))
-        self._options.write(args, kwargs, {**options, "optimized_attention_override": self._owner.attend})
+        self._owner.sites.enter(self._options, args, kwargs, attention)
         return tuple(args), kwargs
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._owner.forward is not None:
-            self._owner.forward.attentions.pop()
+            self._owner.sites.leave()

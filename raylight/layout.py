@@ -30,12 +30,17 @@ class Segment:
         length: tokens over all ranks.
         grid: sizes of the tensor dims that the tokens come from, where they are more than one (T, H, W).
         whole: every rank keeps all of it, whatever its length.
+        shares: tokens of each rank, at least one, where they are not to be dealt evenly.
     """
 
     name: str
     length: int
     grid: tuple[int, ...] = ()
     whole: bool = False
+    shares: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.shares or (sum(self.shares) == self.length and min(self.shares) > 0), self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +72,17 @@ class Layout:
     def replicated(self, name: str) -> bool:
         """Whether every rank holds the whole segment."""
         segment = self.segment(name)
-        return segment.whole or segment.length < self.size
+        return segment.whole or (segment.length < self.size and not segment.shares)
 
     def span(self, name: str, *, rank: int | None = None) -> tuple[int, int]:
         """(start, stop) within the segment of what `rank` (default: this one) holds."""
-        length = self.length(name)
+        segment, index = self.segment(name), self.rank if rank is None else rank
         if self.replicated(name):
-            return 0, length
-        return share(length, rank=self.rank if rank is None else rank, size=self.size)
+            return 0, segment.length
+        if segment.shares:
+            assert len(segment.shares) == self.size, (segment, self.size)
+            return sum(segment.shares[:index]), sum(segment.shares[: index + 1])
+        return share(segment.length, rank=index, size=self.size)
 
     def total(self, over: Sequence[str]) -> int:
         """Tokens of the whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from datetime import timedelta
 from types import MappingProxyType
@@ -40,6 +41,7 @@ class Mesh:
         self._comms = MappingProxyType(dict(comms))
         self._meter = meter
         self._first: dict[int, Comm | None] = {}
+        self._parts: dict[int, Comm] = {}
         self._timeout = timeout
 
     @classmethod
@@ -133,6 +135,28 @@ class Mesh:
             if mine:
                 self._controls.setdefault(ranks, self._comm(ranks, rank=self.rank, group=control, meter=Meter()))
         return self._first[count]
+
+    def part(self, size: int) -> Mesh:
+        """A mesh in which only `size` consecutive ranks share a sequence, all of them on the ulysses axis.
+
+        Every rank of this rank's sequence must ask for it at the same point; `size` divides their number.
+        """
+        sequence = self.sequence
+        assert sequence.size % size == 0, (sequence.ranks, size)
+        if size == sequence.size:
+            return self
+        if size not in self._parts:
+            start = sequence.rank // size * size
+            ranks = sequence.ranks[start : start + size]
+            group = None
+            if size > 1:
+                # the ranks of other sequences are somewhere else
+                group = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
+            self._parts[size] = self._comm(ranks, rank=self.rank, group=group, meter=self._meter)
+        part, comm = copy.copy(self), self._parts[size]
+        alone = self._comm((self.rank,), rank=self.rank, group=None, meter=self._meter)
+        part._comms = MappingProxyType({**self._comms, "sequence": comm, "ulysses": comm, "ring": alone})
+        return part
 
     @property
     def control(self) -> Comm:

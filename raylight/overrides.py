@@ -52,6 +52,10 @@ def compose(
     return override
 
 
+def generators(device: torch.device) -> list[Any]:
+    """The modules that keep the states of what is drawn for tensors of a device."""
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+
+
 def _random_states(q: torch.Tensor) -> list[torch.Tensor]:
-    modules = [torch] if q.device.type == "cpu" else [torch, torch.get_device_module(q.device)]
-    return [module.get_rng_state() for module in modules]
+    return [module.get_rng_state() for module in generators(q.device)]

@@ -138,3 +138,24 @@ class Plan:
     def __init__(self, *regions: Region, block_patches: tuple[str, ...] = ("double_block", "noise_refiner")) -> None:
         object.__setattr__(self, "regions", regions)
         object.__setattr__(self, "block_patches", block_patches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """A model whose activations are maps, [batch, channels, ..., rows, width], and cut by rows from end to end.
+
+    What its convolutions and norms need of other rows follows from their calls (`row_rules`).
+
+    Attributes:
+        halvings: how often it halves the rows, rounding up.
+        attention: paths of the modules that attend among a map's tokens, row by row, and have it in
+            transformer_options (`row_patches.SHAPE`).
+        cross: paths of those that attend from a map's tokens to something else, or to themselves where they are
+            given no `context`.
+        refused: names of patch lists and of replacements that cannot be shown all rows.
+    """
+
+    halvings: int
+    attention: tuple[str, ...]
+    cross: tuple[str, ...] = ()
+    refused: frozenset[str] = frozenset()

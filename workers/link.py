@@ -16,7 +16,8 @@ from ..loaders.source import changed
 from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ..raylight.errors import UnsupportedError, WorkerError
-from . import deferred, random_states, refusals
+from ..raylight.names import functions
+from . import deferred, random_states
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
@@ -252,7 +253,7 @@ class ModelLink:
             if not isinstance(options, dict):
                 return options
             kept = {key: value for key, value in options.items() if key not in DRIVER_ONLY}
-            found.extend(refusals.functions(kept))
+            found.extend(functions(kept))
             return kept
 
         args, kwargs = on_options(args, kwargs, strip)

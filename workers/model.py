@@ -18,7 +18,8 @@ from ..raylight.config import ModelSpec, WorkerSettings
 from ..raylight.hooks import Installation, install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
-from ..raylight.plan import Plan
+from ..raylight.plan import Plan, RowPlan
+from ..raylight.row_hooks import RowInstallation
 from ..raylight.watch import Watch
 from . import compiled
 from .adopt import Adopted, adopt, private_bytes
@@ -63,7 +64,7 @@ class WorkerModel:
         self._mesh = mesh
         self._kernel = kernel
         self._plan = self._planned() if mesh.parallel.needs_plan else None
-        self._installation: Installation | None = None
+        self._installation: Installation | RowInstallation | None = None
         log.debug(
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
         )
@@ -78,7 +79,7 @@ class WorkerModel:
     def _adopted(self, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
         return adopt(self.source, spec, dtype)
 
-    def _planned(self) -> Plan | None:
+    def _planned(self) -> Plan | RowPlan | None:
         """How the ranks of a sequence share the model; None where each runs all of it."""
         return plan_for(self.diffusion)
 
@@ -103,6 +104,8 @@ class WorkerModel:
         self.patcher = patcher
         self.state = state
         self._patch_objects()
+        if isinstance(self._installation, RowInstallation):
+            self._installation.changed()
 
     def settle(self, settings: WorkerSettings) -> bool:
         """Bring the model to these settings; does nothing where it is there already.

@@ -15,6 +15,7 @@ import comfy.patcher_extension
 import torch
 
 from ..raylight.errors import UnsupportedError
+from ..raylight.names import functions, name_of
 
 COMPILE_KEY = "torch.compile"
 """Wrapper key of `comfy_api.torch_helpers.set_torch_compile_wrapper`."""
@@ -51,19 +52,6 @@ HARMLESS = (
     comfy.model_patcher.ModelPatcher,
 )
 """Contents of a shared closure cell that the model's side does not change for the driver's side to see."""
-
-
-def is_patch(value: object) -> bool:
-    """Whether a value inside transformer_options is a callable that the workers must hold."""
-    return callable(value) and not isinstance(value, type)
-
-
-def name_of(function: object) -> str:
-    """The node a patch comes from, as far as its code tells."""
-    target = function if hasattr(function, "__qualname__") else type(function)
-    outer = str(getattr(target, "__qualname__", target)).split(".")[0]
-    module = str(getattr(target, "__module__", "")).replace("\\", "/").rsplit("/", 1)[-1]
-    return f"{outer} ({module})" if module else outer
 
 
 def check(patcher: Any) -> None:
@@ -148,18 +136,6 @@ def _refuse(
     remedy: str = "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow",
 ) -> NoReturn:
     raise UnsupportedError(f"{name} cannot be used with a model on the Raylight pool", why, remedy)
-
-
-def functions(value: Any) -> Iterator[Callable[..., Any]]:
-    """The callables in nested dicts, lists and tuples."""
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from functions(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from functions(item)
-    elif is_patch(value):
-        yield value
 
 
 def _cells(function: Any, seen: set[int]) -> Iterator[tuple[types.CellType, types.FunctionType, str]]:

@@ -10,11 +10,11 @@ from comfy import model_management
 
 from ..raylight.comm import Comm
 from ..raylight.mesh import Mesh
+from ..raylight.strips import ROWS, Rows, Strips
 from ..raylight.watch import Watch, quiet
 from ..vae import budget
+from ..vae.divided import strip_of
 from ..vae.frames import counting
-from ..vae.rules import strip_of
-from ..vae.strips import ROWS, Rows, Strips
 from .vae_loading import attend
 from .vae_messages import Block, DecodeRequest, EncodeRequest, PartReply, VAEPlan
 from .wire import Line

@@ -13,13 +13,14 @@ import torch
 from comfy import model_management
 
 from ..loaders.source import Source
+from ..raylight import selftest
 from ..raylight.config import ModelSpec
 from ..raylight.errors import UnsupportedError
 from ..raylight.mesh import Mesh
-from ..vae import budget, selftest
+from ..raylight.strips import Rows, Strips
+from ..vae import budget
+from ..vae.divided import strip_of
 from ..vae.frames import last_convolution
-from ..vae.rules import strip_of
-from ..vae.strips import Rows, Strips
 from . import memory, vae_strips, vae_tiles
 from .vae_loading import attend, load_vae
 from .vae_messages import Block, DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan

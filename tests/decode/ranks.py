@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.raylight.strips import Rows, Strips
 from comfy_raylight.raylight.watch import Watch
 from comfy_raylight.tests.engine.ranks import enter_comfy, fork, mesh_of
 from comfy_raylight.tests.host.live_bytes import LiveBytes
 from comfy_raylight.vae import budget
-from comfy_raylight.vae.rules import strip_of
-from comfy_raylight.vae.strips import Rows, Strips
+from comfy_raylight.vae.divided import strip_of
 from comfy_raylight.vae.tiles import Dealer, Survey, deal
 
 from .families import FAMILIES, TALL, TILED, Family, fill, random

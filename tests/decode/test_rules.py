@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from comfy_raylight.raylight.errors import Cancelled, UnsupportedError
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.raylight.row_rules import RowParallel
+from comfy_raylight.raylight.strips import Rows, Strips
 from comfy_raylight.raylight.watch import Watch
 from comfy_raylight.vae import budget
+from comfy_raylight.vae.divided import strip_of
 from comfy_raylight.vae.frames import counting, last_convolution
-from comfy_raylight.vae.rules import RowParallel, strip_of
-from comfy_raylight.vae.strips import Rows, Strips
 from comfy_raylight.vae.tiles import deal
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy_raylight.tests.host import processes
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
-from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, Case, PoolCase, pool
+from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, Case, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
 from .test_sampling import latent
@@ -61,7 +61,6 @@ def test_bad_pool(client: ComfyClient, values: dict[str, Any], words: tuple[str,
 
 BAD_FILES = [
     pytest.param("text.safetensors", ("text.safetensors cannot be loaded", "Get the file again"), id="text file"),
-    pytest.param("unet.safetensors", ("UNetModel", "SD1.5 and SDXL", "cfg_degree", "ulysses_degree"), id="no plan"),
     pytest.param("missing.safetensors", ("not in list",), id="missing"),
 ]
 
@@ -82,13 +81,6 @@ def test_bad_file(client: ComfyClient, good: Callable[[], torch.Tensor], file: s
         assert word in caught.value.text
     assert caught.value.node == LOADER
     assert torch.equal(good(), before)
-
-
-def test_unplanned_family_on_one_worker(server: ComfyServer, client: ComfyClient) -> None:
-    """No plan is needed where nothing is divided."""
-    sampling = Case(file="unet.safetensors", inputs=FAMILIES["unet"], name="unet")
-    client.run(pool(sampling, PoolCase(workers=1)))
-    assert latent(server, "unet").isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["Kill Workers Only", "Kill Entire Cluster"])

@@ -72,6 +72,9 @@ def test_family(server: ComfyServer, client: ComfyClient, comfy_root: Path, name
         assert difference <= FP32
     else:
         client.run(plain(dataclasses.replace(sampling, name="plain")))
-        with pytest.raises(PromptError, match="cannot split the model family") as caught:
+        with pytest.raises(PromptError, match="cannot split the model family.*Set ulysses_degree") as caught:
             client.run(pool(sampling, ON_TWO))
         assert caught.value.node == LOADER
+        # no plan is needed where nothing is divided
+        difference, _, _ = both(server, client, sampling, dataclasses.replace(ON_TWO, workers=1, ulysses=1))
+        assert difference <= FP32

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from comfy_raylight.patches.control import control_plan_for
 from comfy_raylight.patches.registry import plan_for
-from comfy_raylight.raylight.plan import Plan, Region
+from comfy_raylight.raylight.plan import Plan, Region, RowPlan
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+TOLERANCE = 1e-6
+"""Largest error of a family in fp32, relative to the largest value of the output."""
 EVERY = ("trunk", "block", "auto", "packed", "synced", "wrapped", "kernel")
 CHOOSES_BLOCK = ("auto", "block")
 TRUNK = ("trunk",)
@@ -52,6 +54,7 @@ class Case:
         raises: the type of the error that every rank must raise.
         ring_raises: the same, where the sequence is cut over a ring.
         change: makes the plan of a negative control from the family's.
+        tolerance: of its error, where it has reason to be larger.
     """
 
     name: str
@@ -67,7 +70,8 @@ class Case:
     loud: bool = False
     raises: str = ""
     ring_raises: str = ""
-    change: Callable[[Plan], Plan] | None = None
+    change: Callable[[Any], Any] | None = None
+    tolerance: float = TOLERANCE
 
     def build(self) -> torch.nn.Module:
         """The model with its random weights."""
@@ -89,7 +93,7 @@ class Case:
         once = ("auto", "synced", "wrapped", "kernel") if size < 4 else ("auto", "synced", "wrapped", "kernel", "block")
         return [mode for mode in self.modes if mode not in once] or list(self.modes[-1:])
 
-    def plan(self, model: torch.nn.Module) -> Plan:
+    def plan(self, model: torch.nn.Module) -> Plan | RowPlan:
         """The family's plan, or the changed one."""
         plan = control_plan_for(model) or plan_for(model)
         return plan if self.change is None else self.change(plan)

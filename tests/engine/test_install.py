@@ -246,7 +246,7 @@ def test_one_process_installs_nothing() -> None:
     installation.remove()
 
 
-@pytest.mark.parametrize("family", ("UNetModel", "CausalWanModel", "NoSuchModel"))
+@pytest.mark.parametrize("family", ("StageC", "CausalWanModel", "NoSuchModel"))
 def test_an_unknown_family_is_named(family: str) -> None:
     subclass = type(family, (type("WanModel", (torch.nn.Module,), {}),), {})
     with pytest.raises(UnsupportedError) as caught:

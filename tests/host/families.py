@@ -336,7 +336,10 @@ FAMILIES: Mapping[str, Family] = {
         inputs=Inputs(shape="64,51", tokens=19, context=1024, extras={"conditioning_lyrics": _latent(7, 1024)}),
     ),
     "cogvideox": Family(model="CogVideoXTransformer3DModel", since=V20, denoise=0.5, inputs=VIDEO),
-    "unet": Family(model="UNetModel", inputs=Inputs(channels=4, height=16, width=16, tokens=77, context=768)),
+    "unet": Family(model="UNetModel", inputs=Inputs(channels=4, height=17, width=14, tokens=77, context=768)),
+    "sdxl": Family(
+        model="UNetModel", inputs=Inputs(channels=4, height=27, width=22, tokens=77, context=2048, pooled=1280)
+    ),
 }
 """By name, which is also the recipe's. Not here, since ComfyUI fixes their sizes at billions of weights: Mochi (10),
 HiDream (17), ErnieImage (8), Omnigen2 (4), ACE-Step 1 (3.5) and StableAudio (1)."""

@@ -14,6 +14,7 @@ from . import (
     mmdit,
     qwen,
     sounds,
+    unet,
     videos,
     wan,
     wan_variants,
@@ -36,4 +37,5 @@ CASES = (
     *cosmos.CASES,
     *lumina.CASES,
     *controls.CASES,
+    *unet.CASES,
 )

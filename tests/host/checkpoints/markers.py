@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from typing import Any
 
 Keys = dict[str, tuple[int, ...]]
 """Shapes of tensors by key; () where detection asks only whether the key is there."""
@@ -127,28 +128,19 @@ def zimage_pixel(size: Sizes) -> Keys:
     }
 
 
-def unet(size: Sizes) -> Keys:
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+def unet(**config: Any) -> Callable[[Sizes], Keys]:
+    """All keys of a UNet: ComfyUI counts its blocks to know what it is built like."""
 
-    model = UNetModel(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        num_res_blocks=[1, 1],
-        channel_mult=(1, 1),
-        transformer_depth=[1, 1],
-        transformer_depth_middle=1,
-        transformer_depth_output=[1, 1, 1, 1],
-        context_dim=size["context"],
-        num_heads=8,
-        use_spatial_transformer=True,
-        legacy=False,
-        device="meta",
-        operations=comfy.ops.disable_weight_init,
-    )
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    def keys(size: Sizes) -> Keys:
+        import comfy.ops
+        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+        common = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320}
+        kind = {"use_spatial_transformer": True, "legacy": False, "context_dim": size["context"], "device": "meta"}
+        model = UNetModel(**{**common, **kind, **config}, operations=comfy.ops.disable_weight_init)
+        return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+    return keys
 
 
 def hunyuan(*, channels: int, out: int, patch: tuple[int, ...], **more: tuple[int, ...]) -> Callable[[Sizes], Keys]:

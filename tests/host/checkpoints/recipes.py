@@ -161,6 +161,33 @@ RECIPES: Mapping[str, Recipe] = {
     "pixart": Recipe(keys=markers.pixart, detected="PixArtSigma", dtype="bfloat16", size={"layers": 1, "tokens": 16}),
     "ace15": Recipe(keys=markers.ace15, detected="ACEStep15", dtype=FP8, size={"dim": 256, "layers": 2}, device="cpu"),
     "cogvideox": Recipe(keys=markers.cogvideo, detected="CogVideoX_T2V", size={"dim": 128, "layers": 2, "context": 64}),
-    "unet": Recipe(keys=markers.unet, detected="SD15", size={"context": 768}),
+    "unet": Recipe(
+        keys=markers.unet(
+            num_res_blocks=[1, 1],
+            channel_mult=(1, 1),
+            transformer_depth=[1, 1],
+            transformer_depth_middle=1,
+            transformer_depth_output=[1] * 4,
+            num_heads=8,
+        ),
+        detected="SD15",
+        size={"context": 768},
+    ),
+    "sdxl": Recipe(
+        keys=markers.unet(
+            num_res_blocks=[1] * 3,
+            channel_mult=(1, 1, 1),
+            transformer_depth=[0, 2, 5],
+            transformer_depth_middle=-1,
+            transformer_depth_output=[0, 0, 1, 1, 1, 1],
+            num_head_channels=64,
+            use_linear_in_transformer=True,
+            num_classes="sequential",
+            adm_in_channels=2816,
+        ),
+        detected="KOALA_700M",
+        dtype="bfloat16",
+        size={"context": 2048},
+    ),
 }
 """Families by name. Widths that ComfyUI fixes (Z-Image, Lumina2, Qwen, older Flux) cannot be made smaller."""

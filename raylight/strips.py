@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..raylight.comm import Comm
-from ..raylight.errors import UnsupportedError
+from .comm import Comm
+from .errors import UnsupportedError
 
 ROWS = -2
 """The dim of rows: the last but one of every activation, in pictures and in videos."""
+COPIED = 1 << 24
+"""Elements of a 16-bit activation that are copied to fp32 at a time for its statistics, unless a group has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,19 +22,36 @@ class Strips:
     Attributes:
         sizes: rows of the latent that each rank owns, from the top; every one at least 1.
         rank: the rank whose strip is "own".
+        halvings: how often a model may halve the rows of the latent, rounding up; 0 for one that only makes
+            activations whose number of rows per row of the latent is the same everywhere.
     """
 
     sizes: tuple[int, ...]
     rank: int
+    halvings: int = 0
 
     def __post_init__(self) -> None:
         assert self.sizes and min(self.sizes) > 0 and 0 <= self.rank < len(self.sizes), self
 
     @classmethod
-    def of(cls, rows: int, *, ranks: int, rank: int) -> Strips:
-        """Divide `rows` over `ranks`, not more than there are rows."""
-        assert ranks <= rows, (ranks, rows)
-        return cls(sizes=tuple(rows // ranks + (index < rows % ranks) for index in range(ranks)), rank=rank)
+    def of(cls, rows: int, *, ranks: int, rank: int, halvings: int = 0) -> Strips:
+        """Divide `rows` over `ranks`, not more than `most` there are."""
+        assert ranks <= cls.most(rows, halvings=halvings), (ranks, rows)
+        unit = 2**halvings
+        units = cls.most(rows, halvings=halvings)
+        sizes = [unit * (units // ranks + (index < units % ranks)) for index in range(ranks)]
+        sizes[-1] += rows - unit * units
+        return cls(sizes=tuple(sizes), rank=rank, halvings=halvings)
+
+    @staticmethod
+    def most(rows: int, *, halvings: int = 0) -> int:
+        """How many strips `rows` give: all but the last a multiple of what becomes one row, which takes the rest.
+
+        A rest of up to half of that is no strip by itself, so that the height of a strip tells how often it was
+        halved.
+        """
+        unit = 2**halvings
+        return max(1, rows // unit + (rows % unit > unit // 2))
 
     @property
     def total(self) -> int:
@@ -50,9 +69,17 @@ class Strips:
         return sum(self.sizes[: self.rank])
 
     def own(self, x: torch.Tensor, *, dim: int = ROWS) -> torch.Tensor:
-        """The own rows of a whole activation or picture, whatever its number of rows per latent row."""
-        each = x.shape[dim] // self.total
-        assert each * self.total == x.shape[dim], (tuple(x.shape), self)
+        """The own rows of a whole activation or picture, whatever its number of rows per latent row.
+
+        Raises:
+            UnsupportedError: with `halvings`, its rows are not those of the latent, however often halved.
+        """
+        rows = x.shape[dim]
+        if self.halvings:
+            level = self._level(rows, of=self.total)
+            return x.narrow(dim, self.start >> level, _halved(self.height, level))
+        each = rows // self.total
+        assert each * self.total == rows, (tuple(x.shape), self)
         return x.narrow(dim, self.start * each, self.height * each)
 
     def heights(self, own: int) -> tuple[int, ...]:
@@ -61,16 +88,38 @@ class Strips:
         Raises:
             UnsupportedError: there is no whole number of them on each rank. All ranks raise it.
         """
+        if self.halvings:
+            level = self._level(own, of=self.height)
+            return tuple(_halved(size, level) for size in self.sizes)
         heights = tuple(size * own // self.height for size in self.sizes)
         if any(height * self.height != size * own for height, size in zip(heights, self.sizes, strict=True)):
             raise UnsupportedError(
-                "A VAE makes a number of rows that is no multiple of the latent's", f"{own} of {self.height} rows"
+                "A model makes a number of rows that is no multiple of the latent's", f"{own} of {self.height} rows"
             )
         return heights
 
+    def doubled(self, own: int) -> int:
+        """Own rows of an activation that is halved once less; 0 where there is none."""
+        level = self._level(own, of=self.height)
+        return _halved(self.height, level - 1) if level else 0
+
     def least(self, own: int) -> int:
         """Rows of an activation on the rank with the fewest, by how many there are here."""
-        return min(self.sizes) * own // self.height
+        return min(self.heights(own)) if self.halvings else min(self.sizes) * own // self.height
+
+    def _level(self, rows: int, *, of: int) -> int:
+        """How often `of` rows were halved to become `rows`."""
+        for level in range(self.halvings + 1):
+            if _halved(of, level) == rows:
+                return level
+        raise UnsupportedError(
+            "A model or a patch makes a number of rows that halving the latent's does not give", f"{rows} of {of} rows"
+        )
+
+
+def _halved(rows: int, times: int) -> int:
+    """Rows after as many strided convolutions with padding, each of which rounds up."""
+    return -(-rows >> times)
 
 
 class Rows:
@@ -79,12 +128,18 @@ class Rows:
     Args:
         comm: the ranks that share a picture, the top strip's first.
         strips: what each of them owns.
+        model: what errors call the model.
+        remedy: what the user can do where it cannot be divided by rows.
     """
 
-    def __init__(self, comm: Comm, strips: Strips) -> None:
+    def __init__(
+        self, comm: Comm, strips: Strips, *, model: str = "This VAE", remedy: str = "Set mode to tiles"
+    ) -> None:
         assert comm.size == len(strips.sizes) and comm.rank == strips.rank, (comm.ranks, strips)
         self.comm = comm
         self.strips = strips
+        self.model = model
+        self.remedy = remedy
 
     @property
     def top(self) -> bool:
@@ -96,19 +151,19 @@ class Rows:
         """Whether the own strip is the picture's last."""
         return self.comm.rank == self.comm.size - 1
 
-    def extend(self, x: torch.Tensor, *, above: int, below: int, zeros: bool = False) -> torch.Tensor:
+    def extend(self, x: torch.Tensor, *, above: int, below: int, edge: int = 0) -> torch.Tensor:
         """`x` with rows of the neighbours at its inner edges.
 
         Args:
-            zeros: add rows of zeros at the picture's own edges, where else is nothing.
+            edge: rows of zeros at the picture's own edges.
 
         Raises:
             UnsupportedError: a strip is shorter than what its neighbour needs. All ranks raise it.
         """
         top, bottom = self.neighbours(x, above=above, below=below)
-        if zeros:
-            top = x.new_zeros(*x.shape[:ROWS], above, x.shape[-1]) if self.top and above else top
-            bottom = x.new_zeros(*x.shape[:ROWS], below, x.shape[-1]) if self.bottom and below else bottom
+        if edge:
+            zeros = x.new_zeros(*x.shape[:ROWS], edge, x.shape[-1])
+            top, bottom = zeros if self.top else top, zeros if self.bottom else bottom
         parts = [part for part in (top, x, bottom) if part is not None]
         return torch.cat(parts, ROWS) if len(parts) > 1 else x
 
@@ -120,9 +175,9 @@ class Rows:
         """
         if self.strips.least(x.shape[ROWS]) < max(above, below):
             raise UnsupportedError(
-                "The strips of the picture are too low for this VAE on so many workers",
+                f"{self.model} cannot be divided over so many workers, whose strips of the picture are too low",
                 f"a strip of {self.strips.least(x.shape[ROWS])} rows has to give {max(above, below)}",
-                "Set mode to tiles",
+                self.remedy,
             )
         return self.comm.halo(x, dim=x.ndim + ROWS, above=above, below=below)
 
@@ -152,9 +207,10 @@ class Rows:
         if x.dtype in (torch.float32, torch.float64):
             variance, mean = torch.var_mean(flat, -1, correction=0)
         else:
-            # one group at a time, so that the fp32 copy stays small
-            found = [torch.var_mean(flat[:, group].float(), -1, correction=0) for group in range(groups)]
-            variance, mean = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
+            # some groups at a time, so that the fp32 copy stays small
+            each = max(1, COPIED * groups // flat.numel())
+            found = [torch.var_mean(part.float(), -1, correction=0) for part in flat.split(each, 1)]
+            variance, mean = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         count = float(flat.shape[-1])
         mine = torch.stack([mean, variance * count, torch.full_like(mean, count)])[None]
         parts = self.comm.all_gather(mine, dim=0, sizes=[1] * self.comm.size)

@@ -1,4 +1,4 @@
-"""Makes an unmodified decoder or encoder work on a strip of rows: a TorchFunctionMode with a rule per kind of call."""
+"""Makes an unmodified model of pictures work on a strip of rows: a TorchFunctionMode with a rule per kind of call."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..raylight.errors import UnsupportedError
+from .errors import UnsupportedError
 from .strips import ROWS, Rows, Strips
 
 Rule = Callable[..., Any]
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Attention of [batch, channels, ..., rows, width] over all positions, where keys may be more than queries."""
 
 MANY_ROWS = 16
 """Height of a strip from which on two more convolutions of a few rows take less than a copy of all of it."""
@@ -33,6 +31,8 @@ MIXING = (
     F.lp_pool2d,
     F.unfold,
     torch.bernoulli,
+    torch.fft.fft2,
+    torch.fft.fftn,
     torch.flip,
     torch.group_norm,
     torch.instance_norm,
@@ -48,44 +48,18 @@ MIXING = (
 """Calls that mix rows, or draw for them, in ways that no rule covers."""
 
 
-@contextmanager
-def strip_of(model: torch.nn.Module, rows: Rows, attention: Attention) -> Iterator[None]:
-    """While it is entered, calls of `model` on this rank's rows give this rank's rows of the whole picture's result.
-
-    All ranks must make the same calls, and draw from equal random states. The mode belongs to the thread that
-    enters it. Modules that name their attention `optimized_attention` get one with keys and values of all rows;
-    they have their own back afterwards, also on error.
-
-    Args:
-        attention: used in place of the modules' own, which may want as many keys as queries.
-    """
-    found = [module for module in model.modules() if "optimized_attention" in vars(module)]
-    own = [module.optimized_attention for module in found]
-
-    def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, rows.gather(k), rows.gather(v))
-
-    mode: Any = RowParallel(rows)
-    try:
-        for module in found:
-            module.optimized_attention = gathered  # type: ignore[assignment]
-        with mode:
-            yield
-    finally:
-        for module, function in zip(found, own, strict=True):
-            module.optimized_attention = function  # type: ignore[assignment]
-
-
 class RowParallel(TorchFunctionMode):
-    """Sees every torch call of a decoder, after ComfyUI has cast weights, joined caches of time and padded.
+    """Sees every torch call of a model, after ComfyUI has cast weights, joined caches of time and padded.
 
-    A convolution is known by its call, not by its module. What no rule names is taken to leave rows alone;
-    `self_test` of a VAE finds out whether that is so.
+    A convolution is known by its call, not by its module. What no rule names is taken to leave rows alone; a
+    self-test of the model finds out whether that is so. All ranks must make the same calls, and draw from equal
+    random states. The mode belongs to the thread that enters it.
     """
 
     def __init__(self, rows: Rows) -> None:
         super().__init__()
         self._rows = rows
+        self._off = False
         self._strips: Strips = rows.strips
         transposed: dict[Any, Rule] = dict.fromkeys((torch.conv_transpose2d, torch.conv_transpose3d), self._transposed)
         pools: dict[Any, Rule] = dict.fromkeys(
@@ -110,15 +84,24 @@ class RowParallel(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = self._rules.get(func)
+        rule = None if self._off else self._rules.get(func)
         # inside, the mode itself is off
         return rule(func, *args, **(kwargs or {})) if rule else func(*args, **(kwargs or {}))
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No rules inside: for code that works on whole pictures."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
+
     def _refuse(self, func: Any, *args: Any, why: str = "it mixes rows", **kwargs: Any) -> Any:
         raise UnsupportedError(
-            f"This VAE calls {getattr(func, '__name__', func)}, which cannot be divided over workers by rows",
+            f"{self._rows.model} calls {getattr(func, '__name__', func)}, which cannot be divided over workers by rows",
             why,
-            "Set mode to tiles",
+            self._rows.remedy,
         )
 
     def _conv(  # noqa: PLR0917, torch.conv2d's signature
@@ -135,8 +118,8 @@ class RowParallel(TorchFunctionMode):
         """A convolution that pads itself gets neighbours' rows for its padding.
 
         With `rest` = 2 padding - span + stride of 0 to stride - 1, where span is the kernel's height, the rows of
-        a picture of a multiple of `stride` rows come out as rows / stride. Where it pads nothing, the caller has
-        (rule `_pad`), or windows do not overlap.
+        a picture of a multiple of `stride` rows come out as rows / stride; of another number, only where the rest
+        makes it round up. Where it pads nothing, the caller has (rule `_pad`), or windows do not overlap.
         """
         step, span = _of_rows(stride), _of_rows(dilation) * (weight.shape[ROWS] - 1) + 1
         if isinstance(padding, str):
@@ -146,10 +129,11 @@ class RowParallel(TorchFunctionMode):
         pad = _of_rows(padding)
         if pad == 0:
             return func(input, weight, bias, stride, padding, dilation, groups)
-        if not 0 <= 2 * pad - span + step < step:
+        rest = 2 * pad - span + step
+        if not 0 <= rest < step:
             self._refuse(func, why=f"a kernel over {span} rows with padding {pad} and stride {step} changes them")
-        if step > 1 and any(height % step for height in self._strips.heights(input.shape[ROWS])):
-            self._refuse(func, why=f"stride {step} over strips that are no multiple of it")
+        if step > 1:
+            self._only_multiples(func, input, step, rounds_up=rest == step - 1)
         below, inside = max(0, span - step - pad), _with_rows(padding, weight.ndim - 2, 0)
 
         def bare(x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +142,7 @@ class RowParallel(TorchFunctionMode):
 
         if step > 1 or self._strips.least(input.shape[ROWS]) < max(MANY_ROWS, span):
             # one copy, with the convolution's own zeros at the picture's edges
-            return bare(self._rows.extend(input, above=pad, below=below, zeros=True))
+            return bare(self._rows.extend(input, above=pad, below=below, edge=pad))
         # no copy: a strip by itself, and then the rows anew that see a neighbour's
         top, bottom = self._rows.neighbours(input, above=pad, below=below)
         out: torch.Tensor = func(input, weight, bias, stride, padding, dilation, groups)
@@ -263,15 +247,37 @@ class RowParallel(TorchFunctionMode):
         stride = _of_rows(given.get("stride") or kernel_size)
         if size != stride or _of_rows(given.get("padding", 0)):
             self._refuse(func, why=f"windows of {size} rows, {stride} apart")
+        if size > 1:
+            self._only_multiples(func, input, size, rounds_up=False)
         return func(input, kernel_size, *args, **kwargs)
 
+    def _only_multiples(self, func: Any, input: torch.Tensor, step: int, *, rounds_up: bool) -> None:
+        """Refuse to make one row of each `step` where strips are no multiple of it.
+
+        Args:
+            rounds_up: the last strip may be none where its rows are counted so.
+        """
+        heights = self._strips.heights(input.shape[ROWS])
+        last = 0 if rounds_up and self._strips.halvings else heights[-1] % step
+        if last or any(height % step for height in heights[:-1]):
+            self._refuse(func, why=f"stride {step} over strips of {', '.join(map(str, heights))} rows")
+
     def _interpolate(self, func: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Local where each row becomes the same number of equal rows."""
+        """Local where each row becomes the same number of equal rows.
+
+        From h to 2 h - 1 rows, "nearest" takes row i // 2 for row i as it does to 2 h: of all rows, and of the last
+        strip's alone.
+        """
         names = ("size", "scale_factor", "mode")
         given = {"mode": "nearest", **dict(zip(names, args, strict=False)), **kwargs}
         size, scale = given.get("size"), given.get("scale_factor")
         ratio = _of_rows(size) / input.shape[ROWS] if size is not None else float(_of_rows(scale))
-        if given["mode"] not in ("nearest", "nearest-exact") or ratio != int(ratio):
+        if self._strips.halvings:
+            doubled = size is not None and _of_rows(size) == self._strips.doubled(input.shape[ROWS])
+            local = doubled and given["mode"] == "nearest"
+        else:
+            local = given["mode"] in ("nearest", "nearest-exact") and ratio == int(ratio)
+        if not local:
             self._refuse(func, why=f"mode {given['mode']} to {ratio:g} times the rows")
         return func(input, *args, **kwargs)
 

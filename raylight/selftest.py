@@ -1,4 +1,4 @@
-"""Finds out by measuring whether a VAE may be run in strips: the same random input whole and divided."""
+"""Finds out by measuring whether a model may be run in strips: the same random input whole and divided."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUGH = 6e-2
 
 
 def limit(dtype: torch.dtype) -> float:
-    """The largest difference that a VAE of this dtype may show."""
+    """The largest difference that a model of this dtype may show."""
     return EXACT if dtype in (torch.float32, torch.float64) else ROUGH
 
 
@@ -35,7 +35,7 @@ def difference(
         run: decodes or encodes.
         whole: what `run` made of all of `sample` after torch.manual_seed(SEED).
         sample: [batch, channels, ..., rows, width], the same on every rank.
-        divided: enters `rules.strip_of`.
+        divided: enters `row_rules.RowParallel`.
 
     Returns:
         The difference, or infinity where the result is not made of rows in the order of the latent's.
