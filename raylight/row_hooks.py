@@ -46,7 +46,7 @@ class RowInstallation:
     One forward at a time; every rank must run it with equal inputs.
 
     Attributes:
-        works: nothing: see `hooks.Installation`.
+        works: the self-attentions of the last forward, in their order; convolutions are in none.
     """
 
     def __init__(
@@ -160,6 +160,7 @@ class RowInstallation:
         self, executor: Callable[..., torch.Tensor], mesh: Mesh, args: list[Any], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         x, comm = self._x.read(args, kwargs), mesh.sequence
+        self.works.clear()
         strips = Strips.of(x.shape[ROWS], ranks=comm.size, rank=comm.rank, halvings=self._plan.halvings)
         rows = Rows(comm, strips, model=self._name, remedy=REMEDY)
         mode = RowParallel(rows)
@@ -209,6 +210,7 @@ class _AttentionHook:
         self._owner = owner
         self._options = Slot.need(module, "transformer_options")
         self._context = Slot.need(module, "context")
+        self._x = Slot.need(module, "x")
         self._entered = False
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -239,13 +241,24 @@ class _AttentionHook:
     def _attention(
         self, args: Any, kwargs: dict[str, Any], patches: WholePatches, options: dict[str, Any]
     ) -> Callable[..., torch.Tensor] | None:
-        return None if patches.regrouped else self._sequence(patches, options)
+        return None if patches.regrouped else self._sequence(args, kwargs, patches, options)
 
-    def _sequence(self, patches: WholePatches, options: dict[str, Any]) -> SequenceAttention:
+    def _sequence(
+        self, args: Any, kwargs: dict[str, Any], patches: WholePatches, options: dict[str, Any]
+    ) -> SequenceAttention:
         assert self._owner.forward is not None
         mesh, lengths = self._owner.forward.mesh, tuple(patches.lengths(options))
         segment = Segment("x", sum(lengths), shares=lengths)
         layout = Layout(segments=(segment,), rank=mesh.sequence.rank, size=mesh.sequence.size)
+        x: torch.Tensor = self._x.read(args, kwargs)
+        self._owner.works[len(self._owner.works)] = Work(
+            tokens=segment.length,
+            width=x.shape[-1],
+            blocks=1,
+            weights=0,
+            batch=x.shape[0],
+            itemsize=x.element_size(),
+        )
         return SequenceAttention(mesh, layout=layout, order=("x",), kernel=self._owner.kernel)
 
 
@@ -261,7 +274,7 @@ class _CrossHook(_AttentionHook):
         self, args: Any, kwargs: dict[str, Any], patches: WholePatches, options: dict[str, Any]
     ) -> Callable[..., torch.Tensor] | None:
         if self._context.read(args, kwargs) is None:
-            return self._sequence(patches, options)
+            return self._sequence(args, kwargs, patches, options)
 
         def whole(local: Callable[..., torch.Tensor], q: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
             return patches.cut(local(patches.join(q, options), *rest, **more), options)

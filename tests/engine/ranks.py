@@ -29,7 +29,7 @@ from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.hooks import install
 from comfy_raylight.raylight.mesh import Mesh
 
-from . import collectives
+from . import collectives, row_bytes
 from .case import Case, cast
 from .families import CASES, even
 
@@ -267,6 +267,9 @@ def main(root: str, result: str, chosen: str = "*") -> None:
                     prepared.append((case, *reference_of(case)))
             everything["noise"] = {case.name: noise_of(case, reference) for case, _, reference in prepared if case.half}
         everything["alone"] = one_process(prepared)
+        with torch.inference_mode():
+            built = {name: (build(), make) for name, (build, make) in row_bytes.MODELS.items()}
+        everything["rows"] = {size: fork(size, row_bytes.job, built) for size in row_bytes.SIZES}
         everything["ranks"] = {
             name: fork(ulysses * ring, parity, name, prepared) for name, (ulysses, ring) in MESHES.items()
         }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from . import row_bytes
 from .conftest import comfy_roots
 from .families import even
 from .ranks import MESHES
@@ -36,6 +37,16 @@ def test_leaving_after_the_head_joins_its_output(run_ranks: Any, root: str, mesh
     if "block" in exits:
         blocks = 4
         assert exits["block"] == blocks * modes["block"]["least"]["exit"]
+
+
+@pytest.mark.parametrize("root", comfy_roots())
+@pytest.mark.parametrize("size", row_bytes.SIZES)
+@pytest.mark.parametrize("model", row_bytes.MODELS)
+def test_rows_send_the_least(run_ranks: Any, root: str, model: str, size: int) -> None:
+    """A row per convolution and neighbour, three numbers per group of a norm, and what attention needs."""
+    for rank, found in run_ranks(root)["rows"][str(size)].items():
+        assert isinstance(found, dict), found
+        assert found[model]["sent"] == found[model]["closed form"], rank
 
 
 def test_every_degree_is_counted() -> None:

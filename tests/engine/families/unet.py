@@ -50,6 +50,7 @@ SMALL: dict[str, Any] = {
     "transformer_depth_output": [1] * 4,
 }
 """Two levels; neither 2 nor 5 ranks divide the heads."""
+EVEN: dict[str, Any] = {**SMALL, "num_heads": 8}
 CONTROL = (
     (32, 0),
     (32, 0),
