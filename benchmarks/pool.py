@@ -1,23 +1,25 @@
 """What the pool costs and what it gains, against plain ComfyUI in the same run.
 
-    python benchmarks/pool.py start | again | overhead | sampling | cfg | data [--workers 2] [--comfy PATH]
+    python benchmarks/pool.py start | again | overhead | sampling | cfg | rows | data [--workers 2] [--comfy PATH]
 
 start: seconds from nothing to a pool that can be used. again: milliseconds of a run of one step outside of its model
 call, with models and LoRAs where the run before left them. overhead: milliseconds of a model call beyond the
 workers' own time, and the bytes that cross. sampling: seconds per step of a Wan-like model wide enough that
 computing dominates, workers with one thread each against plain ComfyUI with one thread. cfg: the same at cfg 4,
-where two workers can share the tokens (ulysses_degree 2) or the conditions (cfg_degree 2). data: a picture for each
+where two workers can share the tokens (ulysses_degree 2) or the conditions (cfg_degree 2). rows: the same of an
+SDXL-shaped UNet, whose rows are shared in place of tokens. data: a picture for each
 worker at the same time (all degrees 0) against the same pictures one after another.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ STEPS = 2
 def main() -> int:
     """Set up, then measure in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "again", "overhead", "sampling", "cfg", "data"))
+    parser.add_argument("what", choices=("start", "again", "overhead", "sampling", "cfg", "rows", "data"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     options = parser.parse_args()
@@ -39,7 +41,7 @@ def main() -> int:
     if code is not None:
         return code
     parts = {"start": start, "again": again, "overhead": overhead}
-    parts |= {"sampling": sampling, "cfg": guidance, "data": pictures}
+    parts |= {"sampling": sampling, "cfg": guidance, "rows": rows, "data": pictures}
     parts[options.what](options)
     return 0
 
@@ -51,13 +53,58 @@ def config(workers: int, *, cfg: int = 1) -> Any:
     return PoolConfig(parallel=ParallelConfig(world=workers, ulysses=workers // cfg, ring=1, cfg=cfg))
 
 
-def checkpoint(folder: str, **size: int) -> Path:
-    """A Wan checkpoint of these sizes."""
+def checkpoint(folder: str, family: str = "wan", **size: int) -> Path:
+    """A checkpoint of these sizes, in fp32."""
     from comfy_raylight.tests.host.checkpoints import Job, write
 
-    path = Path(folder) / "wan.safetensors"
-    write([Job(family="wan", path=path, size=size)], comfy_root=Path(sys.path[0]))
+    path = Path(folder) / f"{family}.safetensors"
+    write([Job(family=family, path=path, size=size, dtype="float32")], comfy_root=Path(sys.path[0]))
     return path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that is wide enough, and what it is sampled with.
+
+    Attributes:
+        family: of `checkpoint`, with `size`.
+        latent: its shape, 0 for the dim that varies.
+        text: tokens and width of the text.
+        pooled: width of the pooled text, 0 for none.
+        patch: latent's positions in a token.
+    """
+
+    family: str
+    title: str
+    latent: tuple[int, ...]
+    text: tuple[int, int]
+    size: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pooled: int = 0
+    patch: int = 1
+
+    def conditions(self, generator: Any) -> tuple[Any, Any]:
+        """A positive and a negative prompt as ComfyUI has them, in the order in which they are drawn."""
+        import torch
+
+        def drawn() -> list[Any]:
+            text = torch.randn(1, *self.text, generator=generator)
+            more = {"pooled_output": torch.randn(1, self.pooled, generator=generator)} if self.pooled else {}
+            return [[text, more]]
+
+        return drawn(), drawn()
+
+
+WAN = Subject(
+    family="wan",
+    title="width 768, 8 layers",
+    latent=(1, 16, 5, 40, 0),
+    text=(128, 4096),
+    size={"dim": 768, "ffn": 3072, "layers": 8},
+    patch=4,
+)
+SDXL = Subject(
+    family="sdxl", title="SDXL with less blocks and 320 channels", latent=(1, 4, 64, 0), text=(77, 2048), pooled=1280
+)
 
 
 def start(options: argparse.Namespace) -> None:
@@ -87,10 +134,10 @@ def again(options: argparse.Namespace) -> None:
     from comfy_raylight.workers import remote
 
     generator = torch.Generator().manual_seed(1)
-    positive, negative = ([[torch.randn(1, 128, 4096, generator=generator), {}]] for _ in range(2))
+    positive, negative = WAN.conditions(generator)
     noise = torch.randn(1, 16, 5, 20, 22, generator=generator)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        file = checkpoint(folder, dim=768, ffn=3072, layers=8)
+        file = checkpoint(folder, **WAN.size)
         bare = remote.load_model(config(options.workers), ModelSpec.of(file))
         adapter = comfy.utils.load_torch_file(str(lora(file, Path(folder) / "lora.safetensors")), safe_load=True)
         print("| model | first run ms | later runs ms, median | worst |")
@@ -152,13 +199,21 @@ def overhead(options: argparse.Namespace) -> None:
 
 def sampling(options: argparse.Namespace) -> None:
     """Tokens shared, without guidance."""
-    compare([(f"ulysses {options.workers}", config(options.workers))], scale=1.0, widths=(44, 88))
+    compare(WAN, [(f"ulysses {options.workers}", config(options.workers))], scale=1.0, widths=(44, 88))
 
 
 def guidance(options: argparse.Namespace) -> None:
     """Positive and negative prompt at cfg 4: tokens shared against conditions shared."""
-    ways = [(f"ulysses {options.workers}", config(options.workers)), ("cfg 2", config(options.workers, cfg=2))]
-    compare(ways, scale=4.0, widths=(22, 44))
+    compare(WAN, _sharing(options.workers), scale=4.0, widths=(22, 44))
+
+
+def rows(options: argparse.Namespace) -> None:
+    """The same of a UNet: rows shared against conditions shared."""
+    compare(SDXL, _sharing(options.workers), scale=4.0, widths=(64, 96))
+
+
+def _sharing(workers: int) -> list[tuple[str, Any]]:
+    return [(f"ulysses {workers}", config(workers)), ("cfg 2", config(workers, cfg=2))]
 
 
 def pictures(options: argparse.Namespace) -> None:
@@ -170,7 +225,7 @@ def pictures(options: argparse.Namespace) -> None:
     from comfy_raylight.workers import jobs, remote
 
     generator = torch.Generator().manual_seed(1)
-    positive, negative = ([[torch.randn(1, 128, 4096, generator=generator), {}]] for _ in range(2))
+    positive, negative = WAN.conditions(generator)
     count = options.workers
     print(f"{count} pictures, width 768, 8 layers, one thread each; medians of {ROUNDS} rounds of {STEPS} steps")
     print(
@@ -179,7 +234,7 @@ def pictures(options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = checkpoint(folder, dim=768, ffn=3072, layers=8)
+        path = checkpoint(folder, **WAN.size)
         plain = comfy.sd.load_diffusion_model(str(path))
         pooled = remote.load_model(PoolConfig(parallel=ParallelConfig(world=count)), ModelSpec.of(path))
         for width in (22, 44):
@@ -220,12 +275,12 @@ def pictures(options: argparse.Namespace) -> None:
             )
 
 
-def compare(ways: Sequence[tuple[str, Any]], *, scale: float, widths: Sequence[int]) -> None:
+def compare(subject: Subject, ways: Sequence[tuple[str, Any]], *, scale: float, widths: Sequence[int]) -> None:
     """Seconds per step of each pool and of plain ComfyUI, in alternating runs, so that both see the same machine.
 
     Args:
         scale: the guidance scale.
-        widths: of the latents; 50 tokens each.
+        widths: of the latents.
     """
     import comfy.sample
     import comfy.sd
@@ -234,7 +289,7 @@ def compare(ways: Sequence[tuple[str, Any]], *, scale: float, widths: Sequence[i
     from comfy_raylight.workers import remote
 
     generator = torch.Generator().manual_seed(1)
-    positive, negative = ([[torch.randn(1, 128, 4096, generator=generator), {}]] for _ in range(2))
+    positive, negative = subject.conditions(generator)
 
     def run(model: Any, noise: torch.Tensor) -> tuple[float, torch.Tensor]:
         began = time.perf_counter()
@@ -244,18 +299,18 @@ def compare(ways: Sequence[tuple[str, Any]], *, scale: float, widths: Sequence[i
         )  # fmt: skip
         return (time.perf_counter() - began) / STEPS, samples
 
-    print(f"width 768, 8 layers, cfg {scale:g}, one thread each; medians of {ROUNDS} alternating runs of {STEPS} steps")
+    print(f"{subject.title}, cfg {scale:g}, one thread each; medians of {ROUNDS} alternating runs of {STEPS} steps")
     print(
         "| shared by | tokens | plain s/step | pool s/step | speed-up (worst to best) | in collectives | difference |"
     )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = checkpoint(folder, dim=768, ffn=3072, layers=8)
+        path = checkpoint(folder, subject.family, **subject.size)
         plain = comfy.sd.load_diffusion_model(str(path))
         for way, pool_config in ways:
             pooled = remote.load_model(pool_config, ModelSpec.of(path))
             for width in widths:
-                noise = torch.randn(1, 16, 5, 40, width, generator=generator)
+                noise = torch.randn(*(size or width for size in subject.latent), generator=generator)
                 first, second = run(plain, noise)[1], run(pooled, noise)[1]
                 difference = (first - second).abs().max() / first.abs().max()
                 traffic = pooled.link.traffic()
@@ -265,7 +320,7 @@ def compare(ways: Sequence[tuple[str, Any]], *, scale: float, widths: Sequence[i
                 plain_s, pool_s = (statistics.median(column) for column in zip(*seconds, strict=True))
                 ratios = sorted(a / b for a, b in seconds)
                 print(
-                    f"| {way} | {noise[0, 0].numel() // 4} | {plain_s:.3f} | {pool_s:.3f} | "
+                    f"| {way} | {noise[0, 0].numel() // subject.patch} | {plain_s:.3f} | {pool_s:.3f} | "
                     f"{plain_s / pool_s:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {share:.0%} | {difference:.1e} |",
                     flush=True,
                 )

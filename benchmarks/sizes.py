@@ -24,6 +24,7 @@ from comfy_raylight.tests.engine.families import (
     mmdit,
     qwen,
     sounds,
+    unet,
     videos,
     wan,
     wan_variants,
@@ -356,6 +357,18 @@ CASES = (
         family="PixArtMS",
         model=partial(images.pixart, hidden_size=768, num_heads=6, depth=4, mlp_ratio=4.0),
         make=partial(_resized, images.pixart_picture, 1, 4, 64, 64),
+    ),
+    Case(
+        name="sd15",
+        family="UNetModel",
+        model=partial(unet.unet, unet.SD15, width=128, num_heads=8),
+        make=partial(unet.picture, 64, 64, batch=1),
+    ),
+    Case(
+        name="sdxl",
+        family="UNetModel",
+        model=partial(unet.unet, unet.SDXL, width=128, num_head_channels=64),
+        make=partial(unet.picture, 64, 64, batch=1, label=20),
     ),
 )
 
