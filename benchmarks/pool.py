@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import environment
@@ -53,7 +54,7 @@ def config(workers: int, *, cfg: int = 1) -> Any:
     return PoolConfig(parallel=ParallelConfig(world=workers, ulysses=workers // cfg, ring=1, cfg=cfg))
 
 
-def checkpoint(folder: str, family: str = "wan", **size: int) -> Path:
+def checkpoint(folder: str, family: str = "wan", size: Mapping[str, int] = MappingProxyType({})) -> Path:
     """A checkpoint of these sizes, in fp32."""
     from comfy_raylight.tests.host.checkpoints import Job, write
 
@@ -137,7 +138,7 @@ def again(options: argparse.Namespace) -> None:
     positive, negative = WAN.conditions(generator)
     noise = torch.randn(1, 16, 5, 20, 22, generator=generator)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        file = checkpoint(folder, **WAN.size)
+        file = checkpoint(folder, size=WAN.size)
         bare = remote.load_model(config(options.workers), ModelSpec.of(file))
         adapter = comfy.utils.load_torch_file(str(lora(file, Path(folder) / "lora.safetensors")), safe_load=True)
         print("| model | first run ms | later runs ms, median | worst |")
@@ -169,7 +170,7 @@ def overhead(options: argparse.Namespace) -> None:
     channels = 2048
     sizes = {"1": 64, "8": 512}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        file = checkpoint(folder, dim=128, ffn=128, layers=1, channels=channels)
+        file = checkpoint(folder, size={"dim": 128, "ffn": 128, "layers": 1, "channels": channels})
         model = remote.load_model(config(options.workers), ModelSpec.of(file))
         print("| latent MB | context MB | overhead ms, median | worst | bytes of the first call | of later calls |")
         print("|---|---|---|---|---|---|")
@@ -234,7 +235,7 @@ def pictures(options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = checkpoint(folder, **WAN.size)
+        path = checkpoint(folder, size=WAN.size)
         plain = comfy.sd.load_diffusion_model(str(path))
         pooled = remote.load_model(PoolConfig(parallel=ParallelConfig(world=count)), ModelSpec.of(path))
         for width in (22, 44):
@@ -305,7 +306,7 @@ def compare(subject: Subject, ways: Sequence[tuple[str, Any]], *, scale: float, 
     )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = checkpoint(folder, subject.family, **subject.size)
+        path = checkpoint(folder, subject.family, subject.size)
         plain = comfy.sd.load_diffusion_model(str(path))
         for way, pool_config in ways:
             pooled = remote.load_model(pool_config, ModelSpec.of(path))

@@ -37,11 +37,13 @@ class Family:
         models: what users know it by.
         plan: where its tokens or rows are, or a function of the model that says it, where versions differ.
         limit: what the workers do not share, "" for nothing.
+        divided: what of it is, where it is not the sequence of its tokens.
     """
 
     models: str
     plan: Plan | Callable[[nn.Module], Plan | RowPlan]
     limit: str = ""
+    divided: str = ""
 
 
 ATTENTION_IS_NOT = "every worker computes all of self-attention, which these classes call out of reach"
@@ -82,7 +84,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "AceStepConditionGenerationModel": Family("ACE-Step 1.5", ACE_STEP15, ATTENTION_IS_NOT),
         "ErnieImageModel": Family("ERNIE-Image", ERNIE, ATTENTION_IS_NOT),
         "PixArtMS": Family("PixArt Alpha, Sigma", PIXART, ATTENTION_IS_NOT),
-        "UNetModel": Family("Stable Diffusion 1.5, 2, XL, XL refiner, inpaint models; SVD", unet),
+        "UNetModel": Family("Stable Diffusion 1.5, 2, XL, XL refiner, inpaint models; SVD", unet, divided="rows"),
     }
 )
 """Families by exact class name. A subclass has a forward of its own, so it has an entry of its own or none."""

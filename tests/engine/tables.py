@@ -25,6 +25,7 @@ def readme_table() -> str:
         cases = [case for case in CASES if case.family == name and not (case.wrong or case.raises)]
         runs = sum(len(case.meshes or MESHES) for case in cases)
         shared = f"yes, but {family.limit}" if family.limit else "yes"
+        shared = f"{family.divided}: {shared}" if family.divided else shared
         lines.append(f"| {family.models} | `{name}` | {shared} | yes | {len(cases)} cases, {runs} runs |")
     lines += [f"| | `{name}` | no: {reason} | yes | |" for name, reason in UNSPLIT.items()]
     return "\n".join(lines) + "\n"
