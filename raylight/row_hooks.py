@@ -47,12 +47,14 @@ class RowInstallation:
 
     Attributes:
         works: the self-attentions of the last forward, in their order; convolutions are in none.
+        advice: what the user should know of the last forward, "" for nothing.
     """
 
     def __init__(
         self, model: nn.Module, plan: RowPlan, mesh: Mesh, *, kernel: LocalKernel | None, compiled: bool
     ) -> None:
         self.works: dict[int, Work] = {}
+        self.advice = ""
         self.mesh = mesh
         self.kernel = kernel
         self.sites = Sites(kernel)
@@ -66,7 +68,7 @@ class RowInstallation:
             raise UnsupportedError(
                 "Compiled blocks cannot be used with a model that is divided by rows",
                 "its convolutions and norms talk to other workers",
-                "Remove Torch Compile Model (Ray), or set ulysses_degree and ring_degree to 1",
+                "Remove RayTorchCompileModel, or set ulysses_degree and ring_degree to 1",
             )
         function = getattr(model, "_forward", model.forward)
         self._x, self._control, self._context, self._options = (
@@ -91,7 +93,14 @@ class RowInstallation:
         """
         assert self.forward is None, "one forward at a time"
         x: torch.Tensor = self._x.read(args, kwargs)
-        ranks = ranks_for(x.shape[ROWS], halvings=self._plan.halvings, size=self.mesh.sequence.size)
+        size = self.mesh.sequence.size
+        ranks = ranks_for(x.shape[ROWS], halvings=self._plan.halvings, size=size)
+        self.advice = ""
+        if ranks < size:
+            self.advice = (
+                f"A picture of {x.shape[ROWS]} latent rows is divided over {ranks} of {size} workers; the others do "
+                "the same (docs/scaling.md). Use fewer workers per picture: cfg_degree or data parallel"
+            )
         if ranks == 1 and self.kernel is None:
             return executor(*args, **kwargs)
         try:

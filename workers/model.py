@@ -197,8 +197,10 @@ class WorkerModel:
 
     def advice(self) -> str:
         """What the last call showed that the user should know: "" for nothing."""
-        if not isinstance(self._installation, Installation):
-            return ""  # of convolutions there is no prediction
+        if self._installation is None:
+            return ""
+        if isinstance(self._installation, RowInstallation):
+            return self._installation.advice
         degrees = self._mesh.parallel.degrees
         machine = cost.RATES.get(model_management.get_torch_device().type)
         works = list(self._installation.works.values())

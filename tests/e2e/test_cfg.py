@@ -29,6 +29,7 @@ CASES = [
     pytest.param(case("wan", sampling="PerpNegGuider"), THROUGH_MODEL, {}, id="wan PerpNegGuider"),
     pytest.param(case("wan", cfg=1.0), GROUPS, {}, id="wan cfg 1"),
     pytest.param(case("unet", batch=2), GROUPS, {}, id="unet batch 2"),
+    pytest.param(case("unet", batch=2), FOUR, {}, id="unet on 4, batch 2"),
     pytest.param(case("wan"), FOUR, LONGER, id="wan on 4"),
 ]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy_raylight.tests.host import processes
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
-from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, Case, pool
+from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, Case, PoolCase, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
 from .test_sampling import latent
@@ -81,6 +81,30 @@ def test_bad_file(client: ComfyClient, good: Callable[[], torch.Tensor], file: s
         assert word in caught.value.text
     assert caught.value.node == LOADER
     assert torch.equal(good(), before)
+
+
+def test_what_rows_cannot_do(server: ComfyServer, client: ComfyClient) -> None:
+    """Every worker refuses for the same reason, so the pool goes on."""
+    sampling = Case(file="unet.safetensors", inputs=FAMILIES["unet"], name="unet")
+    on_two = PoolCase(through_model=True)
+    client.run(pool(sampling, on_two))
+    alive = [worker.pid for worker in workers(server)]
+    shrink = {"block_number": 2, "downscale_factor": 2.0, "start_percent": 0.0, "end_percent": 1.0}
+    ways = {"downscale_after_skip": True, "downscale_method": "bicubic", "upscale_method": "bicubic"}
+    nodes = (("PatchModelAddDownscale", {**shrink, **ways}),)
+    with pytest.raises(PromptError, match="PatchModelAddDownscale.*divided by rows.*16 to 8 rows"):
+        client.run(pool(dataclasses.replace(sampling, model_nodes=nodes), on_two))
+    compiled = pool(sampling)
+    compiled["compile"] = {
+        "class_type": "RayTorchCompileModel",
+        "inputs": {"ray_actors": [LOADER, 0], "backend": "inductor"},
+    }
+    compiled[SAMPLER]["inputs"]["ray_actors"] = ["compile", 0]
+    with pytest.raises(PromptError, match="Compiled blocks.*divided by rows.*RayTorchCompileModel"):
+        client.run(compiled)
+    client.run(pool(dataclasses.replace(sampling, seed=8), on_two))
+    assert latent(server, "unet").isfinite().all()
+    assert [worker.pid for worker in workers(server)] == alive
 
 
 @pytest.mark.parametrize("mode", ["Kill Workers Only", "Kill Entire Cluster"])

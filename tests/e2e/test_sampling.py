@@ -27,6 +27,10 @@ def case(family: str, **more: object) -> Case:
 WAN = case("wan")
 ANCESTRAL = {"sampler": "euler_ancestral"}
 SDE = {"sampler": "dpmpp_2m_sde", "steps": 3}
+TOKENS = (
+    ("HyperTile", {"tile_size": 64, "swap_size": 2, "max_depth": 0, "scale_depth": False}),
+    ("TomePatchModel", {"ratio": 0.3}),
+)
 NODE = PoolCase()
 MODEL = PoolCase(through_model=True)
 
@@ -52,6 +56,8 @@ CASES = [
     pytest.param(case("zimage", **ANCESTRAL), NODE, id="zimage ancestral", marks=SLOW),
     pytest.param(case("zimage", sampling="CFGGuider", **SDE), MODEL, id="zimage CFGGuider sde", marks=SLOW),
     pytest.param(WAN, PoolCase(workers=3), id="wan on 3"),
+    pytest.param(case("unet", batch=2), PoolCase(workers=3), id="unet on 3"),
+    pytest.param(case("unet", model_nodes=TOKENS, **ANCESTRAL), MODEL, id="unet HyperTile and ToMe"),
     pytest.param(case("wan", **SDE), PoolCase(workers=3, through_model=True), id="wan sde on 3"),
     pytest.param(case("flux"), PoolCase(workers=3), id="flux on 3", marks=SLOW),
     pytest.param(WAN, PoolCase(workers=3, ulysses=1), id="wan on one replica of 3"),

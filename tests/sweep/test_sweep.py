@@ -23,8 +23,8 @@ TIMEOUT_S = 900
 """For one family, which takes one or two minutes on two cores."""
 LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 """Whether to sweep all families, and write the table, which has all of them; by default wan alone."""
-WORKERS: Mapping[str, int] = {"wan": 2, "flux": 2, "unet": 1}
-"""Pool size per family. The UNet has no plan, so its sequence is not divided."""
+WORKERS: Mapping[str, int] = {"wan": 2, "flux": 2, "unet": 2}
+"""Pool size per family."""
 SIZES: Mapping[str, Mapping[str, int]] = {
     "wan": {},
     "flux": {"context": 64, "pooled": 32, "double": 2, "single": 2},
