@@ -49,7 +49,7 @@ def install(
         UnsupportedError: a model that is cut by rows is to be compiled.
     """
     if isinstance(plan, RowPlan):
-        return RowInstallation(model, plan, mesh, kernel=kernel, compiled=opaque is not None)
+        return RowInstallation(model, plan, mesh, kernel=kernel, opaque=opaque)
     return Installation(model, plan, mesh, kernel=kernel, granularity=granularity, opaque=opaque)
 
 

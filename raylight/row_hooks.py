@@ -23,7 +23,7 @@ from .overrides import generators
 from .plan import RowPlan
 from .row_patches import OVERRIDE, SHAPE, WholePatches
 from .row_rules import RowParallel
-from .sites import Sites
+from .sites import Attend, Sites
 from .slots import Slot, modules
 from .strips import ROWS, Rows, Strips
 
@@ -51,20 +51,26 @@ class RowInstallation:
     """
 
     def __init__(
-        self, model: nn.Module, plan: RowPlan, mesh: Mesh, *, kernel: LocalKernel | None, compiled: bool
+        self,
+        model: nn.Module,
+        plan: RowPlan,
+        mesh: Mesh,
+        *,
+        kernel: LocalKernel | None,
+        opaque: Callable[[Attend], Attend] | None,
     ) -> None:
         self.works: dict[int, Work] = {}
         self.advice = ""
         self.mesh = mesh
         self.kernel = kernel
-        self.sites = Sites(kernel)
+        self.sites = Sites(kernel, opaque)
         self.forward: _Forward | None = None
         self._plan = plan
         self._name = type(model).__name__
         self._tested: set[tuple[Any, ...]] = set()
         self._handles: list[RemovableHandle] = []
         split = mesh.sequence.size > 1
-        if split and compiled:
+        if split and opaque is not None:
             raise UnsupportedError(
                 "Compiled blocks cannot be used with a model that is divided by rows",
                 "its convolutions and norms talk to other workers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class WorkerModel:
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
         )
         self._boundaries = Boundaries(self.diffusion)
-        self._install()
+        self._install("")
 
     @property
     def diffusion(self) -> torch.nn.Module:
@@ -100,29 +100,32 @@ class WorkerModel:
         if state:
             patcher.patches_uuid = uuid.uuid5(uuid.NAMESPACE_OID, state)
         patcher.force_cast_weights = force_cast
+        if isinstance(self._installation, RowInstallation) and _touch_modules({**objects, **self._objects}):
+            self._installation.changed()
         self._objects = objects
         self.patcher = patcher
         self.state = state
         self._patch_objects()
-        if isinstance(self._installation, RowInstallation):
-            self._installation.changed()
 
     def settle(self, settings: WorkerSettings) -> bool:
         """Bring the model to these settings; does nothing where it is there already.
 
         Returns:
             Whether the model has to be made resident again.
+
+        Raises:
+            UnsupportedError: it cannot be compiled; it is as before.
         """
         if settings == self._settings:
             return False
-        compiler, self._settings = self._settings.compile, settings
+        compiler = self._settings.compile
         if settings.compile != compiler:
+            # may refuse, so before anything is changed
+            self._install(settings.compile)
             self._compiled = compiled.compiled_blocks(self.diffusion, settings.compile) if settings.compile else {}
-            if self._installation is not None:
-                self._installation.remove()
-            self._install()
             self.patcher = self.patcher.clone()
             self._patch_objects()
+        self._settings = settings
         if self._chunked is not None:
             self._chunked.remove()
             self._chunked = None
@@ -130,15 +133,18 @@ class WorkerModel:
             self._chunked = ChunkedFeedForward(self.diffusion, settings.ffn_chunks)
         return settings.compile != compiler
 
-    def _install(self) -> None:
+    def _install(self, compiler: str) -> None:
         if self._plan is not None:
-            self._installation = install(
+            made = install(
                 self.diffusion,
                 self._plan,
                 self._mesh,
                 kernel=self._kernel,
-                opaque=compiled.opaque if self._settings.compile else None,
+                opaque=compiled.opaque if compiler else None,
             )
+            if self._installation is not None:
+                self._installation.remove()
+            self._installation = made
 
     def _patch_objects(self) -> None:
         self.patcher.object_patches = {}
@@ -229,6 +235,11 @@ class WorkerModel:
             self._installation.remove()
         self._boundaries.remove()
         self.offload()
+
+
+def _touch_modules(objects: Iterable[str]) -> bool:
+    """Whether object patches are of the diffusion model, by their names."""
+    return any(name.startswith(compiled.PREFIX) for name in objects)
 
 
 def _patch_dtype(spec: ModelSpec) -> torch.dtype | None:
