@@ -67,10 +67,10 @@ class WholePatches:
         self._text = text
         lists = {name: patches for name, patches in options.get("patches", {}).items() if patches}
         replaced = {name: found for name, found in options.get("patches_replace", {}).items() if found}
-        for name in plan.refused & {*lists, *replaced}:
-            patches = [p for p in (lists.get(name) or list(replaced[name].values()))]
+        for name in sorted(plan.refused & {*lists, *replaced}):
+            patches = lists.get(name) or list(replaced[name].values())
             self._refuse(_first_function(patches), f"it sets {name}, which this model cannot show all rows")
-        for name in lists.keys() - {*MAPS, *NEUTRAL, *TOKENS, INTO, INTO_CROSS}:
+        for name in sorted(lists.keys() - {*MAPS, *NEUTRAL, *TOKENS, INTO, INTO_CROSS}):
             self._refuse(_first_function(lists[name]), f"it sets {name}, which is not known to leave rows alone")
         self.regrouped = INTO in lists
         self.options = {**options}
@@ -153,10 +153,7 @@ class WholePatches:
             outs = out if isinstance(out, tuple) else (out,)
             for x, made in zip(whole, outs, strict=True):
                 if made.shape[ROWS] != x.shape[ROWS]:
-                    self._refuse(
-                        patch,
-                        f"it resizes the picture inside the model, from {x.shape[ROWS]} to {made.shape[ROWS]} rows",
-                    )
+                    self._refuse(patch, "it resizes the picture inside the model")
             own = []
             for x, joined, made in zip(local, whole, outs, strict=True):
                 # it may have been written to, and a skip connection may hold it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.row_hooks import ranks_for
 from comfy_raylight.raylight.row_rules import RowParallel
 from comfy_raylight.raylight.strips import Rows, Strips
+
+from .case import Case
+from .conftest import comfy_roots
+from .families import unet
+from .test_parity import results
 
 
 def halved(rows: int, times: int) -> int:
@@ -76,6 +83,18 @@ def test_shares_that_are_not_even() -> None:
     assert [len(part) for part in parts] == [4, 1, 2] and torch.equal(torch.cat(parts), x)
     assert torch.equal(layouts[1].join(parts, dim=0, over=("x",)), x)
     assert not Layout(segments=(Segment("x", 2, shares=(1, 1)),), rank=0, size=2).replicated("x")
+
+
+CONTROLS = [case for case in unet.CASES if case.wrong]
+
+
+@pytest.mark.timeout(2000)  # it may be the first to want the ranks' results
+@pytest.mark.parametrize("root", comfy_roots())
+@pytest.mark.parametrize("case", CONTROLS, ids=lambda case: case.name)
+def test_the_self_test_measures_what_a_missing_rule_does(run_ranks: Any, root: str, case: Case) -> None:
+    (result,) = results(run_ranks, root, case, "u2").values()
+    found = re.search(r"UNetModel gives another result .* differs by (\S+) of its largest value", result["text"])
+    assert found and float(found[1]) > 0.1
 
 
 X = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(1))

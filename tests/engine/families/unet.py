@@ -382,7 +382,17 @@ CASES = (
         base=partial(turned, False),
         raises="UnsupportedError",
     ),
-    sd15_case(name="no_unet_attention", make=picture, change=without_attention, wrong=True, meshes=("u2",)),
-    case(name="no_unet_norm", model=partial(local, sd15, "GroupNorm"), make=picture, wrong=True, meshes=("u2",)),
-    case(name="no_unet_halo", model=partial(local, sd15, "Conv2d"), make=picture, wrong=True, meshes=("u2",)),
+    # the self-test has to find these
+    sd15_case(name="no_unet_attention", make=picture, change=without_attention, loud=True, wrong=True, meshes=("u2",)),
+    case(
+        name="no_unet_norm",
+        model=partial(local, sd15, "GroupNorm"),
+        make=picture,
+        loud=True,
+        wrong=True,
+        meshes=("u2",),
+    ),
+    case(
+        name="no_unet_halo", model=partial(local, sd15, "Conv2d"), make=picture, loud=True, wrong=True, meshes=("u2",)
+    ),
 )
