@@ -54,6 +54,7 @@ class Case:
         raises: the type of the error that every rank must raise.
         ring_raises: the same, where the sequence is cut over a ring.
         change: makes the plan of a negative control from the family's.
+        every: whether it runs by default, and not only with RAYLIGHT_TEST_LARGE=1.
         tolerance: of its error, where it has reason to be larger.
     """
 
@@ -72,6 +73,7 @@ class Case:
     ring_raises: str = ""
     change: Callable[[Any], Any] | None = None
     tolerance: float = TOLERANCE
+    every: bool = True
 
     def build(self) -> torch.nn.Module:
         """The model with its random weights."""

@@ -59,6 +59,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 def meshes_of(case: Case) -> tuple[str, ...]:
     """The meshes that a case runs on."""
+    if not (case.every or EVERYTHING):
+        return ()
     found = case.meshes or tuple(MESHES)
     others = [name for name in found if name not in ALWAYS]
     if EVERYTHING or case in even.CASES or not others:
@@ -263,7 +265,7 @@ def main(root: str, result: str, chosen: str = "*") -> None:
         # inference mode throughout, as ComfyUI runs prompts: tensors made in it cannot be used outside
         with torch.inference_mode():
             for case in CASES:
-                if case.available() and fnmatch.fnmatch(case.name, chosen):
+                if meshes_of(case) and case.available() and fnmatch.fnmatch(case.name, chosen):
                     prepared.append((case, *reference_of(case)))
             everything["noise"] = {case.name: noise_of(case, reference) for case, _, reference in prepared if case.half}
         everything["alone"] = one_process(prepared)
