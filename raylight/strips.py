@@ -113,7 +113,9 @@ class Strips:
             if _halved(of, level) == rows:
                 return level
         raise UnsupportedError(
-            "A model or a patch makes a number of rows that halving the latent's does not give", f"{rows} of {of} rows"
+            "A model, a patch or a ControlNet makes rows that halving the latent's does not give",
+            f"{rows} rows where there are {of}",
+            "Set ulysses_degree and ring_degree to 1",
         )
 
 
