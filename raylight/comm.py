@@ -23,8 +23,8 @@ class Meter:
             unless each is synchronised.
         bytes_sent: payload that this rank has given to other ranks, by kind: "all_to_all" and "ring" what
             goes to others, "all_gather" and "all_reduce" its own part times size - 1, "broadcast" the
-            same on the rank that gives it, "halo" and "first" what goes to neighbours and to rank 0. Padding
-            does not count.
+            same on the rank that gives it, "halo" and "first" what goes to neighbours and to rank 0, "weights"
+            its parts of blocks. Padding does not count.
     """
 
     def __init__(self) -> None:
@@ -224,6 +224,20 @@ class Comm:
         with self.meter.collective("all_reduce", x.nbytes * (self.size - 1)):
             work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return Passing([], [out], [work], self.meter)
+
+    def start_gather(self, mine: torch.Tensor, out: torch.Tensor) -> Passing:
+        """Start putting every rank's `mine` into `out`, in rank order.
+
+        Args:
+            mine: flat bytes, as many on every rank, not written to until the passing is over.
+            out: flat bytes, `size` times as many.
+        """
+        if self.size == 1:
+            out.copy_(mine)
+            return Passing([], [out], [], self.meter)
+        with self.meter.collective("weights", mine.nbytes * (self.size - 1)):
+            work = dist.all_gather_into_tensor(out, mine, group=self._group, async_op=True)
+        return Passing([mine], [out], [work], self.meter)
 
     def _step(self, verb: Callable[..., Any], t: torch.Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(verb, t.view(-1).view(torch.uint8), peer, group=self._group)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, LoadError
+from .packing import RESIDENCIES
 
 AXES = ("dp", "cfg", "ring", "ulysses")
 """Mesh axes from outermost to innermost: ulysses ranks are neighbours (design section 5)."""
 COMPILERS = ("inductor", "cudagraphs")
 """Backends of torch.compile that a user may choose."""
+PREFETCHES = ("auto", "on", "off")
+"""When the next block's weights are gathered while one computes; "auto" is where that pays."""
 READERS = ("map", "private", "fastsafetensors")
 """Ways to read a model file (see loaders.source)."""
 
@@ -24,6 +27,11 @@ class ParallelConfig:
 
     `world` counts workers. All three degrees 0 means data parallel: every worker is a replica of its
     own. Otherwise their product must divide `world`; the rest becomes the `dp` axis.
+
+    Attributes:
+        residency: where the weights of a model's blocks are between their uses, one of RESIDENCIES. The ranks
+            that share one sequence have parts of each block, since only they are sure to make the same calls.
+        prefetch: one of PREFETCHES.
 
     Raises:
         ConfigError: the numbers do not fit; the message lists the nearest valid choices.
@@ -36,8 +44,12 @@ class ParallelConfig:
     pack_qkv: bool = False
     sync_ulysses: bool = False
     attention: str = "TORCH"
+    residency: str = "resident"
+    prefetch: str = "auto"
 
     def __post_init__(self) -> None:
+        assert self.residency in RESIDENCIES, self.residency
+        assert self.prefetch in PREFETCHES, self.prefetch
         if self.world < 1:
             raise ConfigError("The pool needs at least one worker", f"GPU is {self.world}", "Set GPU to 1 or more")
         degrees = {"ulysses_degree": self.ulysses, "ring_degree": self.ring, "cfg_degree": self.cfg}
@@ -58,6 +70,13 @@ class ParallelConfig:
                 f"{shown} multiply to {product}, GPU is {self.world}",
                 f"Make the product one of {', '.join(divisors)} (for example ulysses_degree={self.world}, "
                 f"ring_degree=1, cfg_degree=1), or set GPU to a multiple of {product}",
+            )
+        if self.residency == "sharded" and self.sequence == 1:
+            raise ConfigError(
+                "FSDP divides weights over the workers that share one sequence, and each has one of its own here",
+                f"{shown}, GPU is {self.world}",
+                "Set ulysses_degree (or ring_degree) to 2 or more, or switch FSDP_CPU_OFFLOAD on: it streams the "
+                "weights from host memory and works with any degrees",
             )
 
     @property

@@ -80,12 +80,16 @@ class Mesh:
                     comms[axis] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
         both = parallel.degrees["ring"] > 1 and parallel.degrees["ulysses"] > 1
         comms["sequence"] = comms["ulysses" if parallel.degrees["ulysses"] > 1 else "ring"]
-        for row in grid.view(-1, parallel.sequence).tolist() if both else ():
-            group = dist.group.WORLD
-            if len(row) < world:
-                group = dist.new_group(row, timeout=timeout, backend=backend)
-            if rank in row:
-                comms["sequence"] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
+        comms["weights"] = cls._comm((rank,), rank=rank, group=None, meter=meter)
+        wanted = {"sequence": both, "weights": parallel.residency != "resident" and parallel.sequence > 1}
+        for name in (name for name in wanted if wanted[name]):
+            for row in grid.view(-1, parallel.sequence).tolist():
+                group = dist.group.WORLD
+                # weights on connections of their own: a block must not stand in front of attention's exchange
+                if len(row) < world or name == "weights":
+                    group = dist.new_group(row, timeout=timeout, backend=backend)
+                if rank in row:
+                    comms[name] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
         controls: dict[tuple[int, ...], Comm] = {}
         for row in (everyone, *map(tuple, grid.view(-1, parallel.sequence).tolist())):
             # uncounted, and on connections of their own
@@ -106,7 +110,9 @@ class Mesh:
         parallel = parallel or ParallelConfig(world=1)
         assert parallel.world == 1, parallel
         meter = Meter()
-        comms = {axis: cls._comm((0,), rank=0, group=None, meter=meter) for axis in ("world", *AXES, "sequence")}
+        comms = {
+            axis: cls._comm((0,), rank=0, group=None, meter=meter) for axis in ("world", *AXES, "sequence", "weights")
+        }
         controls: dict[tuple[int, ...], Comm] = {(0,): cls._comm((0,), rank=0, group=None, meter=Meter())}
         return cls(parallel, rank=0, comms=comms, controls=controls, meter=meter)
 
@@ -117,7 +123,9 @@ class Mesh:
     def axis(self, name: str) -> Comm:
         """The ranks that differ from this one only on axis `name` ("dp", "cfg", "ring", "ulysses").
 
-        "sequence" is ring and ulysses together, ulysses innermost, and "world" all ranks.
+        "sequence" is ring and ulysses together, ulysses innermost, and "world" all ranks. "weights" is those that
+        hold the parts of a block: the sequence's, which make the same model calls, on a group of their own; this
+        rank alone where weights are resident.
         """
         return self._comms[name]
 
