@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..loaders.source import fastsafetensors
-from ..raylight.config import ParallelConfig, PoolConfig
-from ..raylight.errors import ConfigError, UnsupportedError
+from ..raylight.config import PREFETCHES, ParallelConfig, PoolConfig
+from ..raylight.errors import ConfigError
 from ..raylight.kernels import NAMES
 from ..workers import remote
 
@@ -74,11 +74,19 @@ DEGREES: dict[str, Any] = {
     ),
     "FSDP": (
         "BOOLEAN",
-        {"default": False, "tooltip": "Split the weights over the workers. Not available yet: keep it off."},
+        {
+            "default": False,
+            "tooltip": "Split the weights: each worker keeps a part of every block, which is gathered when it "
+            "computes. For models that do not fit on one GPU. Same result.",
+        },
     ),
     "FSDP_CPU_OFFLOAD": (
         "BOOLEAN",
-        {"default": False, "tooltip": "Stream the weights from host memory. Not available yet: keep it off."},
+        {
+            "default": False,
+            "tooltip": "Stream the weights from host memory, block by block, each worker a part: for models that do "
+            "not fit with FSDP either. On, it takes FSDP's place. Same result.",
+        },
     ),
     "XFuser_attention": (
         list(NAMES),
@@ -125,6 +133,14 @@ OPTIONAL: dict[str, Any] = {
             "default": False,
             "tooltip": "Read safetensors files with the package fastsafetensors, into memory of each worker. Needs "
             "the package installed.",
+        },
+    ),
+    "FSDP_prefetch": (
+        list(PREFETCHES),
+        {
+            "default": "auto",
+            "tooltip": "With FSDP: gather the next block's weights while one computes, for one more block of memory. "
+            "auto: on GPUs, and for small blocks on a CPU.",
         },
     ),
 }
@@ -181,22 +197,16 @@ def pool_config(
     use_mmap: bool = True,
     mmap_cache_size: int = 2,
     use_fastsafe: bool = False,
+    FSDP_prefetch: str = "auto",
 ) -> PoolConfig:
     """Widget values as a checked PoolConfig.
 
     Raises:
         ConfigError: values that do not fit together; the message says what to change.
-        UnsupportedError: a switch of the earlier pack that this version does not have yet.
     """
     if use_fastsafe:
         fastsafetensors()
-    for name, value in (("FSDP", FSDP), ("FSDP_CPU_OFFLOAD", FSDP_CPU_OFFLOAD)):
-        if value:
-            raise UnsupportedError(
-                f"{name} is switched on, and splitting the weights over workers is not available yet",
-                "every worker holds the whole model",
-                f"Switch {name} off; for a model that does not fit, use an fp8 weight_dtype or a smaller model",
-            )
+    residency = "streamed" if FSDP_CPU_OFFLOAD else "sharded" if FSDP else "resident"
     return PoolConfig(
         parallel=ParallelConfig(
             world=GPU,
@@ -206,6 +216,8 @@ def pool_config(
             pack_qkv=pack_qkv,
             sync_ulysses=sync_ulysses,
             attention=XFuser_attention,
+            residency=residency,
+            prefetch="auto" if residency == "resident" else FSDP_prefetch,
         ),
         address=ray_cluster_address.strip() or "local",
         namespace=ray_cluster_namespace.strip() or "default",

@@ -10,6 +10,7 @@ from ..patches.control import control_plan_for
 from ..raylight.config import ModelSpec
 from ..raylight.plan import Plan
 from .adopt import Adopted, Adopting, homes_of, on_cpu
+from .block_weights import BlockWeights
 from .model import WorkerModel
 
 
@@ -19,6 +20,10 @@ class WorkerControl(WorkerModel):
     @property
     def diffusion(self) -> torch.nn.Module:
         return self._base.model
+
+    def _divided(self, adopted: Adopted) -> BlockWeights | None:
+        """ControlNets are small beside what they control: every rank holds its own."""
+        return None
 
     def _adopted(self, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
         return adopt_control(self.source, dtype)

@@ -29,7 +29,7 @@ class Weights:
 
     Attributes:
         source: the file.
-        homes: where every parameter lives on the host, by key.
+        homes: where every parameter that ComfyUI moves lives on the host, by key.
         patch_dtype: what patches of quantised blocks are computed in; None is their result's.
         applied: patches that are in the parameters now, by key.
         engine: makes what brings bytes to a device.
@@ -95,7 +95,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         if ATTACHMENT not in self.attachments:
             return int(super().model_size())
         if self.weights.size is None:
-            self.weights.size = sum(map(_device_bytes, self.weights.homes.values()))
+            self.weights.size = sum(map(device_bytes, self.weights.homes.values()))
         return self.weights.size
 
     @outside_inference
@@ -131,7 +131,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         with _Returning(self.weights, device_to):
             freed = super().partially_unload(device_to, *args, **kwargs)
         for key, home in self.weights.homes.items():
-            if key in self.weights.applied and key not in self.backup and not _is_blocks(home):
+            if key in self.weights.applied and key not in self.backup and not is_blocks(home):
                 del self.weights.applied[key]
             # a quantised one is moved piece by piece
             if not home.at_home and address(home.parameter) != before[key]:
@@ -156,7 +156,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         home = self.weights.homes.get(key)
         if home is None or key not in self.patches:
             return super().patch_weight_to_device(key, device_to, *args, **kwargs)
-        if _is_blocks(home):
+        if is_blocks(home):
             self._patch_blocks(key)
             return None
         if home.at_home or key in self.weights.applied:
@@ -191,7 +191,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         for key, home in changed:
             applied.pop(key, None)
             self.backup.pop(key, None)
-            if _is_blocks(home):
+            if is_blocks(home):
                 _unhook(home)
             else:
                 home.put(home.tensor)
@@ -207,14 +207,14 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
     ) -> Iterator[tuple[str, Home, torch.Tensor | None]]:
         """Unpatched weights as ComfyUI would hold them on a device; None for what is not to be replaced there."""
         away = not self._is_home(device)
-        read = [(key, home) for key, home in changed if away and _uploads(home) and not _is_blocks(home)]
+        read = [(key, home) for key, home in changed if away and _uploads(home) and not is_blocks(home)]
         if read:
             uploaded = self.weights.upload([home for _, home in read], device)
             yield from ((key, home, tensor) for (key, home), tensor in zip(read, uploaded, strict=True))
         done = {key for key, _ in read}
         for key, home in changed:
             if key not in done:
-                moves = away and home.at_home and not _is_blocks(home) and key not in self.patches
+                moves = away and home.at_home and not is_blocks(home) and key not in self.patches
                 yield key, home, self._native(home, device) if moves else None
 
     def _native(self, home: Home, device: Any) -> torch.Tensor:
@@ -228,15 +228,15 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         """Give patched blocks (these, or all) their own patch in place of what ComfyUI put there for a part of them."""
         for key in keys or self.patches:
             home = self.weights.homes.get(key)
-            if home is not None and _is_blocks(home):
+            if home is not None and is_blocks(home):
                 self.weights.applied[key] = list(self.patches[key])
-                _functions(home)[:] = [BlockPatch(key, self.patches[key], self.weights.patch_dtype)]
+                functions_of(home)[:] = [BlockPatch(key, self.patches[key], self.weights.patch_dtype)]
 
     def _round_what_stayed(self) -> None:
         """Weights that stay on the host are cast when they are used: by way of the dtype ComfyUI keeps them in."""
         for home in self.weights.homes.values():
             if home.at_home and home.dtype not in (None, home.tensor.dtype) and home.name in ("weight", "bias"):
-                functions = _functions(home)
+                functions = functions_of(home)
                 if not any(isinstance(function, _Round) for function in functions):
                     functions.insert(0, _Round(home.dtype))
 
@@ -325,7 +325,8 @@ def same_patches(left: Any, right: Any) -> bool:
     return bool(left == right) if isinstance(left, (str, int, float, type(None))) else False
 
 
-def _device_bytes(home: Home) -> int:
+def device_bytes(home: Home) -> int:
+    """What a parameter takes where ComfyUI holds it."""
     found = parts(home.tensor)
     if len(found) == 1 and home.dtype is not None:
         return found[0].numel() * home.dtype.itemsize
@@ -337,11 +338,12 @@ def _uploads(home: Home) -> bool:
     return home.at_home and len(parts(home.tensor)) == 1
 
 
-def _is_blocks(home: Home) -> bool:
+def is_blocks(home: Home) -> bool:
+    """Whether it is quantised blocks of a GGUF file."""
     return bool(getattr(home.module, "quant", "")) and home.name == "weight"
 
 
-def _functions(home: Home) -> list[Any]:
+def functions_of(home: Home) -> list[Any]:
     """The functions ComfyUI's layer applies to a parameter when it casts it; a list of the module's own."""
     name = f"{home.name}_function"
     if name not in home.module.__dict__:
@@ -351,8 +353,8 @@ def _functions(home: Home) -> list[Any]:
 
 
 def _unhook(home: Home) -> None:
-    if _is_blocks(home):
-        _functions(home).clear()
+    if is_blocks(home):
+        functions_of(home).clear()
 
 
 def _device_of(value: Any) -> torch.device | None:

@@ -81,13 +81,16 @@ class LoadRequest:
 class ModelFacts:
     """What a worker says of a model it loaded.
 
-    `bytes` is what the weights occupy on `device`, whose `uuid` is "" on a CPU.
+    `bytes` is what the weights occupy on `device`, whose `uuid` is "" on a CPU. `weights` says where they are and
+    what they take, `advice` what the user should change where they do not fit.
     """
 
     family: str
     bytes: int
     device: str
     uuid: str
+    weights: str = ""
+    advice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,17 +16,21 @@ from ..patches.ffn import ChunkedFeedForward
 from ..patches.registry import plan_for
 from ..raylight import cost
 from ..raylight.config import ModelSpec, WorkerSettings
+from ..raylight.errors import ConfigError, LoadError
 from ..raylight.hooks import Installation, install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
+from ..raylight.packing import Footprint, advice
 from ..raylight.plan import Plan, RowPlan
 from ..raylight.row_hooks import RowInstallation
 from ..raylight.watch import Watch
 from . import compiled
 from .adopt import Adopted, adopt, private_bytes
+from .block_patcher import BLOCKS, BlockPatcher, Divided
+from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
-from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights
+from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes
 from .messages import ModelFacts
 
 log = logging.getLogger(__name__)
@@ -50,18 +55,25 @@ class WorkerModel:
             raise changed(spec.path, "it is not the file that was chosen any more")
         self.source = Source(spec.path, reader=spec.reader)
         adopted = self._adopted(spec, dtype)
-        weights = Weights(self.source, adopted.homes, _patch_dtype(spec))
+        self._mesh = mesh
+        self._homes = adopted.homes
+        self._blocks = self._divided(adopted)
+        inside = self._blocks.inside if self._blocks is not None else ()
+        outside = {key: home for key, home in adopted.homes.items() if key not in inside}
+        self._weights = Weights(self.source, outside, _patch_dtype(spec))
         found = adopted.patcher
-        self._base = MappedPatcher(found.model, found.load_device, found.offload_device)
-        self._base.set_attachments(ATTACHMENT, weights)
-        self._weights = weights
+        kind = MappedPatcher if self._blocks is None else BlockPatcher
+        self._base = kind(found.model, found.load_device, found.offload_device)
+        self._base.set_attachments(ATTACHMENT, self._weights)
+        if self._blocks is not None:
+            self._base.set_attachments(BLOCKS, Divided(self._blocks, adopted.homes))
         self.patcher = self._base
         self.state = ""
+        self._lacking = ""
         self._settings = WorkerSettings()
         self._objects: dict[str, Any] = {}
         self._compiled: dict[str, Any] = {}
         self._chunked: ChunkedFeedForward | None = None
-        self._mesh = mesh
         self._kernel = kernel
         self._plan = self._planned() if mesh.parallel.needs_plan else None
         self._installation: Installation | RowInstallation | None = None
@@ -79,6 +91,13 @@ class WorkerModel:
     def _adopted(self, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
         return adopt(self.source, spec, dtype)
 
+    def _divided(self, adopted: Adopted) -> BlockWeights | None:
+        """The blocks whose weights are divided over the ranks; None where they are resident."""
+        if self._mesh.parallel.residency == "resident":
+            return None
+        device = model_management.get_torch_device()
+        return divide(adopted.patcher.model.diffusion_model, adopted.homes, self.source, self._mesh, device=device)
+
     def _planned(self) -> Plan | RowPlan | None:
         """How the ranks of a sequence share the model; None where each runs all of it."""
         return plan_for(self.diffusion)
@@ -91,7 +110,38 @@ class WorkerModel:
             bytes=self._base.model_size(),
             device=str(device),
             uuid=device_uuid(device),
+            weights=self.described(),
+            advice=self._fit(int(model_management.minimum_inference_memory())),
         )
+
+    def described(self) -> str:
+        """Where the weights are, and what they take."""
+        outside = sum(map(device_bytes, self._weights.homes.values()))
+        if self._blocks is None:
+            return f"resident weights, {Footprint(outside=outside)}"
+        ahead = "ahead of use" if self._blocks.prefetch else "when they are used"
+        return (
+            f"{self._blocks.residency} weights, {self._blocks.footprint(outside)}; "
+            f"{self._blocks.count} blocks are gathered {ahead}"
+        )
+
+    def _fit(self, activations: int) -> str:
+        """What to switch on where weights and a call do not fit on the device; "" where they do."""
+        device = model_management.get_torch_device()
+        if self._blocks is not None or device.type == "cpu":
+            return ""
+        room = int(model_management.get_total_memory(device))
+        needs = {"resident": Footprint(outside=self.size)}
+        if self.size + activations > room:
+            comm = self._mesh.sequence
+            for kind in ("sharded", "streamed") if comm.size > 1 else ("streamed",):
+                blocks = BlockWeights(
+                    self.diffusion, self._homes, self.source, comm, residency=kind, prefetch="auto", device=device
+                )
+                inside = blocks.inside
+                outside = (device_bytes(home) for key, home in self._homes.items() if key not in inside)
+                needs[kind] = blocks.footprint(sum(outside))
+        return advice(needs, room=room, activations=activations)
 
     def patch(self, state: str, patches: dict[str, Any], objects: dict[str, Any], *, force_cast: bool) -> None:
         """Take over the driver's weight and object patches; ComfyUI applies them when the model becomes resident."""
@@ -118,6 +168,12 @@ class WorkerModel:
         """
         if settings == self._settings:
             return False
+        if settings.compile == "cudagraphs" and self._blocks is not None:
+            raise ConfigError(
+                "The compiler cudagraphs needs weights that stay where they are",
+                f"they are {self._blocks.residency}",
+                "Choose another backend, or switch FSDP and FSDP_CPU_OFFLOAD off",
+            )
         compiler = self._settings.compile
         if settings.compile != compiler:
             # may refuse, so before anything is changed
@@ -162,7 +218,34 @@ class WorkerModel:
         if isinstance(first, (list, tuple)):
             first = first[0]
         needed = self._base.memory_required(list(first.shape)) if isinstance(first, torch.Tensor) else 0
+        self._lacking = self._fit(int(needed))
         model_management.load_models_gpu([self.patcher], memory_required=needed)
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Ranks that hold parts of each other's weights fail together, or some would gather what others do not have.
+
+        Whether there is anything to do inside is for each rank to know, so they ask one another at every call.
+
+        Raises:
+            LoadError: another rank failed.
+        """
+        if self._blocks is None:
+            yield
+            return
+        control = self._mesh.control_of(self._mesh.axis("weights"))
+        try:
+            yield
+        except Exception:
+            control.all_reduce(torch.tensor(self._mesh.rank), op="max")
+            raise
+        failed = int(control.all_reduce(torch.tensor(-1), op="max").item())
+        if failed >= 0:
+            raise LoadError(
+                f"Worker {failed} has no room for its part of the weights, or cannot read them",
+                "all workers have left the call",
+                "Free memory on its device, use more workers, or switch FSDP_CPU_OFFLOAD on",
+            )
 
     def offload(self) -> None:
         """Take the weights off the device: from now on parameters are the map again."""
@@ -196,13 +279,23 @@ class WorkerModel:
             Cancelled: a rank that shares the sequence has; all of them leave before the same block.
         """
         function = getattr(self.diffusion, method)
-        with self._boundaries.watched(Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)):
+        watch = Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)
+        with self._gathering(method), self._boundaries.watched(watch):
             if self._installation is not None and method in ("forward", "_forward"):
                 return self._installation.wrapper(function, *args, **kwargs)
             return function(*args, **kwargs)
 
+    def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
+        if self._blocks is None:
+            return contextlib.nullcontext()
+        # a mode that looks at every function would have compiled code run as Python
+        return self._blocks.rotation.call(method, check=not self._settings.compile)
+
     def advice(self) -> str:
         """What the last call showed that the user should know: "" for nothing."""
+        return self._lacking or self._advice_on_cost()
+
+    def _advice_on_cost(self) -> str:
         if self._installation is None:
             return ""
         if isinstance(self._installation, RowInstallation):
@@ -221,7 +314,7 @@ class WorkerModel:
             LoadError: the file changed.
         """
         self.source.check()
-        home = self._weights.homes[key]
+        home = self._homes[key]
         if getattr(home.module, "quant", "") and home.name == "weight":
             whole: torch.Tensor = home.module.whole(torch.device("cpu"), torch.float32)  # type: ignore[operator]
             return whole

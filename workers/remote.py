@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import logging
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +26,8 @@ from .link import PREFIX, SETTINGS, ModelLink, interruptible, settings_of
 from .pool import Pool, acquire, close_all, shut_down
 from .transfer import FILE
 
+log = logging.getLogger(__name__)
+
 REMOTE_METHODS = ("_forward", "forward", "preprocess_text_embeds")
 """Methods that need weights and are called from outside the diffusion model. `_forward` lies below the
 DIFFUSION_MODEL wrappers, so those run in the driver; families without it are cut at `forward`."""
@@ -42,7 +46,10 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
         plan_for(model.diffusion_model)
     dtype = model.get_dtype()
     link = ModelLink(config, spec, dtype, refer)
-    link.load()
+    facts = link.load()[0]
+    log.info("%s on %s: %s", os.path.basename(spec.path), facts.device, facts.weights)
+    if facts.advice:
+        log.warning("%s", facts.advice)
     base = ghost.without_weights(model, state, dtype, model.manual_cast_dtype)
     for key, parameter in model.diffusion_model.state_dict(keep_vars=True).items():
         parameter.raylight_source = (spec, PREFIX + key)

@@ -185,8 +185,9 @@ class Runner:
             args, kwargs = self._restore(self._decoder.decode(request.call), computed)
             if model.settle(request.settings):
                 self._ready.pop(request.spec, None)
-            self._make_ready(request.spec, args)
-            model.source.check()
+            with model.agreed():
+                self._make_ready(request.spec, args)
+                model.source.check()
             if request.random is not None:
                 random_states.put(request.random)
             started, waited = time.perf_counter(), self.mesh.seconds

@@ -67,8 +67,8 @@ class Bench:
 
         return ModelSpec.of(path, **fields)
 
-    def mapped(self, path: Path, **fields: Any) -> WorkerModel:
-        """A worker's model, as the driver would have it loaded."""
+    def mapped(self, path: Path, *, mesh: Any = None, **fields: Any) -> WorkerModel:
+        """A worker's model, as the driver would have it loaded; by default of a pool of one."""
         from comfy_raylight.raylight.config import ParallelConfig
         from comfy_raylight.raylight.mesh import Mesh
         from comfy_raylight.workers import ghost
@@ -78,7 +78,8 @@ class Bench:
         spec = self.spec(path, **fields)
         found, _ = ghost.build(spec)
         with normal_tensors():
-            return WorkerModel(spec, found.get_dtype(), Mesh.single(ParallelConfig(world=1)), None)
+            mesh = mesh or Mesh.single(ParallelConfig(world=1))
+            return WorkerModel(spec, found.get_dtype(), mesh, None)
 
     def run(self, model: Any) -> torch.Tensor:
         """The output of a model, brought onto its device first; of a worker's or of a patcher."""
