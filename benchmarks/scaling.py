@@ -92,6 +92,11 @@ def predict(_: argparse.Namespace) -> None:
         ):
             least = [cost.enough_tokens(work, machine, ulysses=n) for n in counts]
             print(f"| {title}, {name} | {' | '.join(map(str, least))} |")
+    print("\n| FSDP costs nothing from so many tokens on | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|")
+    for name, machine in machines().items():
+        for title in ("Wan 14B, 720p, 81 frames", "LTX-2, 720p, 121 frames", "Flux.1, 1024 x 1024"):
+            least = [cost.hidden_from(models()[title], machine, ranks=n, weight_bytes=2) for n in counts]
+            print(f"| {title.split(',')[0]}, {name} | {' | '.join(map(str, least))} |")
 
 
 def check(_: argparse.Namespace) -> None:

@@ -117,6 +117,27 @@ def enough_tokens(work: Work, machine: Machine, *, ulysses: int = 1, ring: int =
     return tokens
 
 
+def gather_seconds(work: Work, machine: Machine, *, ranks: int, weight_bytes: float) -> float:
+    """Time to gather the weights of one block, of which every rank has a part and sends it to all others.
+
+    Args:
+        weight_bytes: bytes per weight, as they are stored.
+    """
+    return work.weights * weight_bytes * (ranks - 1) / ranks / machine.link + machine.latency
+
+
+def hidden_from(work: Work, machine: Machine, *, ranks: int, weight_bytes: float) -> int:
+    """The fewest tokens, to a power of two, from which a block computes longer than the next one's gather takes."""
+    gather = gather_seconds(work, machine, ranks=ranks, weight_bytes=weight_bytes)
+    tokens = 64
+    while tokens < 1 << 20:
+        block = replace(work, tokens=tokens, blocks=1)
+        if (block.linear_flops / machine.linear + block.attention_flops / machine.attention) / ranks >= gather:
+            break
+        tokens *= 2
+    return tokens
+
+
 def advice(works: Sequence[Work], machine: Machine, *, ulysses: int = 1, ring: int = 1) -> str:
     """What to tell the user where sharing these tokens does not pay; "" where it does."""
     ranks = ulysses * ring

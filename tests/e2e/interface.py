@@ -126,6 +126,7 @@ OPTIONAL = {
     "use_mmap": flag(True),
     "mmap_cache_size": integer(2, 1, 10),
     "use_fastsafe": flag(False),
+    "FSDP_prefetch": choice("auto", "on", "off", default="auto"),
 }
 VAE_FILE = {"vae_name": choice(), "vae_dtype": choice("auto", "bf16", "fp16", "fp32", default="auto")}
 FLOATS = ("default", "target", "float32", "float16", "bfloat16")

@@ -41,8 +41,11 @@ BAD_POOLS = [
     pytest.param({"GPU": -1, "ulysses_degree": 1}, ("GPU is -1",), id="negative workers"),
     pytest.param({"GPU": 2, "ulysses_degree": -2}, ("negative", "ulysses_degree=-2"), id="negative degree"),
     pytest.param({"GPU": 2, "ulysses_degree": 2, "cfg_degree": 0}, ("cfg_degree=0",), id="one degree zero"),
-    pytest.param({"GPU": 2, "FSDP": True}, ("FSDP is switched on", "Switch FSDP off"), id="FSDP"),
-    pytest.param({"GPU": 2, "FSDP_CPU_OFFLOAD": True}, ("FSDP_CPU_OFFLOAD", "off"), id="FSDP offload"),
+    pytest.param(
+        {"GPU": 2, "ulysses_degree": 1, "cfg_degree": 2, "FSDP": True},
+        ("FSDP divides weights", "ulysses_degree=1", "switch FSDP_CPU_OFFLOAD on"),
+        id="FSDP without a sequence",
+    ),
     pytest.param({"GPU": 2, "gpu_indices": "0,x"}, ("gpu_indices",), id="indices"),
     pytest.param({"ray_cluster_address": "127.0.0.1:1"}, ("127.0.0.1:1", "ray_cluster_address"), id="no such cluster"),
 ]

@@ -39,3 +39,15 @@ def test_advice_is_for_short_sequences_only() -> None:
     text = cost.advice([replace(VIDEO, tokens=least // 4)], MACHINE, ulysses=8)
     assert f"{least // 4} tokens" in text and "8 workers" in text and "cfg_degree" in text
     assert cost.advice([replace(VIDEO, tokens=1)], MACHINE) == cost.advice([], MACHINE, ulysses=2) == ""
+
+
+def test_gathers_hide_behind_long_blocks() -> None:
+    machine = replace(MACHINE, latency=0.0)
+    whole = 2e8 * 2  # bytes of a block in bf16
+    assert cost.gather_seconds(VIDEO, machine, ranks=4, weight_bytes=2) == pytest.approx(whole * 3 / 4 / 1e10)
+    assert cost.gather_seconds(VIDEO, machine, ranks=4, weight_bytes=1) == pytest.approx(whole * 3 / 8 / 1e10)
+    least = {ranks: cost.hidden_from(VIDEO, machine, ranks=ranks, weight_bytes=2) for ranks in (2, 4, 8)}
+    assert least[2] < least[4] < least[8]
+    # linear layers alone would take L * 4e8 / 1e14 / 2 s; the gather of 2 ranks takes 0.02 s
+    assert least[2] / 2 < 10000
+    assert cost.hidden_from(VIDEO, replace(machine, link=float("inf")), ranks=8, weight_bytes=2) == 64

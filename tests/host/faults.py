@@ -52,21 +52,33 @@ class Stage:
 
     Args:
         cluster: address of the Ray cluster that it is to use, "" for one of its own.
+        file: the checkpoint, a Wan.
+        more: other inputs of RayInitializer.
     """
 
-    def __init__(self, server: ComfyServer, client: ComfyClient, *, cluster: str = "") -> None:
+    def __init__(
+        self,
+        server: ComfyServer,
+        client: ComfyClient,
+        *,
+        cluster: str = "",
+        file: str = "wan.safetensors",
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
         self.server, self.client = server, client
         self._cluster = cluster or "local"
+        self._file = file
+        self._more = more or {}
         self._count = 0
 
     def case(self, **changes: Any) -> Case:
         self._count += 1
-        return Case(file="wan.safetensors", inputs=FAMILIES["wan"], name=f"run{self._count}", **changes)
+        return Case(file=self._file, inputs=FAMILIES["wan"], name=f"run{self._count}", **changes)
 
     def prompt(self, **changes: Any) -> Prompt:
         """A prompt that ComfyUI has not seen; the end of its schedule is far beyond its steps."""
         changes.setdefault("end", 10000 - self._count)
-        where = PoolCase(workers=2, through_model=True) if changes.get("model_nodes") else PoolCase(workers=2)
+        where = PoolCase(workers=2, through_model=bool(changes.get("model_nodes")), more=self._more)
         prompt = pool(self.case(**changes), where)
         prompt[INIT]["inputs"]["ray_cluster_address"] = self._cluster
         return prompt
@@ -111,7 +123,7 @@ class Stage:
         return Path(self.server.models / "spoiled.safetensors")
 
     def spoilable(self) -> Prompt:
-        shutil.copy(self.server.models / "wan.safetensors", self.copy)
+        shutil.copy(self.server.models / self._file, self.copy)
         prompt = self.prompt(steps=4000)
         prompt["loader"]["inputs"]["unet_name"] = self.copy.name
         return prompt
