@@ -31,6 +31,9 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "ulysses, pack_qkv": {"pack_qkv": True},
     "ring": {"ring": True},
     "compiled": {"compile": "inductor"},
+    "sharded": {"residency": "sharded"},
+    "sharded, no prefetch": {"residency": "sharded", "prefetch": "off"},
+    "streamed": {"residency": "streamed"},
 }
 """Of several GPUs; compiled runs with Ulysses, on one GPU too."""
 
