@@ -247,7 +247,7 @@ class RowParallel(TorchFunctionMode):
         stride = _of_rows(given.get("stride") or kernel_size)
         if size != stride or _of_rows(given.get("padding", 0)):
             self._refuse(func, why=f"windows of {size} rows, {stride} apart")
-        if size > 1:
+        if size > 1 and self._strips.halvings:
             self._only_multiples(func, input, size, rounds_up=False)
         return func(input, kernel_size, *args, **kwargs)
 
