@@ -19,8 +19,9 @@ INTRODUCTION = """# Parity of every model family
 
 Largest difference between ComfyUI's own forward in one process and the same on several ranks, relative to the largest
 value of the output, in fp32 on a CPU; the worst of all cases of `tests/engine/families`, cut once and cut around every
-block. `u2` is Ulysses on 2 ranks, `r3` a ring of 3, `u4r2` both on 8. An empty cell: this ComfyUI does not have the
-family. Written by `RAYLIGHT_TEST_LARGE=1 python tests/run.py tests/engine --write-tables`.
+block. `u2` is Ulysses on 2 ranks, `r3` a ring of 3, `u4r2` both on 8; UNets are divided by rows over as many, and only
+their attention is exchanged in these ways. An empty cell: this ComfyUI does not have the family. Written by
+`RAYLIGHT_TEST_LARGE=1 python tests/run.py tests/engine --write-tables`.
 """
 
 
