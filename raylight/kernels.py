@@ -140,7 +140,9 @@ class LocalKernel:
                 **kwargs,
             )
         if not skip_reshape:
-            q, k, v = (t.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+            # as ComfyUI's: where q is of tiles, keys and values become tiles of the same number
+            rows = [t.flatten(2).unflatten(-1, (heads, -1)) for t in (q, k, v)]
+            q, k, v = (t.reshape(q.shape[0], -1, *t.shape[2:]).transpose(1, 2) for t in rows)
         if k.shape[1] != heads and kwargs.get("enable_gqa"):
             k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
         out = self._forward(q, k, v, scale_of(q, kwargs))[0]

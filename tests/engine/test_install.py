@@ -296,6 +296,10 @@ def test_a_kernel_computes_what_comfyui_would(skip_reshape: bool, skip_output_re
         raise AssertionError("not called without a mask")
 
     assert torch.allclose(kernel(never, *given, 5, **forms), want, atol=1e-6)
+    if not skip_reshape:
+        # HyperTile regroups the queries only
+        tiles = [t.unflatten(1, (-1, 1)).flatten(0, 1) for t in given]
+        assert torch.equal(kernel(never, tiles[0], *given[1:], 5, **forms), kernel(never, *tiles, 5, **forms))
     mask = torch.zeros(1, 1, 7, 7)
     passed: dict[str, Any] = {}
 
