@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -189,8 +190,12 @@ class Streams:
         size = max(block.packing.part for block in blocks)
         self._buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2 if ahead else 1)]
         self._turn = 0
+        self._device = device
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        # what is read ahead must not hold up what computes: on an accelerator it has a stream of its own
+        self._stream = None if self._module is None else self._module.Stream(device=device)
         self._thread = ThreadPoolExecutor(1, "raylight-weights")
-        self._begun: tuple[int, Future[torch.Tensor]] | None = None
+        self._begun: tuple[int, Future[Any]] | None = None
 
     @property
     def bytes(self) -> int:
@@ -199,20 +204,26 @@ class Streams:
 
     def ahead(self, number: int) -> None:
         self.drop()
-        self._begun = (number, self._thread.submit(self._fill, number, self._next()))
+        # the buffer's last part has been gathered where this rank's work has come to now
+        begin = None if self._stream is None else self._module.current_stream(self._device).record_event()
+        self._begun = (number, self._thread.submit(self._fill_beside, number, self._next(), begin))
 
     def take(self, number: int) -> torch.Tensor:
         if self._begun is not None and self._begun[0] == number:
-            begun, self._begun = self._begun, None
-            return begun[1].result()
+            (_, begun), self._begun = self._begun, None
+            self._after(begun.result())
+            return self._part(number, self._buffers[self._turn % len(self._buffers)])
         self.drop()
-        return self._fill(number, self._next())
+        buffer = self._next()
+        self._fill(number, buffer)
+        return self._part(number, buffer)
 
     def drop(self) -> None:
         begun, self._begun = self._begun, None
         if begun is not None:
             # its error is nobody's: what it read is not used
-            begun[1].exception()
+            if begun[1].exception() is None:
+                self._after(begun[1].result())
             self._turn -= 1
 
     def close(self) -> None:
@@ -224,11 +235,26 @@ class Streams:
         self._turn += 1
         return self._buffers[self._turn % len(self._buffers)]
 
-    def _fill(self, number: int, buffer: torch.Tensor) -> torch.Tensor:
-        block = self._blocks[number]
-        part = buffer[: block.packing.part]
-        block.fill(part, self._rank, self._read)
-        return part
+    def _after(self, end: Any) -> None:
+        """What is done with the buffer from now on comes after an event; None is none."""
+        if end is not None:
+            self._module.current_stream(self._device).wait_event(end)
+
+    def _part(self, number: int, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[: self._blocks[number].packing.part]
+
+    def _fill(self, number: int, buffer: torch.Tensor) -> None:
+        self._blocks[number].fill(self._part(number, buffer), self._rank, self._read)
+
+    def _fill_beside(self, number: int, buffer: torch.Tensor, begin: Any) -> Any:
+        """In the thread: fill after an event on the device; the event after which it is done."""
+        if self._stream is None:
+            self._fill(number, buffer)
+            return None
+        with self._module.stream(self._stream):
+            self._stream.wait_event(begin)
+            self._fill(number, buffer)
+            return self._stream.record_event()
 
 
 def from_map(slices: Sequence[tuple[torch.Tensor, torch.dtype]]) -> Iterable[torch.Tensor]:
