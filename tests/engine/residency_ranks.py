@@ -23,7 +23,7 @@ from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.packing import footprint
 from comfy_raylight.raylight.residency import Rotation
 
-from .case import Case, build, patched, random, skip
+from .case import Case, patched, skip
 from .families import CASES, wan
 from .ranks import EVERYTHING, enter_comfy, fork, forward_of, leaves, mesh_of
 
@@ -33,29 +33,6 @@ KINDS = ("sharded", "streamed")
 CPU = torch.device("cpu")
 FAST = ("WanModel", "Flux", "NextDiT", "UNetModel")
 """Families that run in every variant by default; the others in one of each kind."""
-
-
-def unet(**_: Any) -> torch.nn.Module:
-    """A UNet, whose parent calls the layers inside of its blocks."""
-    return build(
-        "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        image_size=8,
-        in_channels=4,
-        model_channels=32,
-        out_channels=4,
-        num_res_blocks=[1, 1],
-        channel_mult=(1, 2),
-        num_heads=2,
-        use_spatial_transformer=True,
-        transformer_depth=[1, 1],
-        context_dim=16,
-        transformer_depth_middle=1,
-        transformer_depth_output=[1, 1, 1, 1],
-    )
-
-
-def picture() -> Any:
-    return (random(1, 4, 8, 8), torch.tensor([500.0])), {"context": random(1, 7, 16)}
 
 
 def mixed(**_: Any) -> torch.nn.Module:
@@ -79,7 +56,6 @@ def skips() -> Any:
 
 
 SPECIAL = (
-    Case(name="unet", family="UNetModel", model=unet, make=picture, modes=()),
     Case(name="wan_mixed", family="WanModel", model=mixed, make=wan.video, modes=()),
     Case(name="wan_skips", family="WanModel", model=wan.wan, make=skips, base=wan.video, modes=()),
 )
@@ -174,16 +150,16 @@ def by_itself(case: Case, model: Any, reference: Any, mesh: Mesh, variants: list
 
 
 def with_sequence(case: Case, model: Any, mesh: Mesh, variants: list[tuple[str, bool]]) -> dict[str, Any]:
-    """The ranks share the tokens as well, in both granularities."""
+    """The ranks share the tokens as well, in both granularities; or the rows of a UNet, which has none."""
     found = {}
-    modes = [mode for mode in ("trunk", "block") if mode in case.modes]
+    modes: list[str] = [mode for mode in ("trunk", "block") if mode in case.modes] or list(case.modes[:1])
     for granularity in modes if EVERYTHING or case.family in FAST else modes[-1:]:
         installation = install(
             model,
             case.plan(model),
             mesh,
             kernel=kernels.chosen(mesh.parallel),
-            granularity=granularity,  # type: ignore[arg-type]
+            granularity=granularity if granularity in ("trunk", "block") else None,  # type: ignore[arg-type]
         )
 
         def call(installation: Any = installation) -> Any:
@@ -200,7 +176,7 @@ def with_sequence(case: Case, model: Any, mesh: Mesh, variants: list[tuple[str, 
 
 def changes_of_path(mesh: Mesh) -> dict[str, Any]:
     """Blocks that are left out, and come back: one gather in vain each time, and no wrong bit."""
-    case = SPECIAL[2]
+    case = SPECIAL[1]
     model = built(case)
 
     def call(inputs: Any) -> Any:
@@ -226,7 +202,7 @@ def changes_of_path(mesh: Mesh) -> dict[str, Any]:
 
 def goes_wrong(mesh: Mesh) -> dict[str, Any]:
     """Errors on every rank inside a block, weights that are read elsewhere, blocks inside blocks; then a good call."""
-    case = SPECIAL[2]
+    case = SPECIAL[1]
     model = built(case)
     args, kwargs = case.plain()
     plain = forward_of(model)(*args, **kwargs)

@@ -68,7 +68,7 @@ def test_family(residency: Any, root: str, family: str, mesh: str) -> None:
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("name, mesh", [(case.name, mesh) for case in SPECIAL for mesh in ranks_of(case)])
 def test_special(residency: Any, root: str, name: str, mesh: str) -> None:
-    """A UNet, several dtypes in a block and a weight in two blocks, and a block that is left out."""
+    """Several dtypes in a block and a weight in two blocks, and a block that is left out."""
     check(of_all_ranks(residency(root), mesh, name))
 
 
