@@ -134,6 +134,7 @@ def unloaded(patcher: Any) -> torch.Tensor:
     from comfy_raylight.workers.loading import normal_tensors
 
     with normal_tensors():
+        patcher.detach()
         patcher.partially_load(torch.device("cpu", 0), extra_memory=1)
         output = forward(patcher.model)
         patcher.detach()
