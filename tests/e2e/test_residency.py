@@ -39,8 +39,8 @@ def files(server: ComfyServer, comfy_root: Path) -> None:
         Job(family="wan", path=models / f"deep{n}.safetensors", seed=s, size=SIZE) for n, s in (("", 0), ("-low", 3))
     ]
     write(jobs, comfy_root=comfy_root, python=Path(sys.executable))
-    for kind in ("bf16", "scaled", "layers"):
-        write_variant(models / DEEP.file, models / f"deep-{kind}.safetensors", kind)
+    for kind, sampling in OF.items():
+        write_variant(models / DEEP.file, models / sampling.file, kind)
     for name, part in (("deep-attn", "attn"), ("deep-ffn", "ffn")):
         write_adapter(models / DEEP.file, models.parent / "loras" / f"{name}.safetensors", "lora", part=part)
 
@@ -58,31 +58,26 @@ def result(server: ComfyServer, client: ComfyClient, files: None) -> Run:
     return run
 
 
+ON_FOUR = PoolCase(workers=4, cfg=2, more=SHARDED)
+THREE = dataclasses.replace(DEEP, sampling="PerpNegGuider")
+OF = {kind: dataclasses.replace(DEEP, file=f"deep-{kind}.safetensors") for kind in ("bf16", "scaled", "layers")}
 WHERE = [
     pytest.param(DEEP, PoolCase(more=SHARDED), id="sharded"),
     pytest.param(DEEP, PoolCase(more=STREAMED), id="streamed"),
+    pytest.param(DEEP, ON_FOUR, id="sharded cfg"),
     pytest.param(DEEP, PoolCase(more=SHARDED | LATE), id="sharded late", marks=SLOW),
     pytest.param(DEEP, PoolCase(more=STREAMED | LATE), id="streamed late", marks=SLOW),
-    pytest.param(DEEP, PoolCase(workers=3, more=SHARDED), id="sharded on 3"),
+    pytest.param(DEEP, PoolCase(workers=3, more=SHARDED), id="sharded on 3", marks=SLOW),
     pytest.param(DEEP, PoolCase(workers=3, more=STREAMED), id="streamed on 3", marks=SLOW),
-    pytest.param(DEEP, PoolCase(ring=2, more=SHARDED), id="sharded ring"),
+    pytest.param(DEEP, PoolCase(ring=2, more=SHARDED), id="sharded ring", marks=SLOW),
     pytest.param(DEEP, PoolCase(workers=4, ring=2, more=STREAMED), id="streamed 2 x ring 2", marks=SLOW),
-    pytest.param(DEEP, PoolCase(workers=4, cfg=2, more=SHARDED), id="sharded cfg"),
-    pytest.param(dataclasses.replace(DEEP, cfg=1.0), PoolCase(workers=4, cfg=2, more=SHARDED), id="sharded cfg 1"),
-    pytest.param(
-        dataclasses.replace(DEEP, sampling="PerpNegGuider"),
-        PoolCase(workers=4, cfg=2, through_model=True, more=SHARDED),
-        id="sharded, three conditions on two groups",
-    ),
-    pytest.param(DEEP, PoolCase(cfg=2, more=STREAMED), id="streamed, each group by itself"),
-    pytest.param(DEEP, PoolCase(workers=2, ulysses=1, more=STREAMED), id="streamed on one replica of two"),
-    pytest.param(dataclasses.replace(DEEP, file="deep-bf16.safetensors"), PoolCase(more=SHARDED), id="sharded bf16"),
-    pytest.param(dataclasses.replace(DEEP, file="deep-scaled.safetensors"), PoolCase(more=SHARDED), id="sharded fp8"),
-    pytest.param(
-        dataclasses.replace(DEEP, file="deep-layers.safetensors"),
-        PoolCase(more=STREAMED),
-        id="streamed mixed precision",
-    ),
+    pytest.param(dataclasses.replace(DEEP, cfg=1.0), ON_FOUR, id="sharded cfg 1", marks=SLOW),
+    pytest.param(THREE, dataclasses.replace(ON_FOUR, through_model=True), id="three conditions on two", marks=SLOW),
+    pytest.param(DEEP, PoolCase(cfg=2, more=STREAMED), id="streamed, each group by itself", marks=SLOW),
+    pytest.param(DEEP, PoolCase(ulysses=1, more=STREAMED), id="streamed on one replica of two", marks=SLOW),
+    pytest.param(OF["bf16"], PoolCase(more=SHARDED), id="sharded bf16", marks=SLOW),
+    pytest.param(OF["scaled"], PoolCase(more=SHARDED), id="sharded fp8", marks=SLOW),
+    pytest.param(OF["layers"], PoolCase(more=STREAMED), id="streamed mixed precision", marks=SLOW),
 ]
 
 
@@ -94,7 +89,10 @@ def test_equals_plain(server: ComfyServer, result: Run, sampling: Case, where: P
     assert server.log().count(f"{kind} weights, ") > before, "the log says what a worker holds"
 
 
-@pytest.mark.parametrize("more", [SHARDED, STREAMED], ids=["sharded", "streamed"])
+KINDS = [pytest.param(SHARDED, id="sharded"), pytest.param(STREAMED, id="streamed", marks=SLOW)]
+
+
+@pytest.mark.parametrize("more", KINDS)
 def test_patches_offload_and_another_model(result: Run, more: dict[str, Any]) -> None:
     """LoRA on, offloaded, another one, off; and a second model that takes over in the middle of the schedule."""
     where = PoolCase(more=more)
@@ -123,7 +121,8 @@ def test_patches_offload_and_another_model(result: Run, more: dict[str, Any]) ->
     assert apart(pictures[1], pictures[0]) <= FP32
 
 
-@pytest.mark.parametrize("more", [SHARDED, STREAMED], ids=["sharded", "streamed"])
+@SLOW
+@pytest.mark.parametrize("more", KINDS)
 def test_gguf(server: ComfyServer, result: Run, more: dict[str, Any]) -> None:
     path = server.models / "deep-Q8_0.gguf"
     _, whole = write_gguf(server.models / DEEP.file, path, "Q8_0")
@@ -141,6 +140,7 @@ def test_gguf(server: ComfyServer, result: Run, more: dict[str, Any]) -> None:
         assert apart(result(prompt), result(with_stock_loras(plain(same), chain))) <= FP32
 
 
+@SLOW
 def test_weights_that_change_back(result: Run) -> None:
     """Resident, sharded and streamed in turn, each a pool of its own, give the same bits."""
     found = [result(pool(DEEP, PoolCase(more=more))) for more in ({}, SHARDED, STREAMED)]
@@ -155,10 +155,13 @@ def test_more_than_it_frees(client: ComfyClient, files: None) -> None:
     assert "its 2 blocks have" in caught.value.text and "Switch FSDP off" in caught.value.text
 
 
-FAULT_NAMES = ("exception", "exceptions", "cancel", "cancel in a step", "rank 1")
+BY_DEFAULT = ("exception", "exceptions", "cancel in a step")
+FAULT_NAMES = [
+    pytest.param(name, marks=() if name in BY_DEFAULT else SLOW) for name in (*BY_DEFAULT, "cancel", "rank 1")
+]
 
 
-@pytest.fixture(scope="module", params=[SHARDED, STREAMED], ids=["sharded", "streamed"])
+@pytest.fixture(scope="module", params=KINDS)
 def stage(request: pytest.FixtureRequest, server: ComfyServer, client: ComfyClient, files: None) -> Stage:
     return Stage(server, client, file=DEEP.file, more=request.param)
 
@@ -179,7 +182,7 @@ def test_fault(stage: Stage, wanted: bytes, name: str) -> None:
 
 
 OTHERS = [
-    pytest.param("flux", {"double": 2, "single": 4}, id="flux"),
+    pytest.param("flux", {"double": 2, "single": 4}, id="flux", marks=SLOW),
     pytest.param("zimage", {}, id="zimage", marks=SLOW),
 ]
 """Blocks of two kinds, and 1.7 GB of bf16."""
