@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
+
+WEB_DIRECTORY = "./web"
+"""Help pages, and what the page needs of this pack."""
 
 _IMPORT_ROOT = str(Path(__file__).resolve().parent / "workers" / "import_root")
 if _IMPORT_ROOT not in sys.path:

@@ -13,6 +13,7 @@ from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
 from .memory import RayKill, RayOffloadModel
 from .mirrors import display_names, node_classes
+from .report import RayReport
 from .samplers import XFuserKSamplerAdvanced
 from .settings import RayLTXFFNChunker, RayTorchCompileModel
 from .teacache import RayTeaCache
@@ -34,6 +35,7 @@ NODE_CLASS_MAPPINGS = {
     "RayLoraLoader": RayLoraLoader,
     "RayLoraLoaderModelOnly": RayLoraLoaderModelOnly,
     "RayOffloadModel": RayOffloadModel,
+    "RayReport": RayReport,
     "RayTeaCache": RayTeaCache,
     "RayTorchCompileModel": RayTorchCompileModel,
     "RayUNETLoader": RayUNETLoader,
@@ -58,6 +60,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayLoraLoader": "Ray LoRA Loader (chain)",
     "RayLoraLoaderModelOnly": "Ray LoRA Loader",
     "RayOffloadModel": "Offload Model (Ray)",
+    "RayReport": "Ray Report",
     "RayTeaCache": "TeaCache (Ray)",
     "RayTorchCompileModel": "Torch Compile Model (Ray)",
     "RayUNETLoader": "Load Diffusion Model (Ray)",

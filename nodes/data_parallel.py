@@ -112,6 +112,7 @@ class DPKSamplerAdvanced(_DataParallel):
 
     CATEGORY = "Raylight"
     DESCRIPTION = f"ComfyUI's KSampler (Advanced) for several pictures at once. {HOW_MANY}"
+    SEARCH_ALIASES = ("batch", "ksampler", "seeds", "multi gpu")
     CORE = "KSamplerAdvanced"
     WITHOUT_NOISE = "disable"
     ORDER = (
@@ -139,6 +140,7 @@ class UnifiedParallelSampler(_DataParallel):
         f"ComfyUI's KSampler (Advanced), with the denoise of KSampler, for several pictures at once. {HOW_MANY} A pool "
         "that puts all workers on one picture is one replica."
     )
+    SEARCH_ALIASES = ("ksampler", "seeds", "multi gpu")
     RETURN_TYPES = ("LATENT", "RAY_ACTORS")
     RETURN_NAMES = ("latent", "ray_actors")
     OUTPUT_IS_LIST = (True, False)
@@ -172,6 +174,7 @@ class DPSamplerCustom(_DataParallel):
 
     CATEGORY = "Raylight/extra/custom_sampling/samplers"
     DESCRIPTION = f"ComfyUI's SamplerCustom for several pictures at once. {HOW_MANY}"
+    SEARCH_ALIASES = ("custom sampler", "seeds", "multi gpu")
     RETURN_NAMES = ("output",)
     CORE = "SamplerCustom"
     WITHOUT_NOISE = False
@@ -196,6 +199,7 @@ class DPNoiseList:
         "Eight seeds as a list of noises: the data parallel samplers take as many as they make pictures. "
         "ComfyUI's own SamplerCustomAdvanced runs once for each."
     )
+    SEARCH_ALIASES = ("seeds", "random noise")
     FUNCTION = "get_noise"
     RETURN_TYPES = ("NOISE",)
     OUTPUT_IS_LIST = (True,)
@@ -223,6 +227,7 @@ class DPConditioningList:
         "Pairs of conditioning as lists, one pair for each picture of a data parallel sampler: as many as are "
         "connected. One that is left out in between is the first pair's."
     )
+    SEARCH_ALIASES = ("prompts", "batch")
     FUNCTION = "assemble"
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("positive", "negative")

@@ -151,6 +151,7 @@ class RayInitializer:
 
     CATEGORY = "Raylight"
     DESCRIPTION = "Starts one worker per GPU. Connect it to Load Diffusion Model (Ray)."
+    SEARCH_ALIASES: tuple[str, ...] = ("multi gpu", "parallel", "usp", "ulysses", "start workers")
     FUNCTION = "start"
     RETURN_TYPES = ("RAY_ACTORS_INIT",)
     RETURN_NAMES = ("ray_actors_init",)
@@ -170,6 +171,7 @@ class RayInitializerAdvanced(RayInitializer):
     """The same with addresses."""
 
     DESCRIPTION = "Starts one worker per GPU, with the addresses of dashboard and rendezvous as inputs."
+    SEARCH_ALIASES = ("multi gpu", "parallel", "cluster")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

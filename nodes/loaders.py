@@ -52,6 +52,7 @@ class RayUNETLoader(_Loader):
         "Loads a diffusion model on the workers. Both outputs are the same model: RAY_ACTORS for Ray nodes, "
         "MODEL for every other node of ComfyUI."
     )
+    SEARCH_ALIASES = ("load diffusion model", "load checkpoint", "unet", "multi gpu")
     FILES = FOLDERS
 
     @classmethod
@@ -88,6 +89,7 @@ class RayGGUFLoader(_Loader):
         "Loads a GGUF diffusion model on the workers, without any other pack. Weights stay quantised on the "
         "device and are dequantised layer by layer."
     )
+    SEARCH_ALIASES = ("gguf", "quantized", "load diffusion model", "multi gpu")
     FILES = GGUF_FOLDERS
 
     @classmethod

@@ -51,6 +51,7 @@ class RayLoraLoaderModelOnly(_LoraNode):
         "and full differences. Chain several by ray_actors; prev_ray_lora is needed only for LoRAs that the model "
         "does not have yet."
     )
+    SEARCH_ALIASES = ("lora", "load lora")
     RETURN_TYPES = ("RAY_ACTORS", "RAY_LORA")
     RETURN_NAMES = ("ray_actors", "ray_lora")
     OUTPUT_TOOLTIPS = ("The model with the LoRA; the input is not changed.", "The LoRAs so far, for the next loader.")
@@ -77,6 +78,7 @@ class RayLoraLoader(_LoraNode):
     """A LoRA for a Ray loader's lora input, or for RayLoraLoaderModelOnly."""
 
     DESCRIPTION = "Chains LoRAs for the lora input of a Ray loader. They are applied in the order of the chain."
+    SEARCH_ALIASES = ("lora", "lora stack")
     RETURN_TYPES = ("RAY_LORA",)
     RETURN_NAMES = ("ray_lora",)
     OUTPUT_TOOLTIPS = ("The LoRAs so far.",)

@@ -16,6 +16,7 @@ class RayOffloadModel:
         "Takes the model's weights off the workers' GPUs and passes the latent through. The host keeps its one copy, "
         "so the next sampler has them back at the speed of the bus, with every LoRA. Runs at every prompt."
     )
+    SEARCH_ALIASES = ("free vram", "unload")
     FUNCTION = "offload"
     OUTPUT_NODE = True
     RETURN_TYPES = ("LATENT",)
@@ -49,6 +50,7 @@ class RayKill:
         "Ends all workers, which frees everything they hold on GPUs and host: for example before a workflow without "
         "Ray nodes. The next prompt that needs workers starts new ones by itself. Runs at every prompt."
     )
+    SEARCH_ALIASES = ("stop workers", "free vram")
     FUNCTION = "kill"
     OUTPUT_NODE = True
     RETURN_TYPES = ()

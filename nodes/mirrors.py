@@ -19,7 +19,7 @@ Core = Callable[..., tuple[Any, ...]]
 """Runs a node of ComfyUI by the names of its inputs."""
 MODEL, ACTORS = "model", "ray_actors"
 """The socket's name there and here."""
-FOLLOWED = ("INPUT_IS_LIST", "OUTPUT_IS_LIST", "OUTPUT_NODE", "EXPERIMENTAL", "DEPRECATED")
+FOLLOWED = ("INPUT_IS_LIST", "OUTPUT_IS_LIST", "OUTPUT_NODE", "EXPERIMENTAL")
 """What else of a class of ComfyUI's holds for its mirror."""
 
 EXTRA = "Raylight/extra"
@@ -113,6 +113,7 @@ class Mirror:
         given: inputs of ComfyUI's node that `call` gives it.
         call: runs ComfyUI's node with the values, by default as they are.
         about: description, after "ComfyUI's" and its id.
+        deprecated: whether only old files need it; ComfyUI's search then leaves it out.
     """
 
     id: str
@@ -125,6 +126,7 @@ class Mirror:
     given: tuple[str, ...] = ()
     call: Callable[..., tuple[Any, ...]] = _as_it_is
     about: str = "on a model of the pool."
+    deprecated: bool = False
 
 
 class _MirrorNode:
@@ -184,6 +186,8 @@ def _node_class(mirror: Mirror, node: Any) -> type:
             "node": node,
             "CATEGORY": mirror.category,
             "DESCRIPTION": f"{about} {own_words}".strip(),
+            "SEARCH_ALIASES": (mirror.core, *getattr(node, "SEARCH_ALIASES", ())),
+            "DEPRECATED": mirror.deprecated or getattr(node, "DEPRECATED", False),
             "RETURN_TYPES": tuple(kind for kind, _ in outputs),
             "RETURN_NAMES": tuple(name for _, name in outputs),
             "OUTPUT_TOOLTIPS": tuple(OUTPUT_TOOLTIPS.get(kind, other) for kind, _ in outputs),
@@ -436,6 +440,7 @@ MIRRORS = (
         call=_without_actors,
         about="under both names: ComfyUI's process loads the VAE. Distributed VAE (Ray) needs none: it loads its own "
         "on the workers.",
+        deprecated=True,
     ),
 )
 """The nodes. A node of ComfyUI that needs nothing of its own is one line more."""

@@ -35,6 +35,7 @@ class XFuserKSamplerAdvanced:
 
     CATEGORY = "Raylight"
     DESCRIPTION = "ComfyUI's KSampler (Advanced) on the workers; with sigmas connected, its SamplerCustom."
+    SEARCH_ALIASES = ("ksampler", "sampler", "multi gpu")
     FUNCTION = "sample"
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The denoised latent.",)

@@ -30,6 +30,7 @@ class RayLTXFFNChunker(_Setting):
         "Computes the feed-forward layers of LTX, and of any model that calls them ff, audio_ff, ffn or "
         "feed_forward, in stretches of tokens. Same picture; the widest activation of a step shrinks to 1 / ffn_chunks."
     )
+    SEARCH_ALIASES = ("low vram", "feed forward", "ltx")
     WIDGET: ClassVar = {
         "ffn_chunks": (
             "INT",
@@ -48,6 +49,7 @@ class RayTorchCompileModel(_Setting):
         "Compiles each block of the model in the workers, also where they share a picture. The first step of a new "
         "size takes the time to compile, up to minutes; the others are faster. Results differ in the last bits."
     )
+    SEARCH_ALIASES = ("torch.compile", "speed")
     WIDGET: ClassVar = {
         "backend": (
             list(COMPILERS),

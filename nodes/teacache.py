@@ -23,6 +23,7 @@ class RayTeaCache:
         "picture. After TeaCache (arXiv 2411.19108), with the noisy latent as indicator, so that it works for every "
         "model."
     )
+    SEARCH_ALIASES = ("tea cache", "cache", "speed")
     FUNCTION = "patch"
     RETURN_TYPES = ("RAY_ACTORS",)
     RETURN_NAMES = ("ray_actors",)

@@ -55,6 +55,7 @@ class RayVAEDecodeDistributed(_VAENode):
         "its tiles dealt out; the sizes are those of VAE Decode (Tiled). auto: seamless where a self-test of the "
         "VAE shows it to be right and the memory of each worker allows it, else tiles."
     )
+    SEARCH_ALIASES = ("vae decode", "tiled decode", "multi gpu")
     FUNCTION = "decode"
     RETURN_TYPES = ("IMAGE",)
     OUTPUT_TOOLTIPS = ("The decoded pictures or frames.",)
@@ -118,6 +119,7 @@ class RayVAEEncodeDistributed(_VAENode):
     DESCRIPTION = (
         "Encodes pictures or frames on all workers of the pool, a strip of rows each: the same latent as VAE Encode."
     )
+    SEARCH_ALIASES = ("vae encode", "multi gpu")
     FUNCTION = "encode"
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The encoded latent.",)

@@ -24,7 +24,7 @@ from .groups import Groups
 from .lanes import Lanes
 from .messages import LoadRequest, ModelFacts
 from .pool import REGISTRY, Pool, acquire
-from .replica import Call, Patches, Traffic, on_options
+from .replica import Call, Patches, Run, Traffic, on_options
 from .transfer import Reference
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,16 @@ class ModelLink:
             if groups is not None:
                 groups.forget()
 
+    def live_pool(self) -> Pool | None:
+        """The pool, where it runs."""
+        pool = REGISTRY.get(self.config)
+        return pool if pool is not None and pool.alive() else None
+
+    def last_runs(self) -> list[Run]:
+        """The last sampling run on each cfg group, where the pool lives since then."""
+        groups = self._live_groups()
+        return [replica.last_run for replica in groups.replicas] if groups is not None else []
+
     def traffic(self, group: int = 0) -> Traffic:
         """Totals of the pool's calls on one cfg group so far."""
         return self._groups().replicas[group].traffic
@@ -207,8 +217,8 @@ class ModelLink:
             raise
 
     def _live_groups(self) -> Groups | None:
-        pool = REGISTRY.get(self.config)
-        return pool.notes.get(self.replica) if pool is not None and pool.alive() else None
+        pool = self.live_pool()
+        return pool.notes.get(self.replica) if pool is not None else None
 
     def _tell(self, calls: int) -> None:
         """Say once per run that cfg_degree does not help, unless it did."""

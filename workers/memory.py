@@ -1,13 +1,25 @@
-"""Memory that a worker is done with goes back to the machine: to the device, and from its heap to the system."""
+"""Memory of a worker: what it has, and how what it is done with goes back to the device and the system."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 
+import psutil
+import torch
 from comfy import model_management
 
 log = logging.getLogger(__name__)
+
+
+def private_bytes() -> int:
+    """Host memory of this process that no other process shares: mapped model files are not in it."""
+    return int(psutil.Process().memory_full_info().uss)
+
+
+def device_bytes(device: torch.device) -> int:
+    """What this process has taken of its accelerator; 0 on a CPU."""
+    return 0 if device.type == "cpu" else int(torch.get_device_module(device).memory_reserved(device))
 
 
 def give_back() -> None:

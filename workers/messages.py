@@ -94,6 +94,36 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelReport:
+    """What a worker holds of a model: bytes of its weights, of those on the device, number of patches, settings."""
+
+    path: str
+    family: str
+    size: int
+    resident: int
+    patches: int
+    settings: WorkerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerReport:
+    """A worker as it is now.
+
+    Attributes:
+        host_bytes: memory of its process that no other process shares.
+        device_bytes: what its process has taken of its accelerator.
+        predicted: speed-up over one worker that raylight.cost predicts for the last call; 0 where it cannot say.
+    """
+
+    rank: int
+    device: str
+    host_bytes: int
+    device_bytes: int
+    models: tuple[ModelReport, ...]
+    predicted: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PatchRequest:
     """The weight and object patches of a model from now on.
 

@@ -31,7 +31,7 @@ from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes
-from .messages import ModelFacts
+from .messages import ModelFacts, ModelReport
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +290,26 @@ class WorkerModel:
             return contextlib.nullcontext()
         # a mode that looks at every function would have compiled code run as Python
         return self._blocks.rotation.call(method, check=not self._settings.compile)
+
+    def report(self) -> ModelReport:
+        """What is here of the model."""
+        return ModelReport(
+            path=self.source.path,
+            family=type(self.diffusion).__name__,
+            size=self.size,
+            resident=self.resident_bytes,
+            patches=len(self.patcher.patches) + len(self._objects),
+            settings=self._settings,
+        )
+
+    def predicted(self) -> float:
+        """Predicted speed-up of the last call over one worker; 0 where nothing is known of it or of the device."""
+        machine = cost.RATES.get(model_management.get_torch_device().type)
+        works = list(self._installation.works.values()) if self._installation is not None else []
+        if machine is None or not works:
+            return 0.0
+        degrees = self._mesh.parallel.degrees
+        return cost.speedup(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
 
     def advice(self) -> str:
         """What the last call showed that the user should know: "" for nothing."""

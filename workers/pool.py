@@ -166,7 +166,8 @@ class Pool:
 
     A pool is either alive or closed; it closes itself when a rank died, stopped, or failed in a way that
     may have left another one inside a collective. `replicas` lists the ranks of each data-parallel replica,
-    `laps` the seconds each part of the start took, `notes` what callers remember while it lives.
+    `laps` the seconds each part of the start took, `links` what the link test found, if it ran, `notes` what callers
+    remember while it lives.
     """
 
     def __init__(self, config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> None:
@@ -175,6 +176,7 @@ class Pool:
         self.config = config
         self.members: list[Member] = []
         self.laps: dict[str, float] = {}
+        self.links = ""
         self.notes: dict[Hashable, Any] = {}
         self._launch = launch
         self._interrupted = interrupted
@@ -380,7 +382,8 @@ class Pool:
         begun = self._lap("groups", begun)
         if config.check_links:
             found = self.call("check_links", limit=links.LIMIT_S)[0]
-            log.info("links: %s; %s", links.described(found), self._topology(environment.device_type))
+            self.links = links.described(found)
+            log.info("links: %s; %s", self.links, self.topology())
             told = links.warning(found, config.parallel, environment.device_type)
             if told:
                 log.warning("%s", told)
@@ -432,9 +435,10 @@ class Pool:
         beside = [other for other in replica if places[other].node == places[rank].node]
         return beside.index(rank), len(beside)
 
-    def _topology(self, device_type: str) -> str:
+    def topology(self) -> str:
+        """How the workers reach each other."""
         if self._single:
-            return devices.topology(self.config, device_type)
+            return devices.topology(self.config, self.members[0].place.device.partition(":")[0])
         return f"workers on {', '.join(dict.fromkeys(member.place.host for member in self.members))}"
 
     def _driver_host(self, single: bool) -> str:

@@ -7,7 +7,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -75,12 +75,25 @@ class Traffic:
     worker_seconds: float = 0.0
     collective_seconds: float = 0.0
 
+    def since(self, before: Traffic) -> Traffic:
+        """What was added to an earlier state."""
+        return Traffic(**{part.name: getattr(self, part.name) - getattr(before, part.name) for part in fields(self)})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sampling run that has ended: at how many noise levels it called the model, and its traffic."""
+
+    steps: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
+
 
 class Replica:
     """Sends model calls to the ranks of a pool that share one sequence.
 
     It lives as long as the pool does: a new pool gets new replicas, so nothing is assumed to be held there.
-    `resident` names the models whose weights may be on the workers' devices.
+    `resident` names the models whose weights may be on the workers' devices, `last_run` has the traffic of the last
+    sampling run that called a model here, and `noise_levels` those of the run at hand.
 
     Args:
         refer: names live objects that the workers have their own of (see transfer.Encoder).
@@ -100,6 +113,9 @@ class Replica:
         self.pool = pool
         self.traffic = Traffic()
         self.resident: set[ModelSpec] = set()
+        self.last_run = Run()
+        self._levels: set[float] = set()
+        self._before = Traffic()
         self._ranks = tuple(ranks)
         self._encoder = Encoder(refer, shared=can_share(pool, self._ranks), shelf=shelf)
         self._facts: dict[ModelSpec, list[ModelFacts]] = {}
@@ -194,6 +210,9 @@ class Replica:
 
     def forget(self) -> None:
         """The run is over: drop its callables, whose state must not reach the next one."""
+        if self._levels:
+            self.last_run = Run(steps=len(self._levels), traffic=self.traffic.since(self._before))
+            self._levels, self._before = set(), replace(self.traffic)
         if self._functions and self.pool.alive():
             self._functions.clear()
             self._call("forget")
@@ -202,6 +221,8 @@ class Replica:
         started = time.perf_counter()
         self.resident.add(call.spec)
         self.resident.update(control.spec for control in call.controls)
+        if len(args) > 1 and isinstance(args[1], torch.Tensor):
+            self._levels.add(float(args[1].flatten()[0]))
         parcel = self._encoder.encode((args, kwargs), fresh=call.fresh)
         request = Forward(spec=call.spec, method=call.method, call=parcel, random=call.random, settings=call.settings)
         replies: list[ForwardReply] = self._call("forward", request)

@@ -25,7 +25,16 @@ from .arena import ArenaRef, is_open
 from .control_loading import WorkerControl
 from .deferred import Computed, Evaluation, Result, outline
 from .loading import normal_tensors
-from .messages import Forward, ForwardReply, FunctionRef, JoinRequest, LoadRequest, ModelFacts, PatchRequest
+from .messages import (
+    Forward,
+    ForwardReply,
+    FunctionRef,
+    JoinRequest,
+    LoadRequest,
+    ModelFacts,
+    PatchRequest,
+    WorkerReport,
+)
 from .model import WorkerModel
 from .transfer import FILE, Decoder, Parcel
 from .vae_messages import DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
@@ -236,6 +245,19 @@ class Runner:
     def release_vae(self, spec: ModelSpec) -> None:
         """Forget a VAE."""
         self._vaes.release(spec)
+
+    def report(self) -> WorkerReport:
+        """What this worker holds, and how it fared in the last call."""
+        last = self._models.get(self._active[0]) if self._active else None
+        device = model_management.get_torch_device()
+        return WorkerReport(
+            rank=self.mesh.rank,
+            device=model_management.get_torch_device_name(device),
+            host_bytes=memory.private_bytes(),
+            device_bytes=memory.device_bytes(device),
+            models=tuple(model.report() for model in self._models.values()),
+            predicted=last.predicted() if last else 0.0,
+        )
 
     def offload(self, spec: ModelSpec) -> None:
         """Take a model off the device; the next call brings it back."""

@@ -30,6 +30,7 @@ VERBS = frozenset(
         "outline",
         "offload",
         "release",
+        "report",
     }
     | {"plan_vae", "tiled_shape", "decode", "encode", "release_vae"}
 )

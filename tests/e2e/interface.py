@@ -195,6 +195,9 @@ NODES: Mapping[str, Node] = {
     "RayOffloadModel": Node(
         "Offload Model (Ray)", TOP, "LATENT:latent", ACTORS, sockets(latent="LATENT"), output_node=True
     ),
+    "RayReport": Node(
+        "Ray Report", TOP, "STRING:report IMAGE:chart", ACTORS, sockets(latent="LATENT"), output_node=True
+    ),
     "RayKill": Node(
         "Kill Ray Workers",
         TOP,

@@ -372,6 +372,11 @@ def _offload(both: Both, node: str) -> None:
     both.pair(node, "LATENT", both.core.plain, latent)
 
 
+def _report(both: Both, node: str) -> None:
+    both.add(node, ray_actors=both.pool.model, latent=both.pool.plain)
+    both.pair(node, "LATENT", both.core.plain, both.pool.plain)
+
+
 def _decode(both: Both, node: str) -> None:
     vae = both.add("VAELoader", vae_name=VAE_FILE)
     expected = both.add("VAEDecode", samples=both.core.plain, vae=vae)
@@ -441,6 +446,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
     "RayLoraLoader": ("`LoraLoaderModelOnly`", _lora),
     "RayLoraLoaderModelOnly": ("`LoraLoaderModelOnly`", _lora),
     "RayOffloadModel": (f"{NONE}: the latent that passes", _offload),
+    "RayReport": (f"{NONE}: the latent that it waits for", _report),
     "RayTeaCache": (f"{NONE}: `KSamplerAdvanced`, with a threshold of 0", _teacache),
     "RayTorchCompileModel": (f"{NONE}: `KSamplerAdvanced` without it", _compiled),
     "RayUNETLoader": ("`UNETLoader`", _sampler),

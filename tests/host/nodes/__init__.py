@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import execution
 import folder_paths
 import torch
+from aiohttp import web
 from safetensors.torch import save_file
+from server import PromptServer
 
 CATEGORY = "raylight/test"
 BIG = 0xFFFFFFFFFFFFFFFF
@@ -366,6 +369,44 @@ class RLTestFailure:
         return (clone,)
 
 
+class AnyKind(str):
+    """A type of a socket that goes with every other."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class EasyCleanGpuUsed:
+    """Stands in for a node of ComfyUI-Easy-Use that the earlier pack's files pass values through."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "forward"
+    RETURN_TYPES = (AnyKind("*"),)
+    RETURN_NAMES = ("output",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"anything": ("*", {})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: dict[str, str]) -> bool:
+        """Any type will do."""
+        return True
+
+    def forward(self, anything: Any) -> tuple[Any]:
+        return (anything,)
+
+
+@PromptServer.instance.routes.post("/raylight-test/validate")
+async def validate(request: web.Request) -> web.Response:
+    """Whether ComfyUI would accept a prompt, without running it."""
+    prompt = (await request.json())["prompt"]
+    if manager := getattr(PromptServer.instance, "node_replace_manager", None):
+        manager.apply_replacements(prompt)
+    fine, error, _, nodes = await execution.validate_prompt("validate", prompt, None)
+    return web.json_response({"fine": fine, "error": error, "nodes": nodes})
+
+
 NODES = (
     RLTestFailure,
     RLTestConditioning,
@@ -382,4 +423,4 @@ NODES = (
     RLTestPixels,
     RLTestSavePixels,
 )
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
+NODE_CLASS_MAPPINGS = {**{node.__name__: node for node in NODES}, "easy cleanGpuUsed": EasyCleanGpuUsed}

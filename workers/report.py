@@ -1,0 +1,135 @@
+"""What there is to say of a pool: its workers, what they hold, and how the last run went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..raylight.config import WorkerSettings
+from .link import ModelLink
+from .messages import ModelReport, WorkerReport
+from .replica import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastRun:
+    """The last sampling run, in seconds per noise level that the model was called at ("step").
+
+    Attributes:
+        steps: how many there were.
+        computing: of a step, in the workers beside exchanges with each other.
+        exchanging: of a step, in collectives, waiting for each other included.
+        driver: of a step, between ComfyUI's process and the workers.
+        seen: speed-up: what all workers computed, one after another, over what the model calls took.
+        predicted: speed-up by raylight.cost; 0 where it cannot say.
+    """
+
+    steps: int
+    computing: float
+    exchanging: float
+    driver: float
+    seen: float
+    predicted: float
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step in model calls."""
+        return self.computing + self.exchanging + self.driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolReport:
+    """A pool as it is now. `workers` is empty where none runs, `run` is None before the first."""
+
+    degrees: dict[str, int]
+    links: str
+    tested: str
+    places: tuple[str, ...] = ()
+    workers: tuple[WorkerReport, ...] = ()
+    run: LastRun | None = None
+
+
+def collect(link: ModelLink) -> PoolReport:
+    """Ask the workers of a model's pool; no pool is started for it.
+
+    Raises:
+        WorkerError: a worker died or stopped.
+    """
+    pool, parallel = link.live_pool(), link.config.parallel
+    if pool is None:
+        return PoolReport(degrees=parallel.degrees, links="", tested="")
+    workers = tuple(link.lanes().call_groups("report", [(range(parallel.world), ())])[0])
+    return PoolReport(
+        degrees=parallel.degrees,
+        links=pool.topology(),
+        tested=pool.links,
+        places=tuple(f"process {member.place.pid} on {member.place.host}" for member in pool.members),
+        workers=workers,
+        run=last_run(link.last_runs(), parallel.sequence, workers[0].predicted),
+    )
+
+
+def last_run(runs: Sequence[Run], sequence: int, predicted: float) -> LastRun | None:
+    """The run as one: its cfg groups worked at the same time.
+
+    Args:
+        sequence: workers of each group.
+        predicted: speed-up of one group.
+    """
+    busy = [run.traffic for run in runs if run.traffic.calls]
+    steps = max((run.steps for run in runs), default=0)
+    if not busy or not steps:
+        return None
+    longest = max(busy, key=lambda traffic: traffic.seconds)
+    computed = sum(traffic.worker_seconds - traffic.collective_seconds for traffic in busy) * sequence
+    return LastRun(
+        steps=steps,
+        computing=(longest.worker_seconds - longest.collective_seconds) / steps,
+        exchanging=longest.collective_seconds / steps,
+        driver=(longest.seconds - longest.worker_seconds) / steps,
+        seen=computed / longest.seconds,
+        predicted=predicted * len(busy),
+    )
+
+
+def lines(report: PoolReport) -> list[str]:
+    """The report as text."""
+    degrees = " x ".join(f"{name} {count}" for name, count in report.degrees.items() if count > 1) or "one worker"
+    if not report.workers:
+        return [f"Pool: {degrees}", "No worker is running. The next prompt that needs them starts them."]
+    found = [f"Pool: {len(report.workers)} workers, {degrees}", f"Links: {report.links}"]
+    found.append(f"Link test: {report.tested or 'not run, skip_comm_test is on'}")
+    for place, worker in zip(report.places, report.workers, strict=True):
+        memory = f"{mib(worker.host_bytes)} of the host for itself"
+        if worker.device_bytes:
+            memory += f", {mib(worker.device_bytes)} of the device"
+        found += ["", f"Worker {worker.rank}: {worker.device}, {place}", f"  {memory}"]
+        found += [f"  {_model(model)}" for model in worker.models] or ["  no model"]
+    run = report.run
+    if run is None:
+        return [*found, "", "Last run: none yet"]
+    share = run.exchanging / run.step
+    predicted = f"{run.predicted:.2f} predicted" if run.predicted else "no prediction for this model or device"
+    return [
+        *found,
+        "",
+        f"Last run: {run.steps} steps, {run.step:.3f} s per step in the model",
+        f"  {share:.0%} of it in exchanges between workers, {run.driver / run.step:.0%} between ComfyUI and workers",
+        f"  speed-up over one worker: {run.seen:.2f} seen, {predicted}",
+    ]
+
+
+def mib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _model(model: ModelReport) -> str:
+    changes = [f"{model.patches} patches"] if model.patches else []
+    for name, default in vars(WorkerSettings()).items():
+        value = getattr(model.settings, name)
+        if value != default:
+            changes.append(f"{name} {value}")
+    made = f", with {', '.join(changes)}" if changes else ""
+    return f"{Path(model.path).name} ({model.family}): {mib(model.resident)} of {mib(model.size)} on the device{made}"
