@@ -1,20 +1,22 @@
-"""The same prompt on plain ComfyUI and on a pool of workers: equality, speed, memory, and a picture.
+"""The same prompts on plain ComfyUI and on a pool of workers: pictures, equality, speed, and memory.
 
-    python benchmarks/demo.py [--workers 2] [--steps 5] [--comfy PATH]
+    python benchmarks/demo.py [--workers 2] [--steps 5] [--comfy PATH] [--words red circle right]
 
-Sets everything up on a fresh machine (see tests/host/setup.py). Plain ComfyUI runs with the threads of one worker.
-The weights are random, so the picture shows noise; what counts is that both sides show the same.
+Sets everything up on a fresh machine (see tests/host/setup.py). First the demo model of examples/comfyui makes a small
+animation, by examples/api/demo.json and by the same prompt with ComfyUI's own nodes. It is too small to gain by
+sharing: speed and memory are those of a wider model of random weights, plain ComfyUI with the threads of one worker.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +35,16 @@ FOLDER = setup.HOME / "demo"
 TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest value of the plain result."""
 SIZE = {"dim": 768, "ffn": 3072, "layers": 8}
+PROMPT = setup.ROOT / "examples" / "api" / "demo.json"
+CORE: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "RayUNETLoader": ("UNETLoader", {"ray_actors_init": ""}),
+    "RayModelSamplingSD3": ("ModelSamplingSD3", {"ray_actors": "model"}),
+    "XFuserKSamplerAdvanced": ("KSamplerAdvanced", {"ray_actors": "model"}),
+    "RayVAEDecodeDistributed": ("VAEDecode", {}),
+}
+"""ComfyUI's nodes for those of the demo's prompt, and its names of their inputs; "" for none."""
+ENLARGED = 4
+"""Pixels of an animation for each of the demo's."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ def compare(options: argparse.Namespace) -> int:
     """Run both halves and print the table; 0 if the results are equal within `TOLERANCE`."""
     import shutil
 
+    from browser import files
     from host import checkpoints
     from host.client import PromptError
     from host.server import ComfyServer
@@ -82,10 +95,12 @@ def compare(options: argparse.Namespace) -> int:
     shutil.rmtree(FOLDER / "comfy", ignore_errors=True)
     with ComfyServer(comfy, base=FOLDER / "comfy", threads=threads) as server:
         print(f"ComfyUI at {comfy} answers, {threads} thread(s)", flush=True)
+        files.copy_demo(server.base)
         checkpoints.write(
             [checkpoints.Job(family="wan", path=server.models / "wan.safetensors", size=SIZE)], comfy_root=comfy
         )
         with server.client() as client:
+            shown = None if options.only else animations(server, client, options)
             halves = {}
             for name, build in _builders(options.workers).items():
                 if options.only not in ("", name):
@@ -99,8 +114,46 @@ def compare(options: argparse.Namespace) -> int:
     if options.only:
         return 0
     equal = table(halves["plain"], halves["pool"], workers=options.workers, threads=threads)
-    print(f"picture: {picture(halves['plain'].samples, halves['pool'].samples, FOLDER / 'comparison.webp')}")
-    return 0 if equal else 1
+    assert shown is not None
+    return 0 if beside(shown["plain"], shown["pool"], FOLDER) and equal else 1
+
+
+def animations(server: ComfyServer, client: ComfyClient, options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """What the demo's prompt makes on both sides: (frames, height, width, 3), from 0 to 1."""
+    from safetensors.torch import load_file
+
+    prompt = json.loads(PROMPT.read_text(encoding="utf-8"))
+    for node in prompt.values():
+        if node["class_type"] == "LoadTrainingDataset":
+            words = {"Colour": 0, "Shape": 1, "Direction": 2}
+            node["inputs"]["folder_name"] = f"raylight_demo/{options.words[words[node['_meta']['title']]]}"
+        elif node["class_type"] == "RayInitializer":
+            node["inputs"].update(GPU=options.workers, ulysses_degree=options.workers)
+    found = {}
+    for name, side in {"plain": without_pool(prompt), "pool": prompt}.items():
+        images = next(node["inputs"]["images"] for node in side.values() if node["class_type"] == "SaveAnimatedWEBP")
+        saved = {"class_type": "RLTestSavePixels", "inputs": {"images": images, "name": f"demo-{name}"}}
+        client.run({**side, "pixels": saved})
+        found[name] = load_file(server.output / f"demo-{name}.safetensors")["pixels"]
+    client.free()
+    return found
+
+
+def without_pool(prompt: Prompt) -> Prompt:
+    """The demo's prompt with ComfyUI's own nodes in place of this pack's."""
+    plain: Prompt = {}
+    for number, node in prompt.items():
+        kind, inputs = node["class_type"], dict(node["inputs"])
+        if kind in ("RayInitializer", "RayReport"):
+            continue
+        if kind in CORE:
+            kind, kept = CORE[kind]
+            inputs = {kept.get(name, name): value for name, value in inputs.items() if kept.get(name, name)}
+        if node["class_type"] == "RayVAEDecodeDistributed":
+            plain["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": node["inputs"]["vae_name"]}}
+            inputs = {"samples": inputs["samples"], "vae": ["vae", 0]}
+        plain[number] = {"class_type": kind, "inputs": inputs}
+    return plain
 
 
 def measure(
@@ -116,7 +169,7 @@ def measure(
     case = Case(file="wan.safetensors", inputs=inputs, cfg=1.0, steps=1, seed=1, name=f"{name}-first")
     with PeakMemory(server.pid) as peak:
         first = client.run(build(case))
-        second = client.run(build(replace(case, steps=steps, seed=2, name=name, animate=name)))
+        second = client.run(build(replace(case, steps=steps, seed=2, name=name)))
     client.free()
     seconds = first.node_seconds()
     return Half(
@@ -154,25 +207,35 @@ def table(plain: Half, pool: Half, *, workers: int, threads: int) -> bool:
     return relative <= TOLERANCE
 
 
-def picture(plain: torch.Tensor, pool: torch.Tensor, path: Path) -> Path:
-    """Write an animation: plain, pool, and their difference on the same scale times 100."""
+def beside(plain: torch.Tensor, pool: torch.Tensor, folder: Path) -> bool:
+    """Write each animation, and one of both with their difference times 100; whether they are equal."""
+    difference = (pool - plain).abs()
+    most = difference.max().item()
+    panels = {"plain ComfyUI": plain, "pool": pool, "difference x 100": (difference * 100).clamp(0, 1)}
+    for name, part in {"plain": [plain], "pool": [pool]}.items():
+        animate(part, [], folder / f"{name}.webp")
+    path = animate(list(panels.values()), list(panels), folder / "comparison.webp")
+    print(f"\nThe demo's animations differ by {most:.1e} at most, where the largest value is {plain.max().item():.2f}")
+    print(f"Look at {path} (and plain.webp and pool.webp beside it)")
+    return most <= TOLERANCE
+
+
+def animate(panels: list[torch.Tensor], labels: list[str], path: Path) -> Path:
+    """Write videos (frames, height, width, 3) side by side, enlarged, with labels above them."""
     import torch
     from PIL import Image, ImageDraw
 
-    low, span = plain.mean() - 2.5 * plain.std(), 5 * plain.std()
-    panels = {"plain ComfyUI": (plain - low) / span, "pool": (pool - low) / span}
-    panels["difference x 100"] = (pool - plain).abs() / span * 100
-    frames = []
-    for number in range(plain.shape[2]):
-        parts = [values[0, :3, number].clamp(0, 1) for values in panels.values()]
-        row = torch.nn.functional.interpolate(torch.cat(parts, dim=2)[None], scale_factor=8)[0]
-        frame = Image.new("RGB", (row.shape[2], row.shape[1] + 16))
-        frame.paste(Image.fromarray((row.movedim(0, -1) * 255).byte().numpy()), (0, 16))
-        draw = ImageDraw.Draw(frame)
-        for column, label in enumerate(panels):
-            draw.text((column * row.shape[2] // len(panels) + 4, 2), label)
+    strip = torch.cat(panels, dim=2).mul(255).round().byte().numpy()
+    head, frames = (20 if labels else 0), []
+    for number in range(len(strip)):
+        row = Image.fromarray(strip[number])
+        row = row.resize((row.width * ENLARGED, row.height * ENLARGED), Image.Resampling.NEAREST)
+        frame = Image.new("RGB", (row.width, row.height + head))
+        frame.paste(row, (0, head))
+        for column, label in enumerate(labels):
+            ImageDraw.Draw(frame).text((column * row.width // len(labels) + 4, 4), label)
         frames.append(frame)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, loop=0, lossless=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=120, loop=0, lossless=True)
     return path
 
 
@@ -194,6 +257,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="sampling steps of the measured prompts (default 5)")
     parser.add_argument("--comfy", type=Path, help="another ComfyUI than the default host")
     parser.add_argument("--only", choices=("plain", "pool"), default="", help="run one half, without the table")
+    words = "what moves in the animation: its colour, its shape, and its direction (default red circle right)"
+    parser.add_argument("--words", nargs=3, default=["red", "circle", "right"], metavar="WORD", help=words)
     options = parser.parse_args()
     if options.steps < 2 or options.workers < 1:
         parser.error("--steps must be at least 2, --workers at least 1")

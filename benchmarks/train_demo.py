@@ -1,6 +1,6 @@
 """Trains what the demo ships: a small Wan model, a LoRA, and a VAE for its latents.
 
-    python benchmarks/train_demo.py model|lora|vae|words [--steps N] [--minutes M] [--comfy PATH] [--out FOLDER]
+    python benchmarks/train_demo.py model|lora|vae|words [--steps N] [--minutes M] [--resume] [--comfy PATH] [--out DIR]
 
 Every part is ComfyUI's own class with fewer and narrower layers, so that any ComfyUI loads the files. The model learns
 ComfyUI's convention for Wan: x = (1 - sigma) latent + sigma noise, time 1000 sigma, and its output is noise - latent.
@@ -64,7 +64,7 @@ def main() -> None:
     limits = Limits(options.steps, options.minutes * 60)
     match options.part:
         case "model":
-            train_model(base, limits)
+            train_model(base, limits, resume=options.resume)
         case "lora":
             train_lora(base, models / "loras" / f"{NAME}_paper.safetensors", limits)
         case "vae":
@@ -73,14 +73,18 @@ def main() -> None:
             write_words(options.out / "output" / NAME)
 
 
-def train_model(path: Path, limits: Limits) -> None:
+def train_model(path: Path, limits: Limits, *, resume: bool) -> None:
     """Train the model on the night world and write the average of its last weights, in half precision."""
     import torch
     from demo_model.world import NIGHT
+    from safetensors.torch import load_file
 
     torch.manual_seed(0)
     model = wan()
-    _initialise(model)
+    if resume:
+        model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    else:
+        _initialise(model)
     log.info("%.2f million weights", sum(weight.numel() for weight in model.parameters()) / 1e6)
     average = {key: value.clone() for key, value in model.state_dict().items()}
     latents, words = scenes_of(NIGHT, POOL)
@@ -146,8 +150,7 @@ def train_vae(path: Path, limits: Limits) -> None:
     import comfy.latent_formats
     import comfy.ldm.wan.vae
     import torch
-    from demo_model.latents import SPACE, TIME
-    from demo_model.world import SIZE as SIDE
+    from demo_model.latents import FITTED, SPACE, TIME
     from demo_model.world import Scenes, cover, paint
 
     torch.manual_seed(2)
@@ -161,7 +164,7 @@ def train_vae(path: Path, limits: Limits) -> None:
 
     def crop(whole: Tensor, at: Tensor, unit: int) -> Tensor:
         """A square of `side` patches of `unit` pixels from each scene, near its shape."""
-        tops = at.clamp(0, SIDE // SPACE - side).tolist()
+        tops = at.clamp(0, FITTED // SPACE - side).tolist()
         return torch.stack(
             [
                 each[..., top * unit : (top + side) * unit, left * unit : (left + side) * unit]
@@ -171,7 +174,7 @@ def train_vae(path: Path, limits: Limits) -> None:
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
-        scenes = Scenes.draw(VAE_BATCH, generator)
+        scenes = Scenes.draw(VAE_BATCH, generator, side=FITTED)
         colours, grounds = torch.rand(2, VAE_BATCH, 3, generator=generator)
         pictures = paint(cover(scenes, frames), colours, grounds)
         at = (scenes.start / SPACE).long() - torch.randint(side, (VAE_BATCH, 2), generator=generator)
@@ -339,6 +342,7 @@ def _options() -> Any:
     parser.add_argument("part", choices=list(STEPS))
     parser.add_argument("--steps", type=int, help=f"steps of training (default {STEPS})")
     parser.add_argument("--minutes", type=float, default=60, help="of training at most (default 60)")
+    parser.add_argument("--resume", action="store_true", help="of model: begin with the file that is there")
     parser.add_argument("--comfy", type=Path, default=setup.COMFY, help="root of a ComfyUI")
     parser.add_argument("--out", type=Path, default=OUT, help="folder that mirrors ComfyUI's own")
     options = parser.parse_args()

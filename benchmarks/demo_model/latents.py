@@ -16,6 +16,8 @@ from .world import NIGHT, Scenes, painted
 
 TIME, SPACE = 4, 8
 CHANNELS = 16
+FITTED = 96
+"""Side of the pictures that the map is fitted to; it is the same for all sizes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Basis:
         frame, _ = torch.linalg.qr(torch.cat([factors, torch.eye(CHANNELS)], dim=1))
         others = frame[:, 3:]  # shown as no colour
         generator = torch.Generator().manual_seed(0)
-        _, differences = _patches(painted(Scenes.draw(scenes, generator), NIGHT))
+        _, differences = _patches(painted(Scenes.draw(scenes, generator, side=FITTED), NIGHT))
         rows = differences.reshape(-1, TIME * SPACE * SPACE)
         rows = rows[rows.abs().amax(dim=1) > 0.05]
         values, vectors = torch.linalg.eigh((rows.T @ rows / len(rows)).double())

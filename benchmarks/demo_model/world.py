@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FRAMES, SIZE = 17, 96
+FRAMES, SIDE = 17, 64
+"""Of the videos that the model learns; the VAE takes others as well."""
 RADIUS = 15.0
 SPEED = 3.0
 """Pixels per frame."""
@@ -38,22 +39,24 @@ WORDS = (*NIGHT.colours, *SHAPES, *DIRECTIONS)
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of scenes: per scene the numbers of its three words, and where the shape starts, in pixels (y, x)."""
+    """A batch of scenes: per scene the numbers of its three words, and where the shape starts, in
+    pixels (y, x)."""
 
     colour: Tensor
     shape: Tensor
     direction: Tensor
     start: Tensor
+    side: int = SIDE
 
     @staticmethod
-    def draw(count: int, generator: torch.Generator) -> Scenes:
-        """Scenes drawn evenly."""
+    def draw(count: int, generator: torch.Generator, *, side: int = SIDE) -> Scenes:
+        """Scenes drawn evenly, of pictures of `side` pixels."""
 
         def number(below: int) -> Tensor:
             return torch.randint(below, (count,), generator=generator)
 
-        start = RADIUS + torch.rand(count, 2, generator=generator) * (SIZE - 2 * RADIUS)
-        return Scenes(number(len(NIGHT.colours)), number(len(SHAPES)), number(len(DIRECTIONS)), start)
+        start = RADIUS + torch.rand(count, 2, generator=generator) * (side - 2 * RADIUS)
+        return Scenes(number(len(NIGHT.colours)), number(len(SHAPES)), number(len(DIRECTIONS)), start, side)
 
     def words(self) -> Tensor:
         """Numbers of each scene's words in `WORDS`, (scenes, 3)."""
@@ -62,12 +65,12 @@ class Scenes:
 
 
 def cover(scenes: Scenes, frames: int = FRAMES) -> Tensor:
-    """How much of each pixel the shape covers, from 0 to 1: (scenes, frames, SIZE, SIZE)."""
+    """How much of each pixel the shape covers, from 0 to 1: (scenes, frames, side, side)."""
     velocity = torch.tensor(list(DIRECTIONS.values()))[scenes.direction] * SPEED
     at = scenes.start[:, None] + velocity[:, None] * torch.arange(frames)[None, :, None]
-    low, span = RADIUS, SIZE - 2 * RADIUS
+    low, span = RADIUS, scenes.side - 2 * RADIUS
     at = low + span - ((at - low) % (2 * span) - span).abs()  # bounces
-    pixels = torch.arange(SIZE) + 0.5
+    pixels = torch.arange(scenes.side) + 0.5
     y = (pixels[None, None, :] - at[..., 0:1])[..., :, None]
     x = (pixels[None, None, :] - at[..., 1:2])[..., None, :]
     distances = torch.stack(torch.broadcast_tensors(*_distances(y, x)))
@@ -76,7 +79,7 @@ def cover(scenes: Scenes, frames: int = FRAMES) -> Tensor:
 
 
 def paint(covered: Tensor, colour: Tensor, ground: Tensor) -> Tensor:
-    """Pictures from -1 to 1, (scenes, 3, frames, SIZE, SIZE); colours per scene, (scenes, 3)."""
+    """Pictures from -1 to 1, (scenes, 3, frames, side, side); colours per scene, (scenes, 3)."""
     part = covered[:, None]
     picture = part * colour[:, :, None, None, None] + (1 - part) * ground[:, :, None, None, None]
     return picture * 2 - 1

@@ -69,7 +69,6 @@ class Case:
         random_latent: start from a random latent in place of an empty one.
         model_nodes: MODEL -> MODEL nodes in order, each with its inputs besides `model`.
         name: name of the result in the output folder.
-        animate: file name prefix of an animation of the result, or "" for none.
     """
 
     file: str
@@ -92,7 +91,6 @@ class Case:
     weight_dtype: str = "default"
     model_nodes: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     name: str = "latent"
-    animate: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,17 +187,6 @@ def _inputs(case: Case) -> Prompt:
         kept=given.kept,
     )
     prompt[SAVE] = _node("RLTestSaveLatent", samples=[SAMPLER, 0], name=case.name)
-    if case.animate:
-        prompt["image"] = _node("RLTestLatentImage", samples=[SAMPLER, 0])
-        prompt["animation"] = _node(
-            "SaveAnimatedWEBP",
-            images=["image", 0],
-            filename_prefix=case.animate,
-            fps=6.0,
-            lossless=True,
-            quality=90,
-            method="default",
-        )
     return prompt
 
 

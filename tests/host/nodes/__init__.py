@@ -278,26 +278,6 @@ class RLTestRayActors:
         return (model,)
 
 
-class RLTestLatentImage:
-    """The first three channels as a picture, eight pixels per latent element; frames become the batch."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "show"
-    RETURN_TYPES = ("IMAGE",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"samples": ("LATENT",)}}
-
-    def show(self, samples: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
-        tensor = samples["samples"].detach().cpu().float()
-        frames = tensor.movedim(2, 1).flatten(0, 1) if tensor.ndim == 5 else tensor
-        frames = frames[:, :3].expand(-1, 3, -1, -1) if frames.shape[1] == 1 else frames[:, :3]
-        low, high = frames.mean() - 2.5 * frames.std(), frames.mean() + 2.5 * frames.std()
-        image = ((frames - low) / (high - low)).clamp(0, 1)
-        return (torch.nn.functional.interpolate(image, scale_factor=8).movedim(1, -1),)
-
-
 class RLTestPixels:
     """Random pictures, or frames of a smooth pattern that moves."""
 
@@ -419,7 +399,6 @@ NODES = (
     RLTestSaveLatents,
     RLTestRayActors,
     RLTestLatents,
-    RLTestLatentImage,
     RLTestPixels,
     RLTestSavePixels,
 )

@@ -1,0 +1,40 @@
+"""Files that workflows name, so that a ComfyUI has them in its lists: empty ones, for prompts that are not run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+OLD = sorted((Path(__file__).parent / "workflows").glob("*.json"))
+"""Files of the earlier pack, as its users have them: data of these tests."""
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+PROMPTS = sorted((ROOT / "examples" / "api").glob("*.json"))
+DEMO = ROOT / "examples" / "comfyui"
+FOLDERS = ("diffusion_models", "checkpoints", "vae", "text_encoders", "loras", "clip_vision")
+NAMED = re.compile(r'"([^"\n:\\]+\.(?:safetensors|gguf|png))"')
+
+
+def copy_demo(base: Path) -> None:
+    """What the README says: the demo's files over ComfyUI's folder."""
+    shutil.copytree(DEMO, base, dirs_exist_ok=True)
+
+
+def write_named(base: Path, workflows: Iterable[Path]) -> None:
+    """Empty models and grey pictures of the names in these files; those that are there stay."""
+    for workflow in workflows:
+        for name in NAMED.findall(workflow.read_text(encoding="utf-8")):
+            if name.endswith(".png"):
+                path = base / "input" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (64, 64), "grey").save(path)
+                continue
+            for folder in FOLDERS:
+                path = base / "models" / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not path.exists():
+                    path.touch()
