@@ -52,7 +52,7 @@ def draw(comfy: Path, names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         files.copy_demo(Path(folder))
         files.write_named(Path(folder), [PROMPTS / f"{name}.json" for name in names])
-        with ComfyServer(comfy, base=Path(folder)) as server, opened(server.url) as canvas:
+        with ComfyServer(comfy, base=Path(folder), folder="raylight") as server, opened(server.url) as canvas:
             for name in names:
                 prompt = json.loads((PROMPTS / f"{name}.json").read_text(encoding="utf-8"))
                 canvas.load_prompt(prompt, name, inspect.cleandoc(EXAMPLES[name].__doc__ or ""))

@@ -1,11 +1,11 @@
 """Trains what the demo ships: a small Wan model, a LoRA, and a VAE for its latents.
 
-    python benchmarks/train_demo.py model|lora|vae|words [--steps N] [--minutes M] [--resume] [--comfy PATH] [--out DIR]
+    python benchmarks/train_demo.py model|lora|vae|gguf|words [--steps N] [--minutes M] [--device cuda] [--out DIR]
 
 Every part is ComfyUI's own class with fewer and narrower layers, so that any ComfyUI loads the files. The model learns
 ComfyUI's convention for Wan: x = (1 - sigma) latent + sigma noise, time 1000 sigma, and its output is noise - latent.
-`model` and `vae` take less than an hour of one core each, `lora` a few minutes, `words` writes the conditioning. They
-do not depend on each other, but for the LoRA, which needs the model.
+`model` and `vae` take up to an hour of one core each, `lora` a few minutes; `gguf` writes the model as GGUF, `words` the
+conditioning. `lora` and `gguf` need the model; otherwise the order does not matter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 OUT = BENCHMARKS.parent / "examples" / "comfyui"
 NAME = "raylight_demo"
-STEPS = {"model": 2500, "lora": 250, "vae": 2500, "words": 0}
+STEPS = {"model": 6000, "lora": 250, "vae": 2500, "gguf": 0, "words": 0}
 RATES = {"model": 1.5e-3, "lora": 3e-3, "vae": 3e-3}
 SIZE = {"dim": 256, "ffn": 448, "layers": 3}
 VAE_WIDTH = 8
@@ -48,7 +48,11 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends a training: whichever comes first; the learning rate falls towards it."""
+    """What ends a training: whichever comes first; the learning rate falls towards it.
+
+    Attributes:
+        seconds: of processor time.
+    """
 
     steps: int
     seconds: float
@@ -64,16 +68,21 @@ def main() -> None:
     limits = Limits(options.steps, options.minutes * 60)
     match options.part:
         case "model":
-            train_model(base, limits, resume=options.resume)
+            train_model(base, limits, resume=options.resume, device=options.device)
         case "lora":
-            train_lora(base, models / "loras" / f"{NAME}_paper.safetensors", limits)
+            train_lora(base, models / "loras" / f"{NAME}_paper.safetensors", limits, device=options.device)
         case "vae":
-            train_vae(models / "vae" / f"{NAME}_vae.safetensors", limits)
+            train_vae(models / "vae" / f"{NAME}_vae.safetensors", limits, resume=options.resume, device=options.device)
+        case "gguf":
+            sys.path.append(str(setup.ROOT / "workers" / "import_root"))
+            from comfy_raylight.tests.weights.files import write_gguf
+
+            log.info("%s", write_gguf(base, base.with_name(f"{NAME}_Q8_0.gguf"), "Q8_0")[0])
         case "words":
             write_words(options.out / "output" / NAME)
 
 
-def train_model(path: Path, limits: Limits, *, resume: bool) -> None:
+def train_model(path: Path, limits: Limits, *, resume: bool, device: str) -> None:
     """Train the model on the night world and write the average of its last weights, in half precision."""
     import torch
     from demo_model.world import NIGHT
@@ -85,6 +94,7 @@ def train_model(path: Path, limits: Limits, *, resume: bool) -> None:
         model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     else:
         _initialise(model)
+    model.to(device)
     log.info("%.2f million weights", sum(weight.numel() for weight in model.parameters()) / 1e6)
     average = {key: value.clone() for key, value in model.state_dict().items()}
     latents, words = scenes_of(NIGHT, POOL)
@@ -102,7 +112,7 @@ def train_model(path: Path, limits: Limits, *, resume: bool) -> None:
     save(average, path)
 
 
-def train_lora(base: Path, path: Path, limits: Limits) -> None:
+def train_lora(base: Path, path: Path, limits: Limits, *, device: str) -> None:
     """Train a LoRA of the model's linear layers on the paper world."""
     import torch
     from demo_model.world import PAPER
@@ -128,6 +138,7 @@ def train_lora(base: Path, path: Path, limits: Limits) -> None:
         if isinstance(layer, torch.nn.Linear) and name.startswith(("blocks.", "head.", "time_projection.")):
             adapters[name] = Adapter(layer.weight.shape)
             parametrize.register_parametrization(layer, "weight", adapters[name])
+    model.to(device)
     latents, words = scenes_of(PAPER, POOL // 2)
 
     def loss(step: int) -> Tensor:
@@ -142,7 +153,7 @@ def train_lora(base: Path, path: Path, limits: Limits) -> None:
     save(file, path)
 
 
-def train_vae(path: Path, limits: Limits) -> None:
+def train_vae(path: Path, limits: Limits, *, resume: bool, device: str) -> None:
     """Train the VAE: its encoder to give the latents of `Basis`, its decoder to give their pictures.
 
     In any colours, on crops, and with some noise on the latents, since those of a model are not exact.
@@ -150,17 +161,22 @@ def train_vae(path: Path, limits: Limits) -> None:
     import comfy.latent_formats
     import comfy.ldm.wan.vae
     import torch
-    from demo_model.latents import FITTED, SPACE, TIME
-    from demo_model.world import Scenes, cover, paint
+    from demo_model.latents import FITTED, SPACE
+    from demo_model.world import FRAMES, Scenes, cover, paint
+    from safetensors.torch import load_file
 
     torch.manual_seed(2)
     vae = comfy.ldm.wan.vae.WanVAE(
         dim=VAE_WIDTH, z_dim=16, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True]
     )
-    _initialise(vae)
+    if resume:
+        vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    else:
+        _initialise(vae)
+    vae.to(device)
     log.info("%.2f million weights", sum(weight.numel() for weight in vae.parameters()) / 1e6)
     latent_format, mapped = comfy.latent_formats.Wan21(), basis()
-    frames, side = 2 * TIME + 1, 4
+    frames, side = FRAMES, 4
 
     def crop(whole: Tensor, at: Tensor, unit: int) -> Tensor:
         """A square of `side` patches of `unit` pixels from each scene, near its shape."""
@@ -181,7 +197,8 @@ def train_vae(path: Path, limits: Limits) -> None:
         latents, pictures = crop(mapped.encode(pictures), at, 1), crop(pictures, at, SPACE)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = latents + 0.15 * torch.rand(len(latents), 1, 1, 1, 1, generator=generator) * noise
-        decoded = vae.decode(latent_format.process_out(noisy))
+        pictures, latents = pictures.to(device), latents.to(device)
+        decoded = vae.decode(latent_format.process_out(noisy).to(device))
         result = (decoded - pictures).abs().mean() + (decoded - pictures).square().mean()
         if step % 4 == 0:
             encoded = latent_format.process_in(vae.encode(pictures))
@@ -223,14 +240,16 @@ def flow_loss(model: torch.nn.Module, latents: Tensor, words: Tensor, step: int)
     generator = torch.Generator().manual_seed(step)
     chosen = torch.randint(len(latents), (BATCH,), generator=generator)
     latent, context = latents[chosen], word_vectors().float()[words[chosen]]
+    device = next(model.parameters()).device
     guided = torch.rand(BATCH, generator=generator) >= UNGUIDED
     context = context * guided[:, None, None]
     even = (torch.arange(BATCH) + torch.rand(1, generator=generator)) / BATCH
     sigma = (SHIFT * even / (1 + (SHIFT - 1) * even)).clamp(min=1e-3)
     noise = torch.randn(latent.shape, generator=generator)
     part = sigma[:, None, None, None, None]
-    output = model((1 - part) * latent + part * noise, sigma * 1000, context)
-    return (output - (noise - latent)).square().mean()
+    noisy = (1 - part) * latent + part * noise
+    output = model(noisy.to(device), (sigma * 1000).to(device), context.to(device))
+    return (output - (noise - latent).to(device)).square().mean()
 
 
 def scenes_of(world: World, count: int) -> tuple[Tensor, Tensor]:
@@ -276,9 +295,9 @@ def fit(
 
     weights = list(weights)
     optimiser = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
-    start, mean, rise = time.monotonic(), 0.0, 0.03
+    start, mean, rise = time.process_time(), 0.0, 0.03
     for step in range(limits.steps):
-        seconds = time.monotonic() - start
+        seconds = time.process_time() - start
         part = max(step / limits.steps, seconds / limits.seconds)
         if part >= 1:
             break
@@ -304,6 +323,7 @@ def save(weights: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({key: value.detach().to(torch.float16).contiguous() for key, value in weights.items()}, partial)
+    partial.chmod(0o644)  # safetensors makes it the owner's alone
     partial.replace(path)
     log.info("%s: %.2f MB", path, path.stat().st_size / 1e6)
 
@@ -341,8 +361,9 @@ def _options() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(STEPS))
     parser.add_argument("--steps", type=int, help=f"steps of training (default {STEPS})")
-    parser.add_argument("--minutes", type=float, default=60, help="of training at most (default 60)")
-    parser.add_argument("--resume", action="store_true", help="of model: begin with the file that is there")
+    parser.add_argument("--minutes", type=float, default=60, help="of processor time at most (default 60)")
+    parser.add_argument("--device", default="cpu", help="where to train (default cpu)")
+    parser.add_argument("--resume", action="store_true", help="begin with the file that is there")
     parser.add_argument("--comfy", type=Path, default=setup.COMFY, help="root of a ComfyUI")
     parser.add_argument("--out", type=Path, default=OUT, help="folder that mirrors ComfyUI's own")
     options = parser.parse_args()

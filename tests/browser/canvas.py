@@ -49,7 +49,13 @@ class Canvas:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.request.post(f"{url}/api/settings", data=SETTINGS)
-        page.goto(url)
+        self.url = url
+        self.open()
+
+    def open(self) -> None:
+        """Load the page, anew where it is loaded."""
+        page = self.page
+        page.goto(self.url)
         page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=TIMEOUT_MS)
         page.wait_for_selector("#graph-canvas, canvas", timeout=TIMEOUT_MS)
         page.wait_for_timeout(1500)
@@ -94,8 +100,12 @@ class Canvas:
         )
         self.page.wait_for_timeout(300)
 
-    def picture(self, path: Path, *, quality: int = 80) -> None:
-        """A JPEG of all nodes and nothing else, large enough to read."""
+    def picture(self, path: Path, *, quality: int = 80, largest: float = 10.0) -> None:
+        """A JPEG of all nodes and nothing else, large enough to read.
+
+        Args:
+            largest: pixels for each of the canvas's, at most.
+        """
         self.page.add_style_tag(content=".p-toast, .p-toast-message, .p-message { display: none !important }")
         self.page.set_viewport_size(LARGE)
         self.page.evaluate(
@@ -105,6 +115,15 @@ class Canvas:
             }"""
         )
         self.page.wait_for_timeout(1000)
+        self.page.evaluate(
+            """largest => {
+                const {ds, canvas} = app.canvas
+                if (ds.scale > largest) ds.changeScale(largest, [canvas.clientWidth / 2, canvas.clientHeight / 2])
+                app.canvas.setDirty(true, true)
+            }""",
+            largest,
+        )
+        self.page.wait_for_timeout(300)
         left, top, right, bottom = self.page.evaluate(
             """() => {
                 const boxes = app.graph.nodes.map(node => node.boundingRect ?? node.getBounding())

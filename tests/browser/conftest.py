@@ -19,7 +19,8 @@ def server(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     files.copy_demo(base)
     files.write_named(base, [*files.OLD, *files.PROMPTS])
     previews = ("--preview-method", "latent2rgb")
-    with ComfyServer(comfy_root, base=base, python=Path(sys.executable), threads=1, args=previews) as server:
+    python = Path(sys.executable)
+    with ComfyServer(comfy_root, base=base, python=python, threads=1, args=previews, folder="raylight") as server:
         yield server
 
 

@@ -11,6 +11,7 @@ from .server import PACK_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ROOT / "benchmarks" / "help_texts"
+PICTURES = ROOT / "web" / "docs" / "pictures"
 Published = Mapping[str, Mapping[str, Any]]
 
 
@@ -41,8 +42,8 @@ def files(nodes: Published) -> dict[str, str]:
 def page(name: str, info: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
     """The help page of a node, in Markdown."""
     lines = [f"# {info['display_name']}", "", info["description"], ""]
-    if (TEXTS.parents[1] / "web" / "docs" / "pictures" / f"{name}.png").is_file():
-        lines += [f"![{info['display_name']}, wired](pictures/{name}.png)", ""]
+    if (PICTURES / f"{name}.jpg").is_file():
+        lines += [f"![{info['display_name']}, wired](pictures/{name}.jpg)", ""]
     if info.get("deprecated"):
         lines += ["This node is there for old files; new workflows do not need it.", ""]
     inputs = list(inputs_of(info))

@@ -40,6 +40,7 @@ class ComfyServer:
         base: base directory (models, input, output, custom_nodes, log); made if absent, kept afterwards.
         python: interpreter, by default the running one.
         pack: whether this pack is installed.
+        folder: name of its folder. The page finds no help for one that has a dot in it.
         test_nodes: whether the test node pack is installed.
         threads: OMP_NUM_THREADS of the process, and of what it starts.
         args: more command-line arguments.
@@ -54,6 +55,7 @@ class ComfyServer:
         base: Path,
         python: Path | None = None,
         pack: bool = True,
+        folder: str = PACK_FOLDER,
         test_nodes: bool = True,
         threads: int | None = None,
         args: Sequence[str] = (),
@@ -71,7 +73,7 @@ class ComfyServer:
             self._env["OMP_NUM_THREADS"] = self._env["MKL_NUM_THREADS"] = str(threads)
         self._packs = {TEST_NODES_FOLDER: ROOT / "tests" / "host" / "nodes"} if test_nodes else {}
         if pack:
-            self._packs[PACK_FOLDER] = ROOT
+            self._packs[folder] = ROOT
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
