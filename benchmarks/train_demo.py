@@ -4,7 +4,7 @@
 
 Every part is ComfyUI's own class with fewer and narrower layers, so that any ComfyUI loads the files. The model learns
 ComfyUI's convention for Wan: x = (1 - sigma) latent + sigma noise, time 1000 sigma, and its output is noise - latent.
-`model` and `vae` take up to an hour of one core each, `lora` a few minutes; `gguf` writes the model as GGUF, `words` the
+`model` and `vae` take up to an hour of one core each, `lora` minutes; `gguf` writes the model as GGUF, `words` the
 conditioning. `lora` and `gguf` need the model; otherwise the order does not matter.
 """
 

@@ -100,6 +100,16 @@ class Canvas:
         )
         self.page.wait_for_timeout(300)
 
+    def fit(self) -> None:
+        """Show all nodes, in full at any size."""
+        self.page.evaluate(
+            """() => {
+                app.canvas.low_quality_zoom_threshold = app.canvas.min_font_size_for_lod = 0
+                return app.extensionManager.command.execute("Comfy.Canvas.FitView")
+            }"""
+        )
+        self.page.wait_for_timeout(1000)
+
     def picture(self, path: Path, *, quality: int = 80, largest: float = 10.0) -> None:
         """A JPEG of all nodes and nothing else, large enough to read.
 
@@ -108,13 +118,7 @@ class Canvas:
         """
         self.page.add_style_tag(content=".p-toast, .p-toast-message, .p-message { display: none !important }")
         self.page.set_viewport_size(LARGE)
-        self.page.evaluate(
-            """() => {
-                app.canvas.low_quality_zoom_threshold = app.canvas.min_font_size_for_lod = 0
-                return app.extensionManager.command.execute("Comfy.Canvas.FitView")
-            }"""
-        )
-        self.page.wait_for_timeout(1000)
+        self.fit()
         self.page.evaluate(
             """largest => {
                 const {ds, canvas} = app.canvas
