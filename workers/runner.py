@@ -57,6 +57,7 @@ class Runner:
         self._kernel: kernels.LocalKernel | None = None
         self._models: OrderedDict[ModelSpec, WorkerModel] = OrderedDict()  # the least recently used first
         self._ready: dict[ModelSpec, tuple[str, int]] = {}  # on the device: its patches' state, its bytes
+        self._last: ModelSpec | None = None  # what was called last
         self._functions: dict[int, Callable[..., Any]] = {}
         self._files = OpenFiles()
         self._decoder = Decoder(self._resolve, model_management.get_torch_device())
@@ -197,6 +198,7 @@ class Runner:
             with model.agreed():
                 self._make_ready(request.spec, args)
                 model.source.check()
+            self._last = request.spec
             if request.random is not None:
                 random_states.put(request.random)
             started, waited = time.perf_counter(), self.mesh.seconds
@@ -248,7 +250,7 @@ class Runner:
 
     def report(self) -> WorkerReport:
         """What this worker holds, and how it fared in the last call."""
-        last = self._models.get(self._active[0]) if self._active else None
+        last = self._models.get(self._last) if self._last else None
         device = model_management.get_torch_device()
         return WorkerReport(
             rank=self.mesh.rank,
