@@ -143,8 +143,9 @@ class BlockWeights:
         more = {"ahead": self.prefetch} if self.residency == "streamed" else {}
         try:
             self._parts = kind(self._blocks, self._comm.rank, self._read, self._device, **more)
-            for keys in self.keys:
+            for block, keys in zip(self._blocks, self.keys, strict=True):
                 self._at_device(keys)
+                block.release()  # before the next: quantised ones come whole, for their scales
             self.rotation.open(self._blocks, self._parts, self._device, prefetch=self.prefetch)
         except BaseException:
             self.close()
