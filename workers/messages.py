@@ -95,7 +95,10 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """What a worker holds of a model: bytes of its weights, of those on the device, number of patches, settings."""
+    """What a worker holds of a model: bytes of its weights, of those on the device, number of patches, settings.
+
+    `weights` says where they are between their uses, and what they take.
+    """
 
     path: str
     family: str
@@ -103,6 +106,7 @@ class ModelReport:
     resident: int
     patches: int
     settings: WorkerSettings
+    weights: str
 
 
 @dataclass(frozen=True, kw_only=True)

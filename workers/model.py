@@ -300,6 +300,7 @@ class WorkerModel:
             resident=self.resident_bytes,
             patches=len(self.patcher.patches) + len(self._objects),
             settings=self._settings,
+            weights=self.described(),
         )
 
     def predicted(self) -> float:

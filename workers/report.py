@@ -105,7 +105,10 @@ def lines(report: PoolReport) -> list[str]:
         if worker.device_bytes:
             memory += f", {mib(worker.device_bytes)} of the device"
         found += ["", f"Worker {worker.rank}: {worker.device}, {place}", f"  {memory}"]
-        found += [f"  {_model(model)}" for model in worker.models] or ["  no model"]
+        for model in worker.models:
+            found += [f"  {_model(model)}", f"    {model.weights}"]
+        if not worker.models:
+            found.append("  no model")
     run = report.run
     if run is None:
         return [*found, "", "Last run: none yet"]

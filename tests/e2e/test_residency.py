@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,17 @@ def test_gguf(server: ComfyServer, result: Run, more: dict[str, Any]) -> None:
         prompt = with_ray_loras(pool(same, PoolCase(more=more)), chain, both_ways=False)
         prompt[LOADER] = {"class_type": "RayGGUFLoader", "inputs": inputs}
         assert apart(result(prompt), result(with_stock_loras(plain(same), chain))) <= FP32
+
+
+def test_report(client: ComfyClient, files: None) -> None:
+    """Ray Report says where weights are, and how many of their bytes a worker has."""
+    prompt = pool(dataclasses.replace(DEEP, seed=77), PoolCase(more=SHARDED))
+    inputs = {"ray_actors": [LOADER, 0], "latent": [SAMPLER, 0]}
+    prompt["report"] = {"class_type": "RayReport", "inputs": inputs}
+    text = client.run(prompt, timeout=400).outputs["report"]["text"][0]
+    assert len(re.findall(r"sharded weights, 0\.01 GB per worker: .* of parts.* 6 blocks are gathered", text)) == 2
+    held, size = re.findall(r"deep\.safetensors \(WanModel\): ([\d.]+) MiB of ([\d.]+) MiB on the device", text)[0]
+    assert held == size
 
 
 @SLOW
