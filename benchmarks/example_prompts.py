@@ -373,7 +373,7 @@ def hunyuan_video15(p: Prompt) -> None:
 
 
 def sdxl_cfg(p: Prompt) -> None:
-    """SDXL on two GPUs: a UNet has no tokens to share, so one computes the prompt, the other the negative one.
+    """SDXL on two GPUs: one computes the prompt, the other the negative one, and they send each other nothing.
 
     - `models/checkpoints/sd_xl_base_1.0.safetensors`
     """

@@ -32,6 +32,7 @@ BEFORE = {
     "IMAGE": "LoadImage",
     "VAE": "VAELoader",
     "AUDIO": "LoadAudio",
+    "RAY_CONTROL_NET,CONTROL_NET": "RayControlNetLoader",
 }
 """What a socket is usually connected to, by its type."""
 AFTER = {
@@ -45,6 +46,7 @@ AFTER = {
     "SAMPLER": "XFuserSamplerCustom",
     "NOISE": "DPKSamplerAdvanced",
     "IMAGE": "PreviewImage",
+    "RAY_CONTROL_NET": "RayControlNetApply",
     "RAY_VAE": "",
     "VAE": "VAEDecode",
     "STRING": "PreviewAny",

@@ -22,6 +22,7 @@ class RayControlNetLoader:
         "Loads a ControlNet on the workers. What it computes stays there, where ComfyUI's own would send it to them "
         "at every model call. Both outputs are the same ControlNet: one for Ray nodes, one for every other node."
     )
+    SEARCH_ALIASES = ("controlnet", "multi gpu")
     FUNCTION = "load"
     RETURN_TYPES = ("RAY_CONTROL_NET", "CONTROL_NET")
     RETURN_NAMES = ("ray_control_net", "control_net")

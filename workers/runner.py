@@ -59,6 +59,7 @@ class Runner:
         self._ready: dict[ModelSpec, tuple[str, int]] = {}  # on the device: its patches' state, its bytes
         self._last: ModelSpec | None = None  # what was called last
         self._functions: dict[int, Callable[..., Any]] = {}
+        self._last: ModelSpec | None = None  # the model of the last forward
         self._files = OpenFiles()
         self._decoder = Decoder(self._resolve, model_management.get_torch_device())
         self._here: dict[ModelSpec, ModelSpec] = {}  # the driver's files, as this machine has them
@@ -201,6 +202,7 @@ class Runner:
             self._last = request.spec
             if request.random is not None:
                 random_states.put(request.random)
+            self._last = request.spec
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs, self.wire.cancelled)
             seconds, waited = time.perf_counter() - started + computed.seconds, self.mesh.seconds - waited
