@@ -20,11 +20,18 @@ def enter(comfy: Path | None) -> int | None:
     Args:
         comfy: root of a ComfyUI; None is the test host.
     """
+    code = within(comfy)
+    if code is None:
+        boot((comfy or setup.COMFY).resolve())
+    return code
+
+
+def within(comfy: Path | None) -> int | None:
+    """As `enter`, for what starts ComfyUI in a process of its own."""
     if comfy is not None and not ((comfy / "main.py").is_file() and (comfy / "comfy").is_dir()):
         print(f"--comfy names {comfy}, which holds no ComfyUI (no main.py and comfy/). Correct it.", file=sys.stderr)
         return 1
     if Path(sys.prefix).resolve() == (setup.HOME / "venv").resolve():
-        boot((comfy or setup.COMFY).resolve())
         return None
     try:
         python = setup.ensure(more=[comfy] if comfy else [])

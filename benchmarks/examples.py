@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))
-
-from example_prompts import EXAMPLES, built  # noqa: E402
-from host import setup  # noqa: E402
+import environment
+from environment import ROOT, setup
+from example_prompts import EXAMPLES, built
 
 CANVASES, PROMPTS = ROOT / "example_workflows", ROOT / "examples" / "api"
 
@@ -28,15 +25,16 @@ CANVASES, PROMPTS = ROOT / "example_workflows", ROOT / "examples" / "api"
 def main() -> int:
     """Set up, then write in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfy", type=Path, default=setup.COMFY, help="root of a ComfyUI (default: the test host)")
+    parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     parser.add_argument("--only", nargs="+", choices=list(EXAMPLES), default=list(EXAMPLES), metavar="NAME")
     options = parser.parse_args()
-    if Path(sys.prefix).resolve() != (setup.HOME / "venv").resolve():
-        return subprocess.run([str(setup.ensure()), *sys.argv], check=False).returncode
+    code = environment.within(options.comfy)
+    if code is not None:
+        return code
     PROMPTS.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         (PROMPTS / f"{name}.json").write_text(json.dumps(built(name), indent=2) + "\n", encoding="utf-8")
-    return draw(options.comfy, options.only)
+    return draw(options.comfy or setup.COMFY, options.only)
 
 
 def draw(comfy: Path, names: list[str]) -> int:

@@ -9,15 +9,12 @@ puts new ones into the pages.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))
-
-from host import setup  # noqa: E402
+import environment
+from environment import setup
 
 BEFORE = {
     "RAY_ACTORS_INIT": "RayInitializer",
@@ -96,11 +93,12 @@ WIRE = """([type, before, after]) => {
 def main() -> int:
     """Set up, then draw in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfy", type=Path, default=setup.COMFY, help="root of a ComfyUI (default: the test host)")
+    parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NODE")
     options = parser.parse_args()
-    if Path(sys.prefix).resolve() != (setup.HOME / "venv").resolve():
-        return subprocess.run([str(setup.ensure()), *sys.argv], check=False).returncode
+    code = environment.within(options.comfy)
+    if code is not None:
+        return code
     from browser import files
     from browser.canvas import NO_CHROMIUM, chromium, opened
     from host import help_pages
@@ -111,7 +109,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         files.copy_demo(Path(folder))
-        with ComfyServer(options.comfy, base=Path(folder)) as server, opened(server.url) as canvas:
+        with ComfyServer(options.comfy or setup.COMFY, base=Path(folder)) as server, opened(server.url) as canvas:
             with server.client() as client:
                 nodes = options.only or list(help_pages.of_pack(client.object_info()))
             for name in nodes:

@@ -8,15 +8,12 @@ Needs a Chromium (Debian's `chromium`); the demo runs on two CPU workers.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))
-
-from host import setup  # noqa: E402
+import environment
+from environment import ROOT, setup
 
 PICTURES = ROOT / "docs" / "pictures"
 LIMIT_MS = 300_000
@@ -25,10 +22,11 @@ LIMIT_MS = 300_000
 def main() -> int:
     """Set up, then open the page in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfy", type=Path, default=setup.COMFY, help="root of a ComfyUI (default: the test host)")
+    parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     options = parser.parse_args()
-    if Path(sys.prefix).resolve() != (setup.HOME / "venv").resolve():
-        return subprocess.run([str(setup.ensure()), *sys.argv], check=False).returncode
+    code = environment.within(options.comfy)
+    if code is not None:
+        return code
     from browser import files
     from browser.canvas import NO_CHROMIUM, Canvas, chromium, opened
     from host.server import ComfyServer
@@ -45,7 +43,9 @@ def main() -> int:
     previews = ("--preview-method", "latent2rgb")
     with tempfile.TemporaryDirectory() as folder:
         files.copy_demo(Path(folder))
-        server = ComfyServer(options.comfy, base=Path(folder), args=previews, folder="raylight", test_nodes=False)
+        server = ComfyServer(
+            options.comfy or setup.COMFY, base=Path(folder), args=previews, folder="raylight", test_nodes=False
+        )
         with server, opened(server.url) as canvas:
             canvas.drop(ROOT / "example_workflows" / "demo.json")
             canvas.fit()

@@ -171,6 +171,7 @@ def display_names() -> dict[str, str]:
 def _node_class(mirror: Mirror, node: Any) -> type:
     outputs = list(_outputs(mirror, node))
     other = f"As in ComfyUI's {mirror.core}."
+    tooltips = {**OUTPUT_TOOLTIPS, **({"RAY_ACTORS": "The model, unchanged."} if outputs[0][0] == "LATENT" else {})}
     attributes = {name: getattr(node, name) for name in FOLLOWED if getattr(node, name, None)}
     if mirror.outputs:
         attributes.pop("OUTPUT_IS_LIST", None)  # it counts ComfyUI's outputs
@@ -190,7 +191,7 @@ def _node_class(mirror: Mirror, node: Any) -> type:
             "DEPRECATED": mirror.deprecated or getattr(node, "DEPRECATED", False),
             "RETURN_TYPES": tuple(kind for kind, _ in outputs),
             "RETURN_NAMES": tuple(name for _, name in outputs),
-            "OUTPUT_TOOLTIPS": tuple(OUTPUT_TOOLTIPS.get(kind, other) for kind, _ in outputs),
+            "OUTPUT_TOOLTIPS": tuple(tooltips.get(kind, other) for kind, _ in outputs),
         },
     )
 
@@ -264,7 +265,7 @@ def _noise(*, seed: int, empty: bool) -> Any:
 
 
 def _sampled(run: Core, **values: Any) -> tuple[Any, ...]:
-    return run(**values)[:1]
+    return run(**values)[0], values[ACTORS]
 
 
 def _guided(run: Core, *, add_noise: bool, noise_seed: int, guider: Any, **values: Any) -> tuple[Any, ...]:
@@ -332,7 +333,7 @@ MIRRORS = (
         "SamplerCustom",
         SAMPLERS,
         "ray_actors add_noise noise_seed cfg positive negative sampler sigmas latent_image",
-        outputs="LATENT:output",
+        outputs="LATENT:output RAY_ACTORS:ray_actors",
         display="XFuser SamplerCustom",
         call=_sampled,
     ),

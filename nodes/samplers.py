@@ -37,8 +37,9 @@ class XFuserKSamplerAdvanced:
     DESCRIPTION = "ComfyUI's KSampler (Advanced) on the workers; with sigmas connected, its SamplerCustom."
     SEARCH_ALIASES = ("ksampler", "sampler", "multi gpu")
     FUNCTION = "sample"
-    RETURN_TYPES = ("LATENT",)
-    OUTPUT_TOOLTIPS = ("The denoised latent.",)
+    RETURN_TYPES = ("LATENT", "RAY_ACTORS")
+    RETURN_NAMES = ("LATENT", "ray_actors")
+    OUTPUT_TOOLTIPS = ("The denoised latent.", "The model, unchanged.")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -53,9 +54,9 @@ class XFuserKSamplerAdvanced:
             "optional": {"sigmas": described["sigmas"]},
         }
 
-    def sample(self, ray_actors: Any, sigmas: Any = None, **values: Any) -> tuple[Any]:
+    def sample(self, ray_actors: Any, sigmas: Any = None, **values: Any) -> tuple[Any, Any]:
         if sigmas is None:
-            return core.KSamplerAdvanced().sample(model=ray_actors, **values)
+            return (*core.KSamplerAdvanced().sample(model=ray_actors, **values), ray_actors)
         custom = core.NODE_CLASS_MAPPINGS["SamplerCustom"]
         outputs = getattr(custom(), custom.FUNCTION)(
             model=ray_actors,
@@ -68,4 +69,4 @@ class XFuserKSamplerAdvanced:
             sigmas=sigmas,
             latent_image=values["latent_image"],
         )
-        return (outputs[0],)
+        return outputs[0], ray_actors

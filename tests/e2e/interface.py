@@ -250,7 +250,7 @@ NODES: Mapping[str, Node] = {
     "XFuserKSamplerAdvanced": Node(
         "XFuser KSampler (Advanced)",
         TOP,
-        "LATENT:LATENT",
+        "LATENT:LATENT RAY_ACTORS:ray_actors",
         {
             "add_noise": ENABLE,
             "noise_seed": SEED,
@@ -306,7 +306,7 @@ NODES: Mapping[str, Node] = {
     "XFuserSamplerCustom": Node(
         "XFuser SamplerCustom",
         SAMPLERS,
-        "LATENT:output",
+        "LATENT:output RAY_ACTORS:ray_actors",
         {**ACTORS, "add_noise": flag(True), "noise_seed": SEED, "cfg": CFG, **PROMPTS, **CUSTOM},
     ),
     "XFuserSamplerCustomAdvanced": Node(
