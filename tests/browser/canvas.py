@@ -85,6 +85,7 @@ class Canvas:
         """Open an API prompt, arrange its nodes, and put a note beside them."""
         self.page.evaluate(
             """async ([prompt, name, note]) => {
+                app.clean()  // pictures of nodes with the same numbers
                 await app.loadApiJson(prompt, name)
                 app.graph.arrange(60)
                 for (const widget of app.graph.nodes.flatMap(node => node.widgets ?? []))

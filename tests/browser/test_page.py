@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from comfy_raylight.tests.browser.canvas import Canvas
 from comfy_raylight.tests.browser.files import ROOT
+from comfy_raylight.tests.conftest import comfy_roots
 from comfy_raylight.tests.host.server import ComfyServer
 from PIL import Image
 
@@ -19,10 +21,18 @@ SCREENSHOTS = ROOT / ".host" / "screenshots"
 LIMIT_S = 180
 
 
+@pytest.fixture
+def once(comfy_root: Path) -> None:
+    """What takes long runs on the first ComfyUI alone, unless RAYLIGHT_TEST_LARGE says otherwise."""
+    if os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0" and comfy_root != comfy_roots()[0]:
+        pytest.skip("slow: RAYLIGHT_TEST_LARGE=1 runs it on every ComfyUI")
+
+
 def wait_until(page: Canvas, condition: str) -> None:
     page.page.wait_for_function(condition, timeout=LIMIT_S * 1000, polling=50)
 
 
+@pytest.mark.usefixtures("once")
 def test_run(page: Canvas, server: ComfyServer) -> None:
     """The button starts it, the bar moves, and the picture appears."""
     page.drop(DEMO)
@@ -53,6 +63,7 @@ def test_run(page: Canvas, server: ComfyServer) -> None:
         assert animation.size == (64, 64) and getattr(animation, "n_frames", 1) == 17
 
 
+@pytest.mark.usefixtures("once")
 def test_cancel(page: Canvas) -> None:
     """The button in the page ends a run between two steps."""
     page.drop(DEMO)
@@ -99,6 +110,7 @@ def test_help(page: Canvas, server: ComfyServer, name: str) -> None:
     page.open()
 
 
+@pytest.mark.usefixtures("once")
 def test_client(server: ComfyServer, tmp_path: Path) -> None:
     """The client of the examples queues the demo and saves what it makes."""
     command = [sys.executable, str(ROOT / "examples" / "client.py"), str(ROOT / "examples" / "api" / "demo.json")]
