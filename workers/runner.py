@@ -57,7 +57,6 @@ class Runner:
         self._kernel: kernels.LocalKernel | None = None
         self._models: OrderedDict[ModelSpec, WorkerModel] = OrderedDict()  # the least recently used first
         self._ready: dict[ModelSpec, tuple[str, int]] = {}  # on the device: its patches' state, its bytes
-        self._last: ModelSpec | None = None  # what was called last
         self._functions: dict[int, Callable[..., Any]] = {}
         self._last: ModelSpec | None = None  # the model of the last forward
         self._files = OpenFiles()
