@@ -48,19 +48,15 @@ FILES = (
 )
 PATCHED = ("fp32", "bf16", "scaled", "layers", "Q8_0")
 RANKS = (2, 3, 4)
-SOME = ("fp32", "bf16", "scaled", "layers", "comfy_quant", "Q8_0") if not LARGE else FILES
-"""What is checked by default on two ranks; on more, where that is small."""
+SOME = FILES if LARGE else ("bf16", "scaled", "layers", "comfy_quant", "Q8_0")
+CHAINED = PATCHED if LARGE else ("bf16", "scaled", "Q8_0")
+MORE = RANKS if LARGE else RANKS[:2]
 CHECKS = [
     *(f"{kind} file {name} on 2" for kind in KINDS for name in SOME),
     *(f"{kind} file {name} on {n}" for kind in KINDS for n in RANKS[1:] for name in (FILES if LARGE else ("scaled",))),
-    *(
-        f"{kind} patches of {name} on {n}"
-        for kind in KINDS
-        for n in (RANKS if LARGE else RANKS[:1])
-        for name in PATCHED
-    ),
-    *(f"{kind} {what} on {n}" for kind in KINDS for n in RANKS for what in ("call", "memory")),
-    *(f"error of one rank on {n}" for n in RANKS[:2]),
+    *(f"{kind} patches of {name} on {n}" for kind in KINDS for n in RANKS[: 3 if LARGE else 1] for name in CHAINED),
+    *(f"{kind} {what} on {n}" for kind in KINDS for n in MORE for what in ("call", "memory")),
+    "error of one rank on 3",
     "refusals on 2",
 ]
 
