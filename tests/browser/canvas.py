@@ -71,14 +71,11 @@ class Canvas:
             }""",
             [path.read_text(encoding="utf-8"), path.name],
         )
-        before = self.page.evaluate("() => app.graph.nodes.map(node => node.id + node.type).join()")
+        self.page.evaluate("() => { window.before = app.graph.nodes[0] ?? null }")
         for kind in ("dragenter", "dragover", "drop"):
             self.page.dispatch_event("#graph-canvas", kind, {"dataTransfer": data})
-        self.page.wait_for_function(
-            "before => app.graph.nodes.map(node => node.id + node.type).join() !== before",
-            arg=before,
-            timeout=TIMEOUT_MS,
-        )
+        changed = "() => app.graph.nodes.length && app.graph.nodes[0] !== window.before"
+        self.page.wait_for_function(changed, timeout=TIMEOUT_MS)
         self.page.wait_for_timeout(300)
 
     def load_prompt(self, prompt: dict[str, Any], name: str, note: str) -> None:
