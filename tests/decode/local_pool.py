@@ -37,7 +37,10 @@ class LocalPool(Pool):
         self.config = PoolConfig(parallel=parallel)
         self.notes: dict[int, Any] = {}
         self._launch = SimpleNamespace(
-            ready=lambda references: references[0] is not None, kill=self._kill, ray_ended=lambda ask: ""
+            ready=lambda references: references[0] is not None,
+            kill=self._kill,
+            ray_ended=lambda ask: "",
+            why_ended=lambda serving: "it was killed",
         )
         self._interrupted = interrupted
         self._serving: list[Any] = []
