@@ -13,7 +13,7 @@ from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.server import ComfyServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("page")
     files.copy_demo(base)
@@ -24,13 +24,13 @@ def server(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(server: ComfyServer) -> Iterator[ComfyClient]:
     with server.client() as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def page(server: ComfyServer) -> Iterator[Canvas]:
     if not chromium():
         pytest.skip(NO_CHROMIUM)
