@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from comfy_raylight.tests.host.client import ComfyClient
-from comfy_raylight.tests.host.counterparts import IDLE, Outcome, compare, mirrors, nodes_of_pack, skips
+from comfy_raylight.tests.host.counterparts import IDLE, Outcome, compare, mirrors, nodes_of_pack, skips, write_controls
 from comfy_raylight.tests.host.server import ComfyServer
 
 
@@ -21,6 +21,7 @@ class Walk:
 
 @pytest.fixture(scope="module")
 def walk(server: ComfyServer, client: ComfyClient) -> Walk:
+    write_controls(server)
     before = len(server.log())
     table = mirrors(client)
     assert {"RayModelSamplingSD3", "RayBasicScheduler", "XFuserSamplerCustom"} <= table.keys()

@@ -554,8 +554,15 @@ def write_files(server: ComfyServer) -> None:
     write_adapter(base, loras / LORA, "lora")
     _, whole = write_gguf(base, server.models / GGUF, "Q8_0")
     save_file(whole, server.models / DEQUANTISED)
+    write_vaes(server.base / "models" / "vae", comfy_root=server.comfy)
+    write_controls(server)
+
+
+def write_controls(server: ComfyServer) -> None:
+    """The model, ControlNet and VAE of the ControlNet nodes."""
+    from .checkpoints import Job, write
+
     models = server.base / "models"
-    write_vaes(models / "vae", comfy_root=server.comfy)
     jobs = {
         "sd3": server.models / CONTROLLED,
         "control_sd3": models / "controlnet" / CONTROL,
