@@ -10,6 +10,7 @@ from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.prompts import FAMILIES, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
+from .conftest import SLOW
 from .test_sampling import FP32, latent
 
 GROUPS = PoolCase(workers=2, cfg=2)
@@ -30,7 +31,7 @@ CASES = [
     pytest.param(case("wan", cfg=1.0), GROUPS, {}, id="wan cfg 1"),
     pytest.param(case("unet", batch=2), GROUPS, {}, id="unet batch 2"),
     pytest.param(case("unet", batch=2), FOUR, {}, id="unet on 4, batch 2"),
-    pytest.param(case("wan"), FOUR, LONGER, id="wan on 4"),
+    pytest.param(case("wan"), FOUR, LONGER, id="wan on 4", marks=SLOW),
 ]
 
 

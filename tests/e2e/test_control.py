@@ -20,7 +20,7 @@ from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, p
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import save_file
 
-from .conftest import LARGE
+from .conftest import LARGE, SLOW
 from .test_data_parallel import SEEDS, Bench, parallel, same
 from .test_sampling import FP32, latent
 
@@ -136,8 +136,11 @@ CASES = {
 }
 
 
+ON_DEMAND = ("two ranks", "ring, batch")
+
+
 @pytest.mark.usefixtures("files")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in ON_DEMAND else ()) for name in CASES])
 def test_equals_plain(server: ComfyServer, client: ComfyClient, name: str) -> None:
     sampling, where, controls = CASES[name]
     before = len(server.log())

@@ -20,7 +20,7 @@ from comfy_raylight.tests.weights.memory import private
 
 from .conftest import LARGE, SLOW
 
-SECONDS = 600.0 if LARGE else 45.0
+SECONDS = 600.0 if LARGE else 20.0
 ACTIONS_AT_LEAST = 3
 PROMPTS = 200
 SETTLED = 40

@@ -63,7 +63,8 @@ def test_workers_of_two_machines_make_the_same_picture(stage: Stage, cluster: ma
     assert len(cluster.workers()) == len(local_workers(cluster)) == 1
 
 
-@pytest.mark.parametrize("mode", ["seamless", pytest.param("tiles", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("mode", ["seamless", "tiles"])
 def test_they_decode(stage: Stage, cluster: machines.Cluster, mode: str) -> None:
     """What the other machine decodes comes back in the message: it cannot write to this one's memory."""
     stage.client.run(vae.stock(vae.WAN, tiled=mode == "tiles"))
@@ -117,6 +118,7 @@ def test_another_version_there_is_refused(stage: Stage, cluster: machines.Cluste
         stage.client.run(stage.prompt())
 
 
+@SLOW
 def test_one_machine_is_enough_for_one_worker(stage: Stage, cluster: machines.Cluster) -> None:
     prompt = stage.prompt()
     prompt[INIT]["inputs"].update(GPU=1, ulysses_degree=1)

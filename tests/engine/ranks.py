@@ -44,7 +44,7 @@ MESHES: dict[str, tuple[int, int]] = {
     "u4r2": (4, 2),
 }
 """Ulysses and ring degrees by name; a case's `meshes` are some of these."""
-ALWAYS = ("u2", "u3")
+ALWAYS = ("u2",)
 EVERYTHING = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 """Whether every case runs on all of its meshes; by default on ALWAYS, and on one of the others by its name."""
 GROUPS = (2, 3, 8)

@@ -131,8 +131,20 @@ def test_worker_killed_between_calls(acquire: Acquire, model: Model) -> None:
     assert torch.equal(Model(acquire(), Path(model.spec.path)).forward(), before)
 
 
-@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
-@pytest.mark.parametrize("idle", [True, False], ids=["idle", "working"])
+SLOW = pytest.mark.skipif(
+    os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0", reason="slow: RAYLIGHT_TEST_LARGE=1 runs it"
+)
+
+
+@pytest.mark.parametrize(
+    "name,idle",
+    [
+        pytest.param("gcs_server", True, id="idle-gcs_server", marks=SLOW),
+        pytest.param("gcs_server", False, id="working-gcs_server"),
+        pytest.param("raylet", True, id="idle-raylet"),
+        pytest.param("raylet", False, id="working-raylet", marks=SLOW),
+    ],
+)
 def test_process_of_ray_killed(acquire: Acquire, model: Model, name: str, idle: bool) -> None:
     """A dead control service would end this process a minute later: it is left at once, and another Ray started."""
     import psutil
