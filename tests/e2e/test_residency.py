@@ -65,7 +65,7 @@ OF = {kind: dataclasses.replace(DEEP, file=f"deep-{kind}.safetensors") for kind 
 WHERE = [
     pytest.param(DEEP, PoolCase(more=SHARDED), id="sharded"),
     pytest.param(DEEP, PoolCase(more=STREAMED), id="streamed"),
-    pytest.param(DEEP, ON_FOUR, id="sharded cfg"),
+    pytest.param(DEEP, ON_FOUR, id="sharded cfg", marks=SLOW),
     pytest.param(DEEP, PoolCase(more=SHARDED | LATE), id="sharded late", marks=SLOW),
     pytest.param(DEEP, PoolCase(more=STREAMED | LATE), id="streamed late", marks=SLOW),
     pytest.param(DEEP, PoolCase(workers=3, more=SHARDED), id="sharded on 3", marks=SLOW),
@@ -147,9 +147,12 @@ def test_report(client: ComfyClient, files: None) -> None:
     inputs = {"ray_actors": [LOADER, 0], "latent": [SAMPLER, 0]}
     prompt["report"] = {"class_type": "RayReport", "inputs": inputs}
     text = client.run(prompt, timeout=400).outputs["report"]["text"][0]
-    assert len(re.findall(r"sharded weights, 0\.01 GB per worker: .* of parts.* 6 blocks are gathered", text)) == 2
-    held, size = re.findall(r"deep\.safetensors \(WanModel\): ([\d.]+) MiB of ([\d.]+) MiB on the device", text)[0]
-    assert held == size
+    # a worker may hold other models of the tests before this one
+    found = re.findall(r"deep\.safetensors \(WanModel\): ([\d.]+) MiB of ([\d.]+) MiB on the device\n\s+(.+)", text)
+    assert len(found) == 2
+    for held, size, weights in found:
+        assert held == size
+        assert re.search(r"sharded weights, 0\.01 GB per worker: .* of parts.* 6 blocks are gathered", weights)
 
 
 @SLOW

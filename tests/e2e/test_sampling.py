@@ -63,7 +63,7 @@ CASES = [
     pytest.param(WAN, PoolCase(workers=3, ulysses=1), id="wan on one replica of 3", marks=SLOW),
     pytest.param(WAN, PoolCase(ring=2), id="wan ring"),
     pytest.param(case("zimage", batch=2), PoolCase(ring=2), id="zimage ring", marks=SLOW),
-    pytest.param(WAN, PoolCase(workers=4, ring=2), id="wan 2 x ring 2"),
+    pytest.param(WAN, PoolCase(workers=4, ring=2), id="wan 2 x ring 2", marks=SLOW),
     pytest.param(WAN, PoolCase(workers=2, more={"pack_qkv": True, "sync_ulysses": True}), id="wan packed"),
 ]
 
@@ -138,6 +138,7 @@ def test_progress_and_previews(server: ComfyServer, client: ComfyClient) -> None
     assert len(found.previews()) == len(expected.previews()) > 0
 
 
+@SLOW
 def test_bf16(comfy_root: Path, tmp_path: Path) -> None:
     """ComfyUI's command line reaches the workers: with --bf16-unet both sides compute in bf16."""
     server = ComfyServer(comfy_root, base=tmp_path, threads=1, args=("--bf16-unet",))
