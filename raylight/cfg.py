@@ -150,11 +150,18 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for item in nested for tensor in tensors(item)]
 
 
-def _rows(value: Any, rows: int, part: Span) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[slice(*part)] if value.ndim and value.shape[0] == rows else value
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same nested dicts, lists and tuples, with `change` of everything else in them."""
     if isinstance(value, dict):
-        return {key: _rows(item, rows, part) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_rows(item, rows, part) for item in value)
-    return value
+        return type(value)(mapped(item, change) for item in value)
+    return change(value)
+
+
+def _rows(value: Any, rows: int, part: Span) -> Any:
+    def cut(item: Any) -> Any:
+        whole = isinstance(item, torch.Tensor) and item.ndim and item.shape[0] == rows
+        return item[slice(*part)] if whole else item
+
+    return mapped(value, cut)

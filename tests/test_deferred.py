@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_raylight.raylight.cfg import mapped
 from comfy_raylight.raylight.config import ModelSpec
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.workers.deferred import Computed, Evaluation, Result, deferred_in, filled, outline
@@ -36,14 +37,8 @@ def there(done: Callable[[Any], Any]) -> tuple[Any, int]:
 
     computed = Computed(evaluate, CPU)
 
-    def restore(value: Any) -> Any:
-        if isinstance(value, Result):
-            return computed.tensor(value)
-        if isinstance(value, dict):
-            return {key: restore(item) for key, item in value.items()}
-        return type(value)(map(restore, value)) if isinstance(value, (list, tuple)) else value
-
-    return restore(decoder.decode(encoder.encode(put_off))), len(calls)
+    found = decoder.decode(encoder.encode(put_off))
+    return mapped(found, lambda item: computed.tensor(item) if isinstance(item, Result) else item), len(calls)
 
 
 def here(done: Callable[[Any], Any]) -> Any:

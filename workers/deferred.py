@@ -4,12 +4,13 @@ is noted down."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..raylight import cfg
 from ..raylight.config import ModelSpec
 from ..raylight.errors import UnsupportedError
 
@@ -85,20 +86,19 @@ class Deferred(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = {name: value for name, value in (kwargs or {}).items() if name not in WITHOUT or name == "device"}
-        inputs = list(_tensors((args, kwargs)))
-        found = [tensor for tensor in inputs if isinstance(tensor, Deferred)]
+        kwargs = kwargs or {}
+        found = deferred_in((args, kwargs))
         device = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)), None)
-        kwargs.pop("device", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in WITHOUT}
         writes = bool(func._schema.is_mutable)
         target = args[0] if args else None
         if writes and (not isinstance(target, Deferred) or target._aliased or func._schema.returns[1:]):
             _refuse(func, "it writes into a tensor that shares its memory with others")
         try:
-            meta = func(*_map(args, _on_meta), **_map(kwargs, _on_meta))
+            meta = func(*cfg.mapped(args, _on_meta), **cfg.mapped(kwargs, _on_meta))
         except (RuntimeError, NotImplementedError) as error:
             _refuse(func, str(error).splitlines()[0])
-        operation = Operation(str(func), _map(args, _noted), _map(kwargs, _noted), writes)
+        operation = Operation(str(func), cfg.mapped(args, _noted), cfg.mapped(kwargs, _noted), writes)
         if writes:
             assert isinstance(target, Deferred)
             target.result = Result(operation, 0)
@@ -119,12 +119,12 @@ class Deferred(torch.Tensor):
 
         for tensor in found if shares else ():
             tensor._aliased = True
-        return _map(meta, deferred)
+        return cfg.mapped(meta, deferred)
 
 
 def deferred_in(value: Any) -> list[Deferred]:
     """The deferred tensors nested in dicts, lists and tuples."""
-    return [tensor for tensor in _tensors(value) if isinstance(tensor, Deferred)]
+    return [tensor for tensor in cfg.tensors(value) if isinstance(tensor, Deferred)]
 
 
 def carried(value: Any) -> list[torch.Tensor]:
@@ -150,7 +150,7 @@ def carried(value: Any) -> list[torch.Tensor]:
 
 def flat(value: Any) -> list[torch.Tensor]:
     """The tensors nested in dicts, lists and tuples, each once, in the order in which they are met."""
-    return list({id(tensor): tensor for tensor in _tensors(value)}.values())
+    return list({id(tensor): tensor for tensor in cfg.tensors(value)}.values())
 
 
 def outline(value: Any) -> Any:
@@ -162,7 +162,7 @@ def outline(value: Any) -> Any:
             return item
         return Slot(index[id(item)], tuple(item.shape), tuple(item.stride()), item.dtype)
 
-    return _map(value, slot)
+    return cfg.mapped(value, slot)
 
 
 def filled(found: Any, evaluation: Evaluation, asked: object, device: torch.device) -> Any:
@@ -182,7 +182,7 @@ def filled(found: Any, evaluation: Evaluation, asked: object, device: torch.devi
             made[item.index] = Deferred.of(meta, device, Result(evaluation, item.index), sources)
         return made[item.index]
 
-    return _map(found, fill)
+    return cfg.mapped(found, fill)
 
 
 class Computed:
@@ -222,7 +222,7 @@ class Computed:
                 return self.tensor(value)
             return self._device if isinstance(value, _Here) else value
 
-        args, kwargs = _map(operation.args, real), _map(operation.kwargs, real)
+        args, kwargs = cfg.mapped(operation.args, real), cfg.mapped(operation.kwargs, real)
         if operation.writes:
             # others may mean the tensor as it was before
             args = (args[0].clone(), *args[1:])
@@ -256,19 +256,3 @@ def _noted(value: Any) -> Any:
     if isinstance(value, Deferred):
         return value.result
     return _Here() if isinstance(value, torch.device) else value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_map(item, change) for item in value)
-    return change(value)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..raylight import cfg
 from ..raylight.config import ModelSpec, WorkerSettings
 from .arena import Arena
 from .messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest
@@ -168,14 +169,10 @@ class Replica:
         if call.functions:
             references = self.define(call.functions)
 
-            def replace(value: Any) -> Any:
-                if isinstance(value, dict):
-                    return {key: replace(item) for key, item in value.items()}
-                if type(value) in (list, tuple):
-                    return type(value)(replace(item) for item in value)
-                return references.get(id(value), value)
+            def named(options: Any) -> Any:
+                return cfg.mapped(options, lambda value: references.get(id(value), value))
 
-            args, kwargs = on_options(args, kwargs, replace)
+            args, kwargs = on_options(args, kwargs, named)
         return self._forward(call, args, kwargs)
 
     def patch(self, spec: ModelSpec, patches: Patches) -> None:

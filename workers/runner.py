@@ -16,7 +16,7 @@ from torch import distributed
 from ..loaders.content import content_key
 from ..loaders.prefetch import prefetch
 from ..loaders.source import OpenFiles
-from ..raylight import kernels
+from ..raylight import cfg, kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
@@ -332,15 +332,12 @@ class Runner:
         return model.run("forward", (), dict(evaluation.arguments), self.wire.cancelled)
 
     def _restore(self, value: Any, computed: Computed) -> Any:
-        if isinstance(value, FunctionRef):
-            return self._functions[value.number]
-        if isinstance(value, Result):
-            return computed.tensor(value)
-        if isinstance(value, dict):
-            return {key: self._restore(item, computed) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self._restore(item, computed) for item in value)
-        return value
+        def found(item: Any) -> Any:
+            if isinstance(item, FunctionRef):
+                return self._functions[item.number]
+            return computed.tensor(item) if isinstance(item, Result) else item
+
+        return cfg.mapped(value, found)
 
 
 def least_recent(idle: Mapping[ModelSpec, int], missing: int) -> list[ModelSpec]:
