@@ -77,10 +77,11 @@ class Member:
 
     def ended(self) -> bool:
         """Whether its process is known to have ended, as far as that can be told at once."""
-        # an idle worker says nothing: what can be read from its connection is the end of it. A killed process
-        # may hold its connection for some time yet, until the last of its threads has gone
-        silent = self.busy or not self.connection.poll()
-        return not silent or (self.local and not processes.running(self.place.pid))
+        # an idle worker says nothing: what can be read from its connection is the end of it
+        if not self.busy and self.connection.poll():
+            return True
+        # a killed process may hold its connection for some time yet, until the last of its threads has gone
+        return self.local and not processes.running(self.place.pid)
 
 
 @dataclass
