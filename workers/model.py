@@ -6,7 +6,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comfy import model_management
@@ -34,6 +34,8 @@ from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes
 from .messages import ModelFacts, ModelReport
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EVERYTHING = 1e30
 """What ComfyUI's own unload_all_models asks free_memory for."""
@@ -305,28 +307,25 @@ class WorkerModel:
 
     def predicted(self) -> float:
         """Predicted speed-up of the last call over one worker; 0 where nothing is known of it or of the device."""
-        machine = cost.RATES.get(model_management.get_torch_device().type)
-        works = list(self._installation.works.values()) if self._installation is not None else []
-        if machine is None or not works:
-            return 0.0
-        degrees = self._mesh.parallel.degrees
-        return cost.speedup(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
+        return self._by_cost(cost.speedup) or 0.0
 
     def advice(self) -> str:
         """What the last call showed that the user should know: "" for nothing."""
         return self._lacking or self._advice_on_cost()
 
     def _advice_on_cost(self) -> str:
-        if self._installation is None:
-            return ""
         if isinstance(self._installation, RowInstallation):
             return self._installation.advice
-        degrees = self._mesh.parallel.degrees
+        return self._by_cost(cost.advice) or ""
+
+    def _by_cost(self, ask: Callable[..., T]) -> T | None:
+        """What raylight.cost says of the last call; None where nothing is known of it or of the device."""
         machine = cost.RATES.get(model_management.get_torch_device().type)
-        works = list(self._installation.works.values())
-        if machine is None:
-            return ""
-        return cost.advice(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
+        works = list(self._installation.works.values()) if self._installation is not None else []
+        if machine is None or not works:
+            return None
+        degrees = self._mesh.parallel.degrees
+        return ask(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
 
     def weight(self, key: str) -> torch.Tensor:
         """An unpatched weight by its key in the model's state dict, as plain ComfyUI would hold it on the host.
