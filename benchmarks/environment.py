@@ -42,6 +42,19 @@ def within(comfy: Path | None) -> int | None:
     return subprocess.run([str(python), *sys.argv], env=environment, check=False).returncode
 
 
+def within_browser(comfy: Path | None) -> int | None:
+    """As `within`, for what opens ComfyUI's page: without a Chromium it ends here."""
+    code = within(comfy)
+    if code is not None:
+        return code
+    from browser.canvas import NO_CHROMIUM, chromium
+
+    if chromium():
+        return None
+    print(NO_CHROMIUM, file=sys.stderr)
+    return 1
+
+
 def boot(root: Path) -> None:
     """Make this process a quiet ComfyUI on the CPU, with one thread and the pack on its path."""
     sys.argv = [sys.argv[0], "--cpu"]

@@ -96,17 +96,14 @@ def main() -> int:
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NODE")
     options = parser.parse_args()
-    code = environment.within(options.comfy)
+    code = environment.within_browser(options.comfy)
     if code is not None:
         return code
     from browser import files
-    from browser.canvas import NO_CHROMIUM, chromium, opened
+    from browser.canvas import opened
     from host import help_pages
     from host.server import ComfyServer
 
-    if not chromium():
-        print(NO_CHROMIUM, file=sys.stderr)
-        return 1
     with tempfile.TemporaryDirectory() as folder:
         files.copy_demo(Path(folder))
         with ComfyServer(options.comfy or setup.COMFY, base=Path(folder)) as server, opened(server.url) as canvas:

@@ -24,16 +24,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     options = parser.parse_args()
-    code = environment.within(options.comfy)
+    code = environment.within_browser(options.comfy)
     if code is not None:
         return code
     from browser import files
-    from browser.canvas import NO_CHROMIUM, Canvas, chromium, opened
+    from browser.canvas import Canvas, opened
     from host.server import ComfyServer
-
-    if not chromium():
-        print(NO_CHROMIUM, file=sys.stderr)
-        return 1
 
     def keep(canvas: Canvas, name: str) -> None:
         canvas.messages()
