@@ -31,7 +31,7 @@ class Way:
 
     ulysses: int = 1
     ring: int = 1
-    pack: bool = False
+    overlap: int = 0
     granularity: str | None = None
 
     @property
@@ -41,7 +41,7 @@ class Way:
     def __str__(self) -> str:
         axes = [f"{axis} {n}" for axis, n in (("ulysses", self.ulysses), ("ring", self.ring)) if n > 1]
         return ", ".join(
-            [*axes, *(["pack_qkv"] if self.pack else []), *([self.granularity] if self.granularity else [])]
+            [*axes, *(["in turns"] if self.overlap else []), *([self.granularity] if self.granularity else [])]
         )
 
 
@@ -107,7 +107,7 @@ def _on_ranks(  # noqa: PLR0917, called as `fork` calls its job
     from comfy_raylight.raylight.hooks import install
     from comfy_raylight.tests.engine.ranks import difference, forward_of, mesh_of
 
-    parallel = ParallelConfig(world=size, ulysses=way.ulysses, ring=way.ring, cfg=1, pack_qkv=way.pack)
+    parallel = ParallelConfig(world=size, ulysses=way.ulysses, ring=way.ring, cfg=1, overlap=way.overlap)
     mesh = mesh_of(parallel, rank=rank, path=path)
     granularity: Any = way.granularity
     installation = install(model, plan_for(model), mesh, kernel=kernels.chosen(parallel), granularity=granularity)
@@ -166,7 +166,7 @@ def modes(options: argparse.Namespace) -> None:
 
     ways = [
         Way(ulysses=2),
-        Way(ulysses=2, pack=True),
+        Way(ulysses=2, overlap=2),
         Way(ulysses=2, granularity="block"),
         Way(ring=2),
         Way(ring=2, granularity="block"),

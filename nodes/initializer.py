@@ -108,7 +108,7 @@ OPTIONAL: dict[str, Any] = {
     ),
     "pack_qkv": (
         "BOOLEAN",
-        {"default": False, "tooltip": "Exchange query, key and value together instead of one by one. Same result."},
+        {"default": False, "tooltip": "Kept for older workflows: query, key and value always travel together."},
     ),
     "use_mmap": (
         "BOOLEAN",
@@ -215,7 +215,6 @@ def pool_config(
             ulysses=ulysses_degree,
             ring=ring_degree,
             cfg=cfg_degree,
-            pack_qkv=pack_qkv,
             sync_ulysses=sync_ulysses,
             attention=XFuser_attention,
             residency=residency,

@@ -12,10 +12,16 @@ from .errors import PlanError, UnsupportedError
 from .kernels import LocalKernel, scale_of
 from .layout import Layout, gather, share
 from .mesh import Mesh
-from .ulysses import Ulysses
+from .ulysses import Span, Ulysses, turns
 
 Kernel = Callable[..., torch.Tensor]
 """ComfyUI's attention signature: (q, k, v, heads, mask=None, skip_reshape=False, ...) -> [B, L, heads * D]."""
+
+TURNS = 4
+"""Turns at most in which heads are exchanged while others compute: what stays visible is one part of as many."""
+LARGE_FLOPS = 1e12
+"""What a rank has to compute, in each turn, for an exchange whose start takes longer than one that copies: a
+millisecond or two of the fastest devices."""
 
 
 class SequenceAttention:
@@ -25,7 +31,7 @@ class SequenceAttention:
     traded for heads between the ulysses ranks; then keys and values travel between the ring indices.
 
     Args:
-        mesh: its ranks, and how they exchange (`pack_qkv`, `sync_ulysses`).
+        mesh: its ranks, and how they exchange (`overlap`, `sync_ulysses`).
         layout: how the segments are cut over `mesh.sequence`.
         order: how the segments are concatenated in k and v, and in q.
         kernel: computes the parts of a ring; not used without one.
@@ -48,11 +54,11 @@ class SequenceAttention:
         self._order = order
         self._kernel = kernel
         self._whole_query = replicated_query
+        self._overlap = 1 if mesh.parallel.sync_ulysses else mesh.parallel.overlap
         self._ulysses = Ulysses(
             self._comm,
             layout=layout,
             order=order,
-            pack=mesh.parallel.pack_qkv,
             sync=mesh.parallel.sync_ulysses,
             first=self._ring.rank * self._comm.size,
         )
@@ -101,28 +107,72 @@ class SequenceAttention:
         q, k, v = _by_head(q, k, v, heads=heads, skip_reshape=skip_reshape, grouped=grouped)
         self._check(q, k, v, heads)
         mask = self._whole_mask(mask, heads=heads, queries=q.shape[1] if self._whole_query else None)
-        start, stop = share(heads, rank=self._comm.rank, size=self._comm.size)
-        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
-            mask = mask[:, start:stop]
         width = v.shape[-1]
+        if attn_precision is not None and not around:
+            kwargs["attn_precision"] = attn_precision
+        # an override of the user's sees all heads of this rank at once
+        flops = 4.0 * q.shape[0] * self._layout.total(self._order) ** 2 * heads * width / self._sequence.size
+        count = 1 if around or user or self._whole_query else self._turns(flops, heads)
+        if count > 1:
+            form: dict[str, Any] = {"skip_reshape": skip_reshape, "kwargs": kwargs}
+            out = self._in_turns(local, (q, k, v), mask, turns(heads, self._comm.size, count), form=form)
+            return out.unflatten(-1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
+        start, stop = share(heads, rank=self._comm.rank, size=self._comm.size)
+        mask = _of_heads(mask, start, stop)
         if self._whole_query:
             q = q[:, :, start:stop]
             k, v = self._ulysses.to_heads((k, v), heads=heads)
         else:
-            q, k, v = self._ulysses.to_heads((q, k, v), heads=heads)
+            q, k, v = self._ulysses.to_heads((q, k, v), heads=heads, large=flops >= LARGE_FLOPS)
         if around:
             out = self._around(q, k, v, mask, kwargs)
         else:
-            if attn_precision is not None:
-                kwargs["attn_precision"] = attn_precision
             # a user's override can fail where it is called, which a rank without heads would not see
             agree = user and heads < self._comm.size
             out = self._here(local, q, k, v, mask, agree=agree, skip_reshape=skip_reshape, kwargs=kwargs)
         if self._whole_query:
             out = self._ulysses.join_heads(out, heads=heads, width=width)
         else:
-            out = self._ulysses.to_tokens(out, heads=heads, width=width)
+            out = self._ulysses.to_tokens(out, heads=heads, width=width, large=flops >= LARGE_FLOPS)
         return out.unflatten(-1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
+
+    def _turns(self, flops: float, heads: int) -> int:
+        """In how many turns the heads are exchanged, for what each rank has to compute: the same on all ranks."""
+        size = self._comm.size
+        if size == 1:
+            return 1
+        return max(1, min(self._overlap or min(TURNS, int(flops / LARGE_FLOPS)), heads // size))
+
+    def _in_turns(
+        self,
+        local: Kernel,
+        tensors: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        spans: Sequence[Sequence[Span]],
+        *,
+        form: dict[str, Any],
+    ) -> torch.Tensor:
+        """`_here` for some heads after the other, [B, local, H, D] each -> [B, local, H * D].
+
+        While some are computed, the next ones arrive and the last ones' outputs leave.
+        """
+        exchange, rank = self._ulysses, self._comm.rank
+        *_, heads, width = tensors[-1].shape
+        whole = exchange.room(tensors[-1], heads=heads, width=width)
+        arriving = [exchange.start_heads(tensors, spans=spans[0], large=True)]
+        leaving: list[Callable[[], None]] = []
+        try:
+            for turn, these in enumerate(spans):
+                q, k, v = arriving.pop()()
+                if turn + 1 < len(spans):
+                    arriving.append(exchange.start_heads(tensors, spans=spans[turn + 1], large=True))
+                out = self._here(local, q, k, v, _of_heads(mask, *these[rank]), agree=False, **form)
+                leaving.append(exchange.start_tokens(out, whole, spans=these, width=width, large=True))
+        finally:
+            # nothing is on its way any more, also after an error
+            for landed in (*arriving, *leaving):
+                landed()
+        return whole
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
         expected = self._layout.local(self._order)
@@ -270,6 +320,11 @@ def _by_head(
     if grouped and heads % k.shape[2] == 0:
         k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
     return q, k, v
+
+
+def _of_heads(mask: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
+    """The mask for heads start:stop."""
+    return mask[:, start:stop] if mask is not None and mask.ndim == 4 and mask.shape[1] > 1 else mask
 
 
 def _four_dims(mask: torch.Tensor) -> torch.Tensor:

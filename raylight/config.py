@@ -29,6 +29,8 @@ class ParallelConfig:
     own. Otherwise their product must divide `world`; the rest becomes the `dp` axis.
 
     Attributes:
+        overlap: turns in which Ulysses exchanges some heads while others compute; 0 chooses by what there is to
+            compute, 1 exchanges all heads at once.
         residency: where the weights of a model's blocks are between their uses, one of RESIDENCIES. The ranks
             that share one sequence have parts of each block, since only they are sure to make the same calls.
         prefetch: one of PREFETCHES.
@@ -41,8 +43,8 @@ class ParallelConfig:
     ulysses: int = 0
     ring: int = 0
     cfg: int = 0
-    pack_qkv: bool = False
     sync_ulysses: bool = False
+    overlap: int = 0
     attention: str = "TORCH"
     residency: str = "resident"
     prefetch: str = "auto"

@@ -99,7 +99,7 @@ def seconds(works: Sequence[Work], machine: Machine, *, ulysses: int = 1, ring: 
         total += (work.linear_flops / machine.linear + work.attention_flops / machine.attention) / ranks
         if ranks > 1:
             moved = attention_bytes(work, ulysses=ulysses, ring=ring) + exit_bytes(work, ranks=ranks)
-            collectives = work.blocks * ((4 if ulysses > 1 else 0) + ring - 1) + 1
+            collectives = work.blocks * ((2 if ulysses > 1 else 0) + ring - 1) + 1
             total += moved / machine.link + collectives * machine.latency
     return total
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from datetime import timedelta
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,8 @@ class Mesh:
         """
         world = parallel.world
         assert 0 <= rank < world, (rank, world)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        first = _options(backend, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, pg_options=first)
         meter = Meter()
         everyone = tuple(range(world))
         comms = {"world": cls._comm(everyone, rank=rank, group=dist.group.WORLD, meter=meter)}
@@ -75,7 +77,7 @@ class Mesh:
                 if len(row) == world:
                     group = dist.group.WORLD
                 elif len(row) > 1:
-                    group = dist.new_group(row, timeout=timeout, backend=backend)
+                    group = dist.new_group(row, timeout=timeout, backend=backend, pg_options=_options(backend, timeout))
                 if rank in row:
                     comms[axis] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
         both = parallel.degrees["ring"] > 1 and parallel.degrees["ulysses"] > 1
@@ -87,7 +89,7 @@ class Mesh:
                 group = dist.group.WORLD
                 # weights on connections of their own: a block must not stand in front of attention's exchange
                 if len(row) < world or name == "weights":
-                    group = dist.new_group(row, timeout=timeout, backend=backend)
+                    group = dist.new_group(row, timeout=timeout, backend=backend, pg_options=_options(backend, timeout))
                 if rank in row:
                     comms[name] = cls._comm(tuple(row), rank=rank, group=group, meter=meter)
         controls: dict[tuple[int, ...], Comm] = {}
@@ -203,3 +205,13 @@ class Mesh:
         """Leave the groups; harmless when there are none (any more)."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _options(backend: str, timeout: timedelta) -> Any:
+    """What a group of a backend is made with; None takes the defaults."""
+    if backend != "nccl":
+        return None
+    # an exchange that runs beside a kernel gets its few multiprocessors before that one's next blocks do
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return options

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .comm import Comm
 from .layout import Layout, share
+
+Span = tuple[int, int]
+"""Heads start:stop."""
 
 
 class Ulysses:
@@ -17,19 +20,15 @@ class Ulysses:
         comm: those ranks.
         layout: how the segments are cut.
         order: how the segments are concatenated.
-        pack: move several tensors in one exchange where their shapes and dtypes agree; the same result.
         sync: synchronise the device after each exchange.
         first: rank of the layout that comm's first one is.
     """
 
-    def __init__(
-        self, comm: Comm, *, layout: Layout, order: tuple[str, ...], pack: bool, sync: bool, first: int = 0
-    ) -> None:
+    def __init__(self, comm: Comm, *, layout: Layout, order: tuple[str, ...], sync: bool, first: int = 0) -> None:
         self.cut = tuple(name for name in order if not layout.replicated(name))
         self._comm = comm
         self._layout = layout
         self._order = order
-        self._pack = pack
         self._sync = sync
         self._first = first
 
@@ -65,79 +64,124 @@ class Ulysses:
         parts = self.parts(t)
         return torch.cat([t[:, :0], *(parts[name] for name in over)], 1)
 
-    def to_heads(self, tensors: Sequence[torch.Tensor], *, heads: int) -> list[torch.Tensor]:
-        """[B, local, H, D] each -> [B, stretch, this rank's heads, D] each, tokens in the model's own order."""
+    def to_heads(self, tensors: Sequence[torch.Tensor], *, heads: int, large: bool = False) -> list[torch.Tensor]:
+        """[B, local, H, D] each -> [B, stretch, this rank's heads, D] each, tokens in the model's own order.
+
+        `large` as in `Comm.start_swap`.
+        """
         if self._comm.size == 1:
             return list(tensors)
-        first = tensors[0]
-        if self._pack and all(t.shape == first.shape and t.dtype == first.dtype for t in tensors):
-            return self._trade(tensors, heads=heads)
-        return [whole for t in tensors for whole in self._trade([t], heads=heads)]
+        return self.start_heads(tensors, spans=shares(heads, self._comm.size), large=large)()
 
-    def _trade(self, tensors: Sequence[torch.Tensor], *, heads: int) -> list[torch.Tensor]:
-        layout, comm = self._layout, self._comm
-        batch, _, _, width = tensors[0].shape
-        spans = shares(heads, comm.size)
-        start, stop = spans[comm.rank]
-        mine = stop - start
-        segments = [self._segments(t) for t in tensors]
-        if len(self.cut) == len(self._order):
-            travelling = list(tensors)
-        else:
-            travelling = [torch.cat([s[name] for name in self.cut], 1) for s in segments] if self.cut else []
-        counts = [layout.local(self.cut, rank=self._first + rank) for rank in range(comm.size)]
-        chunks: list[torch.Tensor] = []
-        if self.cut:
-            flat = torch.cat([t[:, :, a:b].reshape(-1) for a, b in spans for t in travelling])
-            send = [len(tensors) * batch * counts[comm.rank] * (b - a) * width for a, b in spans]
-            receive = [len(tensors) * batch * count * mine * width for count in counts]
-            got = comm.exchange(flat, send=send, receive=receive)
-            self._synchronise(got)
-            if batch == len(tensors) == len(self._order) == 1:
-                # what arrives is already in order
-                return [got.view(1, sum(counts), mine, width)]
-            chunks = [
-                chunk.view(len(tensors), batch, count, mine, width)
-                for chunk, count in zip(got.split(receive), counts, strict=True)
-            ]
+    def start_heads(
+        self, tensors: Sequence[torch.Tensor], *, spans: Sequence[Span], large: bool = False
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Start `to_heads` for some heads of every rank, in a group of several; what is returned waits for them.
+
+        All tensors travel in one exchange. What belongs to this rank is copied to its place and not sent, and what
+        comes arrives in its place where that is contiguous.
+
+        Args:
+            spans: those heads, by rank.
+        """
+        layout, comm, rank = self._layout, self._comm, self._comm.rank
+        start, stop = spans[rank]
+        stretch = self.length(self._order)
+        going: list[list[torch.Tensor]] = [[] for _ in spans]
+        coming: list[list[torch.Tensor]] = [[] for _ in spans]
+        later: list[tuple[torch.Tensor, torch.Tensor]] = []
         whole = []
-        for index in range(len(tensors)):
-            parts, offsets = [], [0] * comm.size
-            for name in self._order:
+        for t in tensors:
+            whole.append(t.new_empty(t.shape[0], stretch, stop - start, t.shape[-1]))
+            places = self.parts(whole[-1])
+            for name, part in self._segments(t).items():
                 if name not in self.cut:
-                    parts.append(segments[index][name][:, :, start:stop])
+                    _put(places[name], part[:, :, start:stop])
                     continue
-                for rank, chunk in enumerate(chunks):
-                    a, b = layout.span(name, rank=self._first + rank)
-                    parts.append(chunk[index].narrow(1, offsets[rank], b - a))
-                    offsets[rank] += b - a
-            whole.append(torch.cat(parts, 1))
-        return whole
+                offset = layout.span(name, rank=self._first)[0]
+                for other, (first, last) in enumerate(spans):
+                    low, high = layout.span(name, rank=self._first + other)
+                    place = places[name][:, low - offset : high - offset]
+                    if other == rank:
+                        _put(place, part[:, :, start:stop])
+                        continue
+                    going[other].append(_compact(part[:, :, first:last]))
+                    coming[other].append(
+                        place
+                        if place.is_contiguous()
+                        else torch.empty_like(place, memory_format=torch.contiguous_format)
+                    )
+                    if coming[other][-1] is not place:
+                        later.append((place, coming[other][-1]))
+        landed = comm.start_swap(going, coming, large=large) if self.cut else None
+
+        def arrived() -> list[torch.Tensor]:
+            if landed is not None:
+                landed()
+                self._synchronise(whole[0])
+            for place, got in later:
+                _put(place, got)
+            return whole
+
+        return arrived
 
     def _segments(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._order, t.split([self._layout.local((name,)) for name in self._order], 1), strict=True))
 
-    def to_tokens(self, out: torch.Tensor, *, heads: int, width: int) -> torch.Tensor:
+    def to_tokens(self, out: torch.Tensor, *, heads: int, width: int, large: bool = False) -> torch.Tensor:
         """[B, stretch, this rank's heads * D] -> [B, local, H * D].
 
         Replicated tokens go to every rank from the ranks that own their heads, so their bytes agree.
         """
-        layout, comm = self._layout, self._comm
-        if comm.size == 1:
+        if self._comm.size == 1:
             return out
+        whole = self.room(out, heads=heads, width=width)
+        self.start_tokens(out, whole, spans=shares(heads, self._comm.size), width=width, large=large)()
+        return whole
+
+    def room(self, like: torch.Tensor, *, heads: int, width: int) -> torch.Tensor:
+        """[B, local, H * D] for `start_tokens` to fill."""
+        return like.new_empty(like.shape[0], self._layout.local(self._order), heads * width)
+
+    def start_tokens(
+        self, out: torch.Tensor, whole: torch.Tensor, *, spans: Sequence[Span], width: int, large: bool = False
+    ) -> Callable[[], None]:
+        """Start `to_tokens` for some heads of every rank, in a group of several.
+
+        What is returned waits for them and puts them into their place in `whole`.
+
+        Args:
+            out: [B, stretch, this rank's of those heads * D].
+            spans: those heads, by rank.
+        """
+        layout, comm = self._layout, self._comm
         parts = [(name, part, self.stretch(name)[0]) for name, part in self.parts(out).items()]
-        pieces = []
+        places = [whole[:, :, a * width : b * width] for a, b in spans]
+        going: list[list[torch.Tensor]] = []
         for rank in range(comm.size):
             cut = []
             for name, part, start in parts:
                 a, b = layout.span(name, rank=self._first + rank)
                 cut.append(part[:, a - start : b - start])
-            pieces.append(torch.cat(cut, 1) if len(cut) > 1 else cut[0])
-        local = layout.local(self._order)
-        shapes = [(out.shape[0], local, (b - a) * width) for a, b in shares(heads, comm.size)]
-        got = comm.all_to_all(pieces, shapes=shapes)
-        self._synchronise(out)
-        return torch.cat(got, 2)
+            if rank == comm.rank:
+                _put(places[rank], _joined(cut))
+                going.append([])
+            else:
+                going.append([_compact(_joined(cut))])
+        coming = [
+            [] if rank == comm.rank else [torch.empty_like(place, memory_format=torch.contiguous_format)]
+            for rank, place in enumerate(places)
+        ]
+        landed = comm.start_swap(going, coming, large=large)
+
+        def arrived() -> None:
+            landed()
+            self._synchronise(out)
+            for place, got in zip(places, coming, strict=True):
+                for t in got:
+                    _put(place, t)
+
+        return arrived
 
     def join_heads(self, out: torch.Tensor, *, heads: int, width: int) -> torch.Tensor:
         """[B, L, this rank's heads * D] -> [B, L, H * D], the same bytes on all ranks."""
@@ -151,6 +195,45 @@ class Ulysses:
             torch.get_device_module(t.device).synchronize()
 
 
-def shares(heads: int, size: int) -> list[tuple[int, int]]:
+def _compact(t: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous."""
+    if t.is_contiguous():
+        return t
+    whole = torch.empty_like(t, memory_format=torch.contiguous_format)
+    _put(whole, t)
+    return whole
+
+
+def _put(place: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy, in elements of 8 bytes where that can be: a strided copy takes as long per element, however small."""
+    if all(map(_in_words, (place, values))):
+        place, values = place.view(torch.int64), values.view(torch.int64)
+    place.copy_(values)
+
+
+def _in_words(t: torch.Tensor) -> bool:
+    """Whether the bytes of every stretch of the last dim are whole words of 8."""
+    ratio = 8 // t.element_size()
+    steps = (t.shape[-1], t.storage_offset(), *t.stride()[:-1])
+    return ratio > 1 and t.stride(-1) == 1 and not any(step % ratio for step in steps)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
+
+
+def shares(heads: int, size: int) -> list[Span]:
     """Every rank's span of the heads."""
     return [share(heads, rank=rank, size=size) for rank in range(size)]
+
+
+def turns(heads: int, size: int, count: int) -> list[list[Span]]:
+    """Every rank's span of the heads in `count` parts: the spans of all ranks in the first part, in the second, ..."""
+    return [
+        [
+            (start + first, start + last)
+            for start, stop in shares(heads, size)
+            for first, last in [share(stop - start, rank=turn, size=count)]
+        ]
+        for turn in range(count)
+    ]

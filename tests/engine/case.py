@@ -20,7 +20,7 @@ from comfy_raylight.raylight.plan import Plan, Region, RowPlan
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = 1e-6
 """Largest error of a family in fp32, relative to the largest value of the output."""
-EVERY = ("trunk", "block", "auto", "packed", "synced", "wrapped", "kernel")
+EVERY = ("trunk", "block", "auto", "turns", "synced", "wrapped", "kernel")
 CHOOSES_BLOCK = ("auto", "block")
 TRUNK = ("trunk",)
 
@@ -43,7 +43,7 @@ class Case:
         family: name of the model's class.
         model, make: how to build the model and its inputs; inputs are made anew for each forward.
         base: plain inputs of the same model, for the forward after one that raised.
-        modes: "trunk" and "block" force a granularity, "auto" lets the engine choose; "packed",
+        modes: "trunk" and "block" force a granularity, "auto" lets the engine choose; "turns",
             "synced" and "kernel" choose and switch an option on, "wrapped" is a DIFFUSION_MODEL wrapper.
         meshes: where to run it (names of `ranks.MESHES`); () is everywhere.
         needs: (module, text): the module's source must hold the text in this ComfyUI; ("module", "") that

@@ -51,8 +51,8 @@ GROUPS = (2, 3, 8)
 """World sizes at which the collectives run by themselves."""
 TIMEOUT = timedelta(seconds=60)
 SWITCHES: dict[str, dict[str, Any]] = {
-    "packed": {"pack_qkv": True},
     "synced": {"sync_ulysses": True},
+    "turns": {"overlap": 3},
     "kernel": {"attention": "TORCH_MATH"},
 }
 

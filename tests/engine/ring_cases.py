@@ -92,7 +92,7 @@ class Grid:
 
     def attention(self, layout: Layout, order: tuple[str, ...], **options: Any) -> SequenceAttention:
         mesh = copy.copy(self.mesh)
-        switches = {name: options.pop(name) for name in ("pack_qkv", "sync_ulysses") if name in options}
+        switches = {name: options.pop(name) for name in ("sync_ulysses", "overlap") if name in options}
         mesh.parallel = dataclasses.replace(mesh.parallel, **switches)
         return SequenceAttention(mesh, layout=layout, order=order, kernel=options.pop("kernel", self.kernel), **options)
 
@@ -130,7 +130,7 @@ def shapes(grid: Grid) -> None:
         q, k, v = (numbers(batch, heads, total, WIDTH, seed=seed) for seed in (1, 2, 3))
         cut = [layout.split(t, dim=2, over=order) for t in (q, k, v)]
         outs = [grid.attention(layout, order)(plain, *cut, heads, skip_reshape=True)]
-        for switches in ({}, {"pack_qkv": True}, {"sync_ulysses": True}):
+        for switches in ({}, {"overlap": 2}, {"sync_ulysses": True}):
             attention = grid.attention(layout, order, **switches)
             outs.append(attention(plain, *map(flat, cut), heads))
             outs.append(flat(attention(plain, *cut, heads, skip_reshape=True, skip_output_reshape=True)))
@@ -144,7 +144,7 @@ def shapes(grid: Grid) -> None:
         outs.append(attention(plain, *map(flat, (query, *cut[1:])), heads))
         outs.append(flat(attention(plain, query, *cut[1:], heads, skip_reshape=True, skip_output_reshape=True)))
         outs.append(
-            grid.attention(layout, order, replicated_query=True, pack_qkv=True)(
+            grid.attention(layout, order, replicated_query=True, sync_ulysses=True)(
                 plain, query, *cut[1:], heads, skip_reshape=True
             )
         )
@@ -306,10 +306,10 @@ def traffic(grid: Grid) -> None:
         held = all(sent.get(kind, 0) == value for kind, value in want.items())
         grid.hold(f"{len(order)} bytes", held and sum(sent.values()) == sum(want.values()))
         steps = (r.size - 1) + bool(rest and r.size > 1)
-        ways = 0 if u.size == 1 else 4
+        ways = 0 if u.size == 1 else 2
         grid.hold(f"{len(order)} collectives", mesh.collectives - count == steps + ways)
         if watching is not None and mine:
-            begun = count + (3 if ways else 0)
+            begun = count + (1 if ways else 0)
             grid.hold(
                 f"{len(order)} transfers first",
                 watching.seen == [begun + min(step + 1, r.size - 1) for step in range(r.size)],

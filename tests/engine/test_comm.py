@@ -28,12 +28,11 @@ def test_single_returns_its_input() -> None:
         assert (comm.rank, comm.size, comm.ranks) == (0, 1, (0,))
         assert comm.broadcast(x) is comm.all_reduce(x) is x
         assert comm.all_gather(x, dim=1, sizes=[3])[0] is comm.all_to_all([x], shapes=[(2, 3)])[0] is x
-        assert comm.exchange(x.view(-1), send=[6], receive=[6]).data_ptr() == x.data_ptr()
     assert mesh.control.all_reduce(x) is x
     assert mesh.collectives == 0 and mesh.seconds == 0
     mesh.close()
 
 
 def test_single_keeps_switches() -> None:
-    parallel = ParallelConfig(world=1, pack_qkv=True)
+    parallel = ParallelConfig(world=1, sync_ulysses=True)
     assert Mesh.single(parallel).parallel is parallel

@@ -59,12 +59,10 @@ def test_modes_agree(run_ranks: Any, root: str, case: Case, mesh: str) -> None:
     expected = "trunk" if "trunk" in case.modes else "block"
     if expected not in modes or case.raises or "raised" in modes[expected]:
         return
-    for mode in {"auto", "packed", "synced", "wrapped"} & set(modes):
+    for mode in {"auto", "turns", "synced", "wrapped"} & set(modes):
         assert modes[mode]["bytes"] == modes[expected]["bytes"], mode
     for mode in {"auto", "synced", "wrapped"} & set(modes):
         assert modes[mode]["collectives"] == modes[expected]["collectives"], mode
-    if "packed" in modes:
-        assert modes["packed"]["collectives"] <= modes[expected]["collectives"]
 
 
 @pytest.mark.parametrize("root", ROOTS)

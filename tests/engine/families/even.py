@@ -13,6 +13,6 @@ wide = partial(wan.video, frames=2, height=8, width=16)
 even_image = partial(flux.image, text=8, size=(8, 8))
 
 CASES = (
-    Case(name="wan_even", family="WanModel", model=eight_heads, make=wide, modes=("trunk", "packed", "block")),
-    Case(name="flux_even", family="Flux", model=eight_flux_heads, make=even_image, modes=("trunk", "packed")),
+    Case(name="wan_even", family="WanModel", model=eight_heads, make=wide, modes=("trunk", "turns", "block")),
+    Case(name="flux_even", family="Flux", model=eight_flux_heads, make=even_image, modes=("trunk", "turns")),
 )

@@ -306,7 +306,7 @@ sd15_case, small_case = partial(case, model=sd15), partial(case, model=small)
 # the self-test has to find what is wrong
 control = partial(case, make=low, loud=True, wrong=True, meshes=("u2",))
 refused = partial(case, raises="UnsupportedError")
-SWITCHES = ("trunk", "packed", "synced", "wrapped", "kernel")
+SWITCHES = ("trunk", "turns", "synced", "wrapped", "kernel")
 
 
 def patched(name: str, options: Callable[[], dict[str, Any]], **more: Any) -> Case:
