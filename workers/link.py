@@ -25,7 +25,7 @@ from .lanes import Lanes
 from .messages import LoadRequest, ModelFacts
 from .pool import REGISTRY, Pool, acquire
 from .replica import Call, Patches, Run, Traffic, on_options
-from .transfer import Reference
+from .transfer import CPU, Reference
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,6 @@ class ModelLink:
             patcher: the RemotePatcher that samples, or None.
             names: the method's positional parameters.
         """
-        inputs = cfg.tensors(args[:1])
         if method in FORWARD and self.together.inside():
             output = self.together.ask(self._prepare(patcher, method, args, kwargs))
         else:
@@ -124,8 +123,7 @@ class ModelLink:
             calls = {number: self._prepare(patcher, method, *part) for number, part in enumerate(parts)}
             answers = self.answer(calls, several=len(calls) > 1)
             output = cfg.join([answers[number] for number in calls]) if len(calls) > 1 else answers[0]
-        device = inputs[0].device if inputs else torch.device("cpu")
-        return _map_tensors(output, lambda tensor: tensor.to(device))
+        return output
 
     def answer(self, calls: Mapping[int, Call], *, several: bool = True) -> dict[int, Any]:
         """Outputs of some of the calls, by number: one per group and at the same time.
@@ -268,6 +266,7 @@ class ModelLink:
 
         args, kwargs = on_options(args, kwargs, strip)
         self._tell_sent(kwargs.get("control"))
+        inputs = cfg.tensors(args[:1])
         sources = {source for tensor in deferred.deferred_in(kwargs.get("control")) for source in tensor.sources}
         return Call(
             spec=self.spec,
@@ -277,12 +276,13 @@ class ModelLink:
             functions=tuple(found),
             patches=patches,
             fresh=(
-                *cfg.tensors(args[:1]),
+                *inputs,
                 *(tensor for asked, _ in sources for tensor in cfg.tensors(asked.arguments.get("x"))),
             ),
             random=random_states.take() if found or patches.objects else None,
             settings=settings_of(patcher),
             controls=tuple(self._checked(control) for control in {control for _, control in sources}),
+            device=inputs[0].device if inputs else CPU,
         )
 
     def _checked(self, control: ModelLink) -> ModelLink:
@@ -348,12 +348,6 @@ def _refuse_random(degree: int) -> None:
         f"cfg_degree is {degree}: each group would draw the same numbers, where ComfyUI draws them in turn",
         "Set cfg_degree to 1 (ulysses_degree can have the workers), or remove the node",
     )
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    return type(value)(_map_tensors(item, change) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _equal(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:

@@ -16,7 +16,7 @@ from ..raylight import cfg
 from ..raylight.config import ModelSpec, WorkerSettings
 from .arena import Arena
 from .messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest
-from .transfer import Encoder, Reference, Shelf
+from .transfer import CPU, Encoder, Reference, Shelf
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Call:
         random: the driver's generator states where a patch may draw.
         settings: how the workers run it.
         controls: links to the ControlNets that its arguments are to come from.
+        device: where its output is to be.
     """
 
     spec: ModelSpec
@@ -63,6 +64,7 @@ class Call:
     random: tuple[Any, Any] | None
     settings: WorkerSettings
     controls: tuple[Any, ...] = ()
+    device: torch.device = CPU
 
 
 @dataclass
@@ -162,7 +164,7 @@ class Replica:
     def run(self, call: Call) -> tuple[Any, tuple[Any, Any] | None]:
         """Run a call on all ranks, its patches and callables first.
 
-        Returns its output (CPU tensors), and the workers' generator states where the call brought some.
+        Returns its output, and the workers' generator states where the call brought some.
         """
         self.patch(call.spec, call.patches)
         args, kwargs = call.args, call.kwargs
@@ -226,7 +228,7 @@ class Replica:
         first = replies[0]
         if first.output is not None and first.output.inline:
             self._encoder.expect_reply(len(first.output.inline))
-        output = self._encoder.decode_reply(first.output)
+        output = self._encoder.decode_reply(first.output, call.device)
         traffic = self.traffic
         traffic.calls += 1
         traffic.seconds += time.perf_counter() - started

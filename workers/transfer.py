@@ -18,7 +18,7 @@ import torch
 
 from ..raylight.errors import UnsupportedError
 from . import path_modules
-from .arena import Arena, ArenaRef, open_arena
+from .arena import Arena, ArenaRef, open_arena, pin
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ HELD_LIMIT = 16
 HELD_BYTES = 1 << 30
 """And how much memory they may take, here and in each worker."""
 ALIGNMENT = 64
+CPU = torch.device("cpu")
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -286,8 +287,8 @@ class Encoder:
         """The workers have the last parcel with `keep`: from now on its memory is theirs."""
         self._lasting = None
 
-    def decode_reply(self, value: Any) -> Any:
-        """The answer of a worker: `Parcel` values become their tensors, copied out of the arena."""
+    def decode_reply(self, value: Any, device: torch.device = CPU) -> Any:
+        """The answer of a worker: `Parcel` values become their tensors, copied out of the arena to a device."""
         if not isinstance(value, Parcel):
             return value
         if value.inline is not None:
@@ -295,7 +296,7 @@ class Encoder:
         else:
             assert self._arena is not None
             storage = self._arena.bytes
-        found = [place(storage, ref).clone() for ref in value.tensors]
+        found = [place(storage, ref).to(device, copy=True) for ref in value.tensors]
         return _Unpickler(io.BytesIO(value.blob), found, {}, None).load()
 
     def _lasting_parcel(
@@ -318,6 +319,7 @@ class Encoder:
             return Parcel(blob, refs, None, storage.numpy().tobytes(), dropped, (0, 0))
         if self._arena is None or self._arena.ref.size < size + self._reply_bytes:
             self._arena = Arena(2 * (size + self._reply_bytes))
+            pin(self._arena.bytes, next((t.device for t in tensors if t.device.type != "cpu"), CPU))
         for ref, tensor in zip(refs, tensors, strict=True):
             place(self._arena.bytes, ref).copy_(tensor.detach())
         return Parcel(blob, refs, self._arena.ref, None, dropped, (size, self._arena.ref.size - size))
@@ -461,4 +463,5 @@ class Decoder:
     def _open(self, ref: ArenaRef) -> torch.Tensor:
         if self._arena is None or self._arena[0] != ref:
             self._arena = (ref, open_arena(ref))
+            pin(self._arena[1], self._device)
         return self._arena[1]
