@@ -13,12 +13,12 @@ import torch
 
 from .source import Source, read_into
 
-PART_BYTES = 4 << 20
+PART_BYTES = 8 << 20
 """What one thread reads at a time, into a buffer of that size."""
-READS = 10
+READS = 16
 """Under way at once: from the page cache one thread copies a few GB/s, a bus of 16 lanes takes 50."""
-BUFFERS = 16
-"""More than reads: the others are on their way to the device. All the host memory an upload takes: 64 MB."""
+BUFFERS = 24
+"""More than reads: the others are on their way to the device. All the host memory an upload takes: 192 MiB."""
 
 
 class Engine(Protocol):
