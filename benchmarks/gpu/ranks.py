@@ -59,14 +59,19 @@ def _work(rank: int, store: str, job: Job, options: Any, results: Any) -> None:
 
 
 def enter(comfy: str) -> None:
-    """Make this process one that imports ComfyUI and the pack."""
+    """Make this process one that imports ComfyUI and the pack; on the CPU where there is no GPU, to try a script."""
     sys.argv = sys.argv[:1]
     sys.path[:0] = [comfy, str(ROOT / "benchmarks")]
     sys.path.append(str(ROOT / "workers" / "import_root"))
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
 
 
 def mesh_of(parallel: Any, rank: int, store: str) -> Any:
-    """The mesh of the processes, over NCCL."""
+    """The mesh of the processes, over NCCL; over gloo where there is no GPU."""
+    import torch
     import torch.distributed as dist
     from comfy_raylight.raylight.mesh import Mesh
 
@@ -74,7 +79,7 @@ def mesh_of(parallel: Any, rank: int, store: str) -> Any:
         parallel,
         rank=rank,
         store=dist.FileStore(store, parallel.world),
-        backend="nccl",
+        backend="nccl" if torch.cuda.is_available() else "gloo",
         timeout=timedelta(seconds=300),
     )
 

@@ -6,7 +6,8 @@ Run it with a Python that has ComfyUI's packages and gguf; it installs nothing. 
 with fewer layers and random weights, in bf16, its pages in the page cache, and each process is a worker's own: model
 mapped and uploaded, plan installed, groups over NCCL. What Ray and the driver add is in benchmarks/pool.py. Plain is
 the same model on one GPU, with no plan. A difference is the largest one, over the largest value; NCCL is the part of
-a call in which one of its kernels runs on the first GPU, by the profiler.
+a call in which one of its kernels runs on the first GPU, by the profiler, and NCCL alone that in which nothing else
+does.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from ranks import enter, mesh_of, spawn, timed
+from tables import Table
 
 SHAPE = {"dim": 5120, "ffn": 13824}
 MODES: Mapping[str, Mapping[str, Any]] = {
     "ulysses": {},
-    "ulysses, pack_qkv": {"pack_qkv": True},
+    "ulysses, no overlap": {"overlap": 1},
     "ring": {"ring": True},
     "compiled": {"compile": "inductor"},
     "sharded": {"residency": "sharded"},
@@ -78,14 +80,9 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        file = folder / f"wan{given.layers}.safetensors"
         comfy = str(given.comfy.resolve())
-        if not file.is_file():
-            subprocess.run([sys.executable, __file__, "make", comfy, str(file), str(given.layers)], check=True)
-        with file.open("rb", buffering=0) as reader:  # into the page cache
-            buffer = bytearray(1 << 24)
-            while reader.readinto(buffer):
-                pass
+        file = make_wan(given.comfy.resolve(), folder, given.layers)
+        warm(file)
         options = Options(
             comfy=comfy,
             file=str(file),
@@ -98,28 +95,30 @@ def main() -> int:
             rounds=given.rounds,
             trace=given.trace,
         )
-        table(options, [int(size) for size in given.gpus.split(",")], given.modes.split(";"))
+        measure(options, [int(size) for size in given.gpus.split(",")], given.modes.split(";"))
     return 0
 
 
-def table(options: Options, sizes: list[int], modes: list[str]) -> None:
+def measure(options: Options, sizes: list[int], modes: list[str]) -> None:
     """Plain first, then every mode on every number of GPUs."""
     size = os.path.getsize(options.file) / 1e9
     print(f"{size:.2f} GB, {options.frames} frames of {options.width} x {options.height}, median of {options.rounds}")
-    print("| GPUs | mode | load s | GB/s in total | s per call | plain over it | NCCL | GB at most | difference |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    table = Table(
+        "sampling",
+        ["GPUs", "mode", "load s", "GB/s in total", "s per call", "speed-up", "NCCL", "NCCL alone", "GB at most",
+         "difference"],
+        NCCL=".1%", s=".4f", difference=".1e",
+    )  # fmt: skip
     plain = 0.0
     for count, mode in [(1, ""), *((count, mode) for count in sizes for mode in modes)]:
         ranks = spawn(count, on_rank, dataclasses.replace(options, size=count, mode=mode))
         seconds = max(rank["seconds"] for rank in ranks)
         load = max(rank["load"] for rank in ranks)
         plain = plain or seconds
-        print(
-            f"| {count} | {mode or 'plain'} | {load:.2f} | {count * size / load:.1f} | {seconds:.4f} "
-            f"| {plain / seconds:.3f} | {ranks[0]['nccl']:.1%} "
-            f"| {max(rank['peak'] for rank in ranks) / 1e9:.2f} | {max(rank['difference'] for rank in ranks):.1e} |",
-            flush=True,
-        )
+        most = {key: max(rank[key] for rank in ranks) for key in ("peak", "difference")}
+        nccl = [ranks[0][key] for key in ("nccl", "nccl_alone")]
+        table.row(count, mode or "plain", load, count * size / load, seconds, plain / seconds, *nccl,
+                  most["peak"] / 1e9, most["difference"])  # fmt: skip
         if options.trace:
             print(ranks[0]["profile"])
 
@@ -173,7 +172,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
             call()
             torch.cuda.synchronize()
     averages = profiler.key_averages()
-    nccl = sum(event.self_device_time_total for event in averages if event.key.startswith("nccl")) / 1e6
+    nccl, alone = collective_seconds(profiler)
     if options.trace:
         profiler.export_chrome_trace(f"{options.trace}-{options.size}-{options.mode or 'plain'}-{rank}.json")
     mesh.control.all_reduce(torch.zeros(1))
@@ -182,10 +181,36 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
         "load": load,
         "seconds": seconds,
         "nccl": nccl / seconds,
+        "nccl_alone": alone / seconds,
         "peak": peak,
         "difference": difference,
         "profile": averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70),
     }
+
+
+def collective_seconds(profiler: Any) -> tuple[float, float]:
+    """Seconds in which a kernel of NCCL runs on the GPU, and those in which nothing else does."""
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        if str(event.device_type).endswith("CUDA"):
+            span = event.time_range
+            spans[event.name.startswith("nccl")].append((span.start, span.end))
+    joined = {kind: merged(found) for kind, found in spans.items()}
+    total = sum(end - start for start, end in joined[True])
+    both = sum(end - start for start, end in joined[False])
+    every = sum(end - start for start, end in merged(spans[True] + spans[False]))
+    return total / 1e6, (every - both) / 1e6
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same stretches of time without overlaps, in order."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
 
 
 def compared(output: Any, file: str, *, keep: bool) -> float:
@@ -197,6 +222,22 @@ def compared(output: Any, file: str, *, keep: bool) -> float:
         return 0.0
     plain = torch.load(file).float()
     return float((output.cpu().float() - plain).abs().max() / plain.abs().max())
+
+
+def make_wan(comfy: Path, folder: Path, layers: int) -> Path:
+    """A checkpoint of Wan 14B's shape with so many layers, made where it is not there."""
+    file = folder / f"wan{layers}.safetensors"
+    if not file.is_file():
+        subprocess.run([sys.executable, __file__, "make", str(comfy), str(file), str(layers)], check=True)
+    return file
+
+
+def warm(file: Path) -> None:
+    """Have a file's pages in the page cache."""
+    with file.open("rb", buffering=0) as reader:
+        buffer = bytearray(1 << 24)
+        while reader.readinto(buffer):
+            pass
 
 
 def make_file(comfy: str, file: str, layers: str) -> None:

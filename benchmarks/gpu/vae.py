@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ranks import mesh_of, spawn, timed
+from tables import Table
 
 SMALL = 2
 """Frames of the latent at which results are compared: all of a long video takes long in fp32."""
@@ -57,8 +58,8 @@ def main() -> int:
         dtype=given.dtype,
     )
     print(f"{options.frames} frames of {options.width} x {options.height}, {options.dtype}, median of {options.rounds}")
-    print("| GPUs | way | s | plain over it | most GB on a GPU | of plain's | difference | bf16's own |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["GPUs", "way", "s", "speed-up", "GB at most", "of plain's", "difference", "bf16's own"]
+    table = Table("vae", columns, difference=".1e", **{"bf16's": ".1e"})
     plain: dict[str, float] = {}
     for size in map(int, given.gpus.split(",")):
         ranks = spawn(size, on_rank, dataclasses.replace(options, size=size))
@@ -67,11 +68,8 @@ def main() -> int:
             peak = max(rank["ways"][way]["peak"] for rank in ranks) / 1e9
             wrong = max(rank["ways"][way]["difference"] for rank in ranks)
             plain = plain or {"seconds": seconds, "peak": peak}
-            print(
-                f"| {size} | {way} | {seconds:.3f} | {plain['seconds'] / seconds:.2f} | {peak:.2f} "
-                f"| {peak / plain['peak']:.2f} | {wrong:.1e} | {ranks[0]['rounding']:.1e} |",
-                flush=True,
-            )
+            ratios = plain["seconds"] / seconds, peak, peak / plain["peak"]
+            table.row(size, way, seconds, *ratios, wrong, ranks[0]["rounding"])
     return 0
 
 

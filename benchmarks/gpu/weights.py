@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tables import Table
+
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"dim": 5120, "ffn": 13824}
 TOKENS = (4096, 16384)
@@ -170,11 +172,10 @@ class Run:
         plain_load, plain_again, plain_held, expected = self._plain_loading()
         load, reload, leaving, held, left, equal = self._mapped_loading(expected)
         print(f"Link, page-locked: {link:.1f} GB/s. Output has plain ComfyUI's bits, loaded and reloaded: {equal}\n")
-        print("| | plain s | mapped s | ratio | mapped GB/s | of the link |")
-        print("|---|---|---|---|---|---|")
+        table = Table("weights", ["", "plain s", "mapped s", "ratio", "mapped GB/s", "of the link"], of=".0%")
         for name, theirs, ours in (("load", plain_load, load), ("reload after offload", plain_again, reload)):
             rate = self.size / 1e9 / ours
-            print(f"| {name} | {theirs:.3f} | {ours:.3f} | {theirs / ours:.2f} | {rate:.1f} | {rate / link:.0%} |")
+            table.row(name, theirs, ours, theirs / ours, rate, rate / link)
         print(f"\nOffload: {leaving * 1e3:.0f} ms, {left / MB:.1f} MB left on the device.")
         print(f"Anonymous host memory held: plain {plain_held / MB:.0f} MB, mapped {held / MB:.0f} MB\n")
 
@@ -228,10 +229,8 @@ class Run:
         sets, theirs, expected = self._plain_switch()
         self.free()
         ours, output = self._mapped_switch(sets)
-        print("| exchange one of two LoRAs | plain s | mapped s | ratio | equal bits |")
-        print("|---|---|---|---|---|")
-        equal = torch.equal(output, expected)
-        print(f"| {len(sets[0])} weights | {theirs:.3f} | {ours:.3f} | {theirs / ours:.1f} | {equal} |\n")
+        table = Table("loras", ["exchange one of two LoRAs", "plain s", "mapped s", "ratio", "equal bits"])
+        table.row(f"{len(sets[0])} weights", theirs, ours, theirs / ours, torch.equal(output, expected))
         self.free()
 
     def _plain_switch(self) -> tuple[list[dict[str, Any]], float, Any]:
@@ -280,8 +279,16 @@ class Run:
         from comfy_raylight.tests.weights.files import write_gguf
 
         whole, size = self._forwards(self.file)
-        print("| GGUF | tokens | unquantised s per forward | from blocks s | ratio | GB on the device (unquantised) |")
-        print("|---|---|---|---|---|---|")
+        columns = [
+            "GGUF",
+            "tokens",
+            "unquantised s per forward",
+            "from blocks s",
+            "ratio",
+            "GB on the device",
+            "unquantised GB",
+        ]
+        table = Table("gguf", columns)
         for kind in ("Q8_0", "Q4_K"):
             path = self.folder / f"{kind}.gguf"
             if not path.is_file():
@@ -289,7 +296,7 @@ class Run:
             taken, held = self._forwards(path)
             for tokens in TOKENS:
                 a, b = whole[tokens], taken[tokens]
-                print(f"| {kind} | {tokens} | {a:.3f} | {b:.3f} | {a / b:.2f} | {held / 1e9:.2f} ({size / 1e9:.2f}) |")
+                table.row(kind, tokens, a, b, a / b, held / 1e9, size / 1e9)
 
     def _forwards(self, path: Path) -> tuple[dict[int, float], int]:
         """Seconds of a forward by tokens, and bytes of weights on the device."""
