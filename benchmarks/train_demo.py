@@ -77,7 +77,7 @@ def main() -> None:
             sys.path.append(str(setup.ROOT / "workers" / "import_root"))
             from comfy_raylight.tests.weights.files import write_gguf
 
-            log.info("%s", write_gguf(base, base.with_name(f"{NAME}_Q8_0.gguf"), "Q8_0")[0])
+            log.info("%s", write_gguf(base, base.with_name(f"{NAME}_Q8_0.gguf"), "Q8_0", quantised=every_matrix)[0])
         case "words":
             write_words(options.out / "output" / NAME)
 
@@ -250,6 +250,11 @@ def flow_loss(model: torch.nn.Module, latents: Tensor, words: Tensor, step: int)
     noisy = (1 - part) * latent + part * noise
     output = model(noisy.to(device), (sigma * 1000).to(device), context.to(device))
     return (output - (noise - latent).to(device)).square().mean()
+
+
+def every_matrix(key: str, value: Tensor) -> bool:
+    """Also embeddings, which are most of so small a model."""
+    return key.endswith(".weight") and value.ndim == 2
 
 
 def scenes_of(world: World, count: int) -> tuple[Tensor, Tensor]:

@@ -149,9 +149,17 @@ def _misalign(path: Path) -> None:
 
 
 def write_gguf(
-    base: Path, path: Path, kind: str, *, strings: Iterable[tuple[str, str]] = (), prefix: str = ""
+    base: Path,
+    path: Path,
+    kind: str,
+    *,
+    strings: Iterable[tuple[str, str]] = (),
+    prefix: str = "",
+    quantised: Callable[[str, torch.Tensor], bool] | None = None,
 ) -> tuple[Path, State]:
     """Write the weights of `base` as GGUF, matrices quantised as `kind`, and return what they dequantise to.
+
+    `quantised` says which matrices, by default the linear layers of blocks.
 
     Types that the gguf package cannot quantise get random blocks of small weights.
     """
@@ -170,7 +178,7 @@ def write_gguf(
     generator = numpy.random.default_rng(0)
     for key, value in load_file(base).items():
         array = value.float().numpy()
-        if value.ndim == 2 and value.shape[1] % weights == 0 and is_linear(key, value):
+        if value.ndim == 2 and value.shape[1] % weights == 0 and (quantised or is_linear)(key, value):
             blocks = _quantise(array, quant, nbytes, generator)
             writer.add_tensor(prefix + key, blocks, raw_dtype=quant)
             with numpy.errstate(all="ignore"):
