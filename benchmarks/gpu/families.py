@@ -90,6 +90,8 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     world = options.size
     torch.set_num_threads(1)
+    # cuDNN rounds fp32 to 10 bits by default, of strips and of the whole as it likes
+    torch.backends.cudnn.allow_tf32 = False
     meshes = {"ulysses": (world, 1), "ring": (1, world)}
     if world == 4:
         meshes["ulysses 2, ring 2"] = (2, 2)
