@@ -12,7 +12,6 @@ from ..raylight import cost
 from ..raylight.config import ParallelConfig
 from ..raylight.errors import WorkerError
 from ..raylight.mesh import Mesh
-from . import memory
 
 BYTES = 16 << 20
 ROUNDS = 5
@@ -48,11 +47,11 @@ def _link(mesh: Mesh, axis: str, device: torch.device) -> Link:
 
     def timed(run: Callable[[], object]) -> float:
         run()  # the first one sets the connections up
-        memory.finish(device)
+        finish(device)
         started = time.perf_counter()
         for _ in range(ROUNDS):
             run()
-        memory.finish(device)
+        finish(device)
         return (time.perf_counter() - started) / ROUNDS
 
     total = comm.all_reduce(payload)
@@ -72,6 +71,12 @@ def _link(mesh: Mesh, axis: str, device: torch.device) -> Link:
         exchange=sent / timed(lambda: comm.all_to_all(pieces, shapes=shapes)) / 1e9,
         latency=timed(lambda: comm.all_reduce(small)),
     )
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a device has done everything that is queued."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def described(links: Mapping[str, Link]) -> str:

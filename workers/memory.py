@@ -22,12 +22,6 @@ def device_bytes(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(torch.get_device_module(device).memory_reserved(device))
 
 
-def finish(device: torch.device) -> None:
-    """Wait until a device has done everything that is queued."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-
-
 def give_back() -> None:
     """Empty the device's cache, and the C library's of freed heap where it has a call for that (glibc: malloc_trim).
 

@@ -204,7 +204,7 @@ class Runner:
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs, self.wire.cancelled)
             # what is queued is not done: a rank that only says so could fail, or be killed, unnoticed
-            memory.finish(model_management.get_torch_device())
+            links.finish(model_management.get_torch_device())
             seconds, waited = time.perf_counter() - started + computed.seconds, self.mesh.seconds - waited
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         return ForwardReply(
