@@ -4,7 +4,8 @@
 
 Run it with a Python that has ComfyUI's packages; it installs nothing. The cases are those of tests/engine that ask for
 equality. Each process computes the plain output on its own GPU as well. An error is the largest difference over the
-largest value. fp32 must stay within 1e-5; bf16 within what bf16 does to the plain model, or 1 % where that is less.
+largest value. fp32 must stay within 1e-5; bf16 within twice what bf16 does to the plain model, or 1 % where that is
+less.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def errors(plain: list[tuple[Any, Any, Any]], mesh: Any, device: Any) -> dict[st
             installation.remove()
     if result["half"]:
         (_, _, exact), (_, _, rounded) = plain
-        result["over"] = result["bf16"] / max(difference(rounded, exact), LEAST)
+        result["over"] = result["bf16"] / max(2 * difference(rounded, exact), LEAST)
     return result
 
 

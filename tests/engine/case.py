@@ -48,7 +48,7 @@ class Case:
         meshes: where to run it (names of `ranks.MESHES`); () is everywhere.
         needs: (module, text): the module's source must hold the text in this ComfyUI; ("module", "") that
             the module is there.
-        half: the model and its inputs in bf16, within the noise of that (`ranks.noise_of`).
+        half: the model and its inputs in bf16, within twice the noise of that (`ranks.noise_of`).
         wrong: a negative control: the outputs must differ.
         loud: of a negative control: it raises instead, in some ComfyUI or in all.
         raises: the type of the error that every rank must raise.
