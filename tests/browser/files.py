@@ -16,7 +16,7 @@ EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 PROMPTS = sorted((ROOT / "examples" / "api").glob("*.json"))
 DEMO = ROOT / "examples" / "comfyui"
 FOLDERS = ("diffusion_models", "checkpoints", "vae", "text_encoders", "loras", "clip_vision")
-NAMED = re.compile(r'"([^"\n:\\]+\.(?:safetensors|gguf|png))"')
+NAMED = re.compile(r'"([^"\n:\\]+\.(?:safetensors|gguf|png|jpg))"')
 
 
 def copy_demo(base: Path) -> None:
@@ -28,7 +28,7 @@ def write_named(base: Path, workflows: Iterable[Path]) -> None:
     """Empty models and grey pictures of the names in these files; those that are there stay."""
     for workflow in workflows:
         for name in NAMED.findall(workflow.read_text(encoding="utf-8")):
-            if name.endswith(".png"):
+            if name.endswith((".png", ".jpg")):
                 path = base / "input" / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (64, 64), "grey").save(path)
