@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 OUT = BENCHMARKS.parent / "examples" / "comfyui"
 NAME = "raylight_demo"
-STEPS = {"model": 6000, "lora": 250, "vae": 2500, "gguf": 0, "words": 0}
+STEPS = {"model": 6000, "lora": 700, "vae": 2500, "gguf": 0, "words": 0}
 RATES = {"model": 1.5e-3, "lora": 3e-3, "vae": 3e-3}
 SIZE = {"dim": 256, "ffn": 448, "layers": 3}
 VAE_WIDTH = 8
