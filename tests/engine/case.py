@@ -48,7 +48,7 @@ class Case:
         meshes: where to run it (names of `ranks.MESHES`); () is everywhere.
         needs: (module, text): the module's source must hold the text in this ComfyUI; ("module", "") that
             the module is there.
-        half: the model and its inputs in bf16, within twice the noise of that (`ranks.noise_of`).
+        half: the model and its inputs in bf16, within the noise of that (`ranks.noise_of`).
         wrong: a negative control: the outputs must differ.
         loud: of a negative control: it raises instead, in some ComfyUI or in all.
         raises: the type of the error that every rank must raise.
@@ -56,6 +56,7 @@ class Case:
         change: makes the plan of a negative control from the family's.
         every: whether it runs by default, and not only with RAYLIGHT_TEST_LARGE=1.
         tolerance: of its error, where it has reason to be larger.
+        rounded: times the noise that is allowed in bf16; 2 where strips round by themselves, each side as much.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Case:
     change: Callable[[Any], Any] | None = None
     tolerance: float = TOLERANCE
     every: bool = True
+    rounded: int = 1
 
     def build(self) -> torch.nn.Module:
         """The model with its random weights."""

@@ -39,8 +39,7 @@ def test_case(run_ranks: Any, root: str, case: Case, mesh: str) -> None:
     ulysses, ring = MESHES[mesh]
     assert list(modes) == case.modes_on(mesh, ulysses * ring)
     raises = case.raises or (case.ring_raises if ring > 1 else "")
-    # both outputs are rounded, each by as much as the noise
-    tolerance = 2 * run_ranks(root)["noise"][case.name] if case.half else case.tolerance
+    tolerance = case.rounded * run_ranks(root)["noise"][case.name] if case.half else case.tolerance
     for mode, result in modes.items():
         if raises:
             assert result["raised"] == raises, (mode, result)

@@ -348,7 +348,7 @@ LARGE = (
         make=picture,
     ),
     case(name="unet_sdxl_odd", model=sdxl, make=partial(labelled, 29, 19), modes=SWITCHES),
-    case(name="unet_sdxl_half", model=sdxl, make=labelled, half=True),
+    case(name="unet_sdxl_half", model=sdxl, make=labelled, half=True, rounded=2),
     case(
         name="unet_refiner",
         model=partial(
