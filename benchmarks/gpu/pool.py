@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ranks import enter
-from sampling import make_wan, warm
+from sampling import add_video, make_wan, warm
 from tables import Table
 
 
@@ -37,9 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
     parser.add_argument("--layers", type=int, default=40, help="one has 0.7 GB")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
+    add_video(parser)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="runs to take the median of")
     parser.add_argument("--gpus", default="2", help="how many, comma-separated; 2cfg are two that share the conditions")
@@ -93,7 +91,6 @@ class Bench:
     def run(self) -> None:
         """Plain, then every pool."""
         import comfy.sd
-        import torch
         from comfy import model_management
 
         ways = [(name, int(name.removesuffix("cfg"))) for name in self.options.gpus.split(",")]
@@ -121,7 +118,7 @@ class Bench:
         model_management.soft_empty_cache()
         for name, world in ways:
             self.pool(table, name, world, size)
-        self.faults(ways[0][1], torch)
+        self.faults(ways[0][1])
 
     def config(self, name: str, world: int) -> Any:
         """Two groups at most share the conditions; the rest is Ulysses."""
@@ -164,8 +161,9 @@ class Bench:
         )
         pools.close_all()
 
-    def faults(self, world: int, torch: Any) -> None:
+    def faults(self, world: int) -> None:
         """Cancel, then kill; what a user sees, how soon, and whether the next run is as the first."""
+        import torch
         from comfy import model_management
         from comfy_raylight.raylight.config import ModelSpec
         from comfy_raylight.workers import remote

@@ -67,9 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
     parser.add_argument("--layers", type=int, default=8, help="of 40; one has 0.7 GB")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
+    add_video(parser)
     parser.add_argument("--rounds", type=int, default=5, help="to take the median of")
     parser.add_argument("--gpus", default="2", help="how many besides one, comma-separated")
     parser.add_argument("--modes", default=";".join(MODES), help="separated by semicolons")
@@ -222,6 +220,13 @@ def compared(output: Any, file: str, *, keep: bool) -> float:
         return 0.0
     plain = torch.load(file).float()
     return float((output.cpu().float() - plain).abs().max() / plain.abs().max())
+
+
+def add_video(parser: argparse.ArgumentParser) -> None:
+    """The size of what is sampled."""
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)
 
 
 def make_wan(comfy: Path, folder: Path, layers: int) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ranks import mesh_of, spawn, timed
+from sampling import add_video
 from tables import Table
 
 SMALL = 2
@@ -41,9 +42,7 @@ def main() -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
+    add_video(parser)
     parser.add_argument("--rounds", type=int, default=5, help="to take the median of")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--gpus", default="1,2", help="how many, comma-separated")

@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sampling import SHAPE, warm
 from tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = {"dim": 5120, "ffn": 13824}
 TOKENS = (4096, 16384)
 MB = 1 << 20
 
@@ -68,7 +68,7 @@ class Run:
         if not self.file.is_file():
             make(Job(family="wan", path=self.file, dtype="bfloat16", size={**SHAPE, "layers": layers}))
         self.size = self.file.stat().st_size
-        self.file.read_bytes()  # into the page cache
+        warm(self.file)
 
     # ---- the two sides ---------------------------------------------------------------------------
 
