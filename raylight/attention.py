@@ -110,8 +110,8 @@ class SequenceAttention:
         width = v.shape[-1]
         if attn_precision is not None and not around:
             kwargs["attn_precision"] = attn_precision
-        # an override of the user's sees all heads of this rank at once
         flops = 4.0 * q.shape[0] * self._layout.total(self._order) ** 2 * heads * width / self._sequence.size
+        # an override of the user's sees all heads of this rank at once
         count = 1 if around or user or self._whole_query else self._turns(flops, heads)
         if count > 1:
             form: dict[str, Any] = {"skip_reshape": skip_reshape, "kwargs": kwargs}

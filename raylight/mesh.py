@@ -63,8 +63,9 @@ class Mesh:
         """
         world = parallel.world
         assert 0 <= rank < world, (rank, world)
-        first = _options(backend, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, pg_options=first)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timeout, pg_options=_options(backend, timeout)
+        )
         meter = Meter()
         everyone = tuple(range(world))
         comms = {"world": cls._comm(everyone, rank=rank, group=dist.group.WORLD, meter=meter)}
