@@ -54,6 +54,7 @@ class SequenceAttention:
         self._order = order
         self._kernel = kernel
         self._whole_query = replicated_query
+        self._total, self._local = layout.total(order), layout.local(order)
         self._overlap = 1 if mesh.parallel.sync_ulysses else mesh.parallel.overlap
         self._ulysses = Ulysses(
             self._comm,
@@ -110,7 +111,7 @@ class SequenceAttention:
         width = v.shape[-1]
         if attn_precision is not None and not around:
             kwargs["attn_precision"] = attn_precision
-        flops = 4.0 * q.shape[0] * self._layout.total(self._order) ** 2 * heads * width / self._sequence.size
+        flops = 4.0 * q.shape[0] * self._total**2 * heads * width / self._sequence.size
         # an override of the user's sees all heads of this rank at once
         count = 1 if around or user or self._whole_query else self._turns(flops, heads)
         if count > 1:
@@ -159,15 +160,15 @@ class SequenceAttention:
         exchange, rank = self._ulysses, self._comm.rank
         *_, heads, width = tensors[-1].shape
         whole = exchange.room(tensors[-1], heads=heads, width=width)
-        arriving = [exchange.start_heads(tensors, spans=spans[0], large=True)]
+        arriving = [exchange.start_heads(tensors, spans=spans[0])]
         leaving: list[Callable[[], None]] = []
         try:
             for turn, these in enumerate(spans):
                 q, k, v = arriving.pop()()
                 if turn + 1 < len(spans):
-                    arriving.append(exchange.start_heads(tensors, spans=spans[turn + 1], large=True))
+                    arriving.append(exchange.start_heads(tensors, spans=spans[turn + 1]))
                 out = self._here(local, q, k, v, _of_heads(mask, *these[rank]), agree=False, **form)
-                leaving.append(exchange.start_tokens(out, whole, spans=these, width=width, large=True))
+                leaving.append(exchange.start_tokens(out, whole, spans=these, width=width))
         finally:
             # nothing is on its way any more, also after an error
             for landed in (*arriving, *leaving):
@@ -175,7 +176,7 @@ class SequenceAttention:
         return whole
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
-        expected = self._layout.local(self._order)
+        expected = self._local
         if {expected if self._whole_query else q.shape[1], k.shape[1], v.shape[1]} != {expected}:
             raise UnsupportedError(
                 "A patch changes the number of tokens inside attention",
@@ -193,18 +194,17 @@ class SequenceAttention:
         """The mask for all queries and keys."""
         if mask is None:
             return None
-        layout, order = self._layout, self._order
-        total, local = layout.total(order), layout.local(order)
+        total = self._total
         rows = 1 if mask.ndim == 1 else mask.shape[-2]
         of_heads = mask.ndim < 4 or mask.shape[1] in (1, heads)
         if of_heads and mask.shape[-1] in (1, total) and rows in (1, total if queries is None else queries):
             return mask
         # a block builds its own mask on every rank, so all of them come here or none does
-        if of_heads and mask.shape[-1] == local and rows == 1:
-            return gather(mask, dim=mask.ndim - 1, over=order, layout=layout, comm=self._sequence)
+        if of_heads and mask.shape[-1] == self._local and rows == 1:
+            return gather(mask, dim=mask.ndim - 1, over=self._order, layout=self._layout, comm=self._sequence)
         raise UnsupportedError(
             "An attention mask fits neither all tokens nor this worker's",
-            f"its shape is {list(mask.shape)}, with {heads} heads and {total} tokens, {local} of them here",
+            f"its shape is {list(mask.shape)}, with {heads} heads and {total} tokens, {self._local} of them here",
             "Remove the node that makes it",
         )
 
@@ -259,7 +259,7 @@ class SequenceAttention:
             mask = _four_dims(mask)
             if mask.shape[2] > 1 and not self._whole_query:
                 mask = torch.cat([mask[:, :, a:b] for a, b in exchange.positions(order)], 2)
-            allowed = ring.BlockMask(mask, keys=self._layout.total(order), dtype=q.dtype)
+            allowed = ring.BlockMask(mask, keys=self._total, dtype=q.dtype)
         common: dict[str, Any] = {
             "comm": comm,
             "kernel": self._kernel,

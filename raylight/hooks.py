@@ -54,12 +54,13 @@ def install(
 
 
 class _Forward:
-    """What one forward has open: a layout per region that is inside its blocks, and the arguments cut so far."""
+    """What one forward has open: a layout per region that is inside its blocks, and what it has made so far."""
 
     def __init__(self, regions: int, *, per_block: bool) -> None:
         self.per_block = per_block
         self.layouts: list[Layout | None] = [None] * regions
         self._cuts: dict[tuple[object, str], tuple[Any, Layout, Any]] = {}
+        self._attentions: dict[tuple[Layout, tuple[str, ...], bool], SequenceAttention] = {}
 
     def cut(self, owner: object, name: str, entry: Entry, value: Any, layout: Layout) -> Any:
         """entry(value, layout), done once for all blocks that are given the same object."""
@@ -68,6 +69,15 @@ class _Forward:
             known = (value, layout, entry(value, layout))
             self._cuts[owner, name] = known
         return known[2]
+
+    def attention(self, owner: Installation, layout: Layout, order: tuple[str, ...], whole: bool) -> SequenceAttention:
+        """Attention over an order of segments, made once for all blocks."""
+        key = layout, order, whole
+        if key not in self._attentions:
+            self._attentions[key] = SequenceAttention(
+                owner.mesh, layout=layout, order=order, kernel=owner.kernel, replicated_query=whole
+            )
+        return self._attentions[key]
 
 
 class Installation:
@@ -372,23 +382,15 @@ class _SiteHook:
         self._options = Slot.need(module, "transformer_options")
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._owner.forward is None:
+        forward = self._owner.forward
+        if forward is None:
             return None
         args, kwargs = list(args), dict(kwargs)
-        attention = None
+        attention: SequenceAttention | ByLength | None = None
         if self._owner.split:
-            layout = self._owner.layout(self._index)
-            orders = [order for order in (self._site.order, self._site.also) if order]
-            made = [
-                SequenceAttention(
-                    self._owner.mesh,
-                    layout=layout,
-                    order=order,
-                    kernel=self._owner.kernel,
-                    replicated_query=self._site.replicated_query,
-                )
-                for order in orders
-            ]
+            layout, site = self._owner.layout(self._index), self._site
+            orders = [order for order in (site.order, site.also) if order]
+            made = [forward.attention(self._owner, layout, order, site.replicated_query) for order in orders]
             attention = made[0] if len(made) == 1 else ByLength(made, [layout.local(order) for order in orders])
         self._owner.sites.enter(self._options, args, kwargs, attention)
         return tuple(args), kwargs

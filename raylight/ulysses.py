@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,10 +32,14 @@ class Ulysses:
         self._order = order
         self._sync = sync
         self._first = first
+        # by segment: what every one of these ranks holds of it
+        self._spans = {name: [layout.span(name, rank=first + rank) for rank in range(comm.size)] for name in order}
 
     def stretch(self, name: str, *, index: int | None = None) -> tuple[int, int]:
         """(start, stop) within the segment of what these ranks, or those of ring index `index`, hold together."""
-        first = self._first if index is None else index * self._comm.size
+        if index is None:
+            return self._spans[name][0][0], self._spans[name][-1][1]
+        first = index * self._comm.size
         start, _ = self._layout.span(name, rank=first)
         _, stop = self._layout.span(name, rank=first + self._comm.size - 1)
         return start, stop
@@ -67,14 +72,86 @@ class Ulysses:
     def to_heads(self, tensors: Sequence[torch.Tensor], *, heads: int, large: bool = False) -> list[torch.Tensor]:
         """[B, local, H, D] each -> [B, stretch, this rank's heads, D] each, tokens in the model's own order.
 
-        `large` as in `Comm.start_swap`.
+        Args:
+            large: send each tensor from where it is to where it goes. Otherwise all travel as one, which copies them
+                twice and takes a tenth of the time to start. Equal on all ranks.
         """
         if self._comm.size == 1:
             return list(tensors)
-        return self.start_heads(tensors, spans=shares(heads, self._comm.size), large=large)()
+        spans = shares(heads, self._comm.size)
+        if large:
+            return self.start_heads(tensors, spans=spans)()
+        alike = len({(t.shape, t.dtype) for t in tensors}) == 1
+        return [got for some in ([tensors] if alike else [[t] for t in tensors]) for got in self._heads(some, spans)]
+
+    def _heads(self, tensors: Sequence[torch.Tensor], spans: Sequence[Span]) -> list[torch.Tensor]:
+        """`to_heads` of tensors alike, with as few operations as can be: in small models they take the time."""
+        rank, dtype, count = self._comm.rank, tensors[0].dtype, len(tensors)
+        if all(map(_in_words, tensors)):
+            tensors = [t.view(torch.int64) for t in tensors]
+        start, stop = spans[rank]
+        mine = torch.cat([t[:, :, start:stop] for t in tensors])
+        own = self._segments(mine)
+        if self.cut:
+            rows, _, _, width = mine.shape
+            lengths = [sum(self._held(name, other) for name in self.cut) for other in range(len(spans))]
+            shapes = [(rows, length, stop - start, width) for length in lengths]
+            leaving = tensors if len(own) == len(self.cut) else [self._cut_tokens(t) for t in tensors]
+            going = [[t[:, :, first:last] for t in leaving] for first, last in spans]
+            places = [(rows, lengths[rank], last - first, width) for first, last in spans]
+            blocks = self._trade(going, places, shapes, dim=0, like=mine)
+        pieces = []
+        offsets = [0] * len(spans)
+        for name in self._order:
+            if name not in self.cut:
+                pieces.append(own[name])
+                continue
+            for other, block in enumerate(blocks):
+                length = self._held(name, other)
+                pieces.append(own[name] if block is None else block.narrow(1, offsets[other], length))
+                offsets[other] += length
+        return list(torch.cat(pieces, 1).view(dtype).chunk(count))
+
+    def _trade(
+        self,
+        going: Sequence[Sequence[torch.Tensor]],
+        places: Sequence[Sequence[int]],
+        shapes: Sequence[Sequence[int]],
+        *,
+        dim: int,
+        like: torch.Tensor,
+    ) -> list[torch.Tensor | None]:
+        """Give going[i], joined along `dim` to the shape places[i], to rank i and get shapes[i] from it.
+
+        Nothing of this rank's own is touched; its place in the result is None.
+        """
+        rank = self._comm.rank
+        send, receive = (
+            [0 if other == rank else math.prod(shape) for other, shape in enumerate(side)] for side in (places, shapes)
+        )
+        flat = like.new_empty(sum(send))
+        for tensors, shape, part in zip(going, places, flat.split(send), strict=True):
+            if part.numel():
+                torch.cat(list(tensors), dim, out=part.view(shape))
+        got = self._comm.exchange(flat, send=send, receive=receive).split(receive)
+        self._synchronise(flat)
+        return [
+            None if other == rank else part.view(shape)
+            for other, (part, shape) in enumerate(zip(got, shapes, strict=True))
+        ]
+
+    def _held(self, name: str, rank: int) -> int:
+        """Tokens of a segment that one of these ranks holds."""
+        start, stop = self._spans[name][rank]
+        return stop - start
+
+    def _cut_tokens(self, t: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of the segments that are cut."""
+        parts = self._segments(t)
+        return torch.cat([parts[name] for name in self.cut], 1)
 
     def start_heads(
-        self, tensors: Sequence[torch.Tensor], *, spans: Sequence[Span], large: bool = False
+        self, tensors: Sequence[torch.Tensor], *, spans: Sequence[Span]
     ) -> Callable[[], list[torch.Tensor]]:
         """Start `to_heads` for some heads of every rank, in a group of several; what is returned waits for them.
 
@@ -84,7 +161,7 @@ class Ulysses:
         Args:
             spans: those heads, by rank.
         """
-        layout, comm, rank = self._layout, self._comm, self._comm.rank
+        comm, rank = self._comm, self._comm.rank
         start, stop = spans[rank]
         stretch = self.length(self._order)
         going: list[list[torch.Tensor]] = [[] for _ in spans]
@@ -98,9 +175,9 @@ class Ulysses:
                 if name not in self.cut:
                     _put(places[name], part[:, :, start:stop])
                     continue
-                offset = layout.span(name, rank=self._first)[0]
+                offset = self.stretch(name)[0]
                 for other, (first, last) in enumerate(spans):
-                    low, high = layout.span(name, rank=self._first + other)
+                    low, high = self._spans[name][other]
                     place = places[name][:, low - offset : high - offset]
                     if other == rank:
                         _put(place, part[:, :, start:stop])
@@ -113,7 +190,7 @@ class Ulysses:
                     )
                     if coming[other][-1] is not place:
                         later.append((place, coming[other][-1]))
-        landed = comm.start_swap(going, coming, large=large) if self.cut else None
+        landed = comm.start_swap(going, coming) if self.cut else None
 
         def arrived() -> list[torch.Tensor]:
             if landed is not None:
@@ -126,25 +203,57 @@ class Ulysses:
         return arrived
 
     def _segments(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self._order, t.split([self._layout.local((name,)) for name in self._order], 1), strict=True))
+        """The segments of a tensor of this rank's tokens [B, local, ...], as views."""
+        lengths = [self._held(name, self._comm.rank) for name in self._order]
+        return dict(zip(self._order, t.split(lengths, 1), strict=True))
 
     def to_tokens(self, out: torch.Tensor, *, heads: int, width: int, large: bool = False) -> torch.Tensor:
-        """[B, stretch, this rank's heads * D] -> [B, local, H * D].
+        """[B, stretch, this rank's heads * D] -> [B, local, H * D]; `large` as in `to_heads`.
 
         Replicated tokens go to every rank from the ranks that own their heads, so their bytes agree.
         """
         if self._comm.size == 1:
             return out
+        spans = shares(heads, self._comm.size)
+        if not large:
+            return self._tokens(out, spans, width)
         whole = self.room(out, heads=heads, width=width)
-        self.start_tokens(out, whole, spans=shares(heads, self._comm.size), width=width, large=large)()
+        self.start_tokens(out, whole, spans=spans, width=width)()
         return whole
+
+    def _tokens(self, out: torch.Tensor, spans: Sequence[Span], width: int) -> torch.Tensor:
+        """`to_tokens` with few operations."""
+        rank, dtype = self._comm.rank, out.dtype
+        if width * out.element_size() % 8 == 0 and _in_words(out):
+            out, width = out.view(torch.int64), width * out.element_size() // 8
+        batch, _, wide = out.shape
+        lengths = [sum(self._held(name, other) for name in self._order) for other in range(len(spans))]
+        going = [self._tokens_of(out, other) for other in range(len(spans))]
+        blocks = self._trade(
+            going,
+            [(batch, length, wide) for length in lengths],
+            [(batch, lengths[rank], (last - first) * width) for first, last in spans],
+            dim=1,
+            like=out,
+        )
+        mine = _joined(going[rank])
+        return torch.cat([mine if block is None else block for block in blocks], 2).view(dtype)
+
+    def _tokens_of(self, out: torch.Tensor, rank: int) -> list[torch.Tensor]:
+        """What one of these ranks holds of a tensor of all their tokens [B, stretch, ...], a view for each segment."""
+        found = []
+        for name, part in self.parts(out).items():
+            start, stop = self._spans[name][rank]
+            offset = self.stretch(name)[0]
+            found.append(part[:, start - offset : stop - offset])
+        return found
 
     def room(self, like: torch.Tensor, *, heads: int, width: int) -> torch.Tensor:
         """[B, local, H * D] for `start_tokens` to fill."""
         return like.new_empty(like.shape[0], self._layout.local(self._order), heads * width)
 
     def start_tokens(
-        self, out: torch.Tensor, whole: torch.Tensor, *, spans: Sequence[Span], width: int, large: bool = False
+        self, out: torch.Tensor, whole: torch.Tensor, *, spans: Sequence[Span], width: int
     ) -> Callable[[], None]:
         """Start `to_tokens` for some heads of every rank, in a group of several.
 
@@ -154,25 +263,19 @@ class Ulysses:
             out: [B, stretch, this rank's of those heads * D].
             spans: those heads, by rank.
         """
-        layout, comm = self._layout, self._comm
-        parts = [(name, part, self.stretch(name)[0]) for name, part in self.parts(out).items()]
+        comm = self._comm
         places = [whole[:, :, a * width : b * width] for a, b in spans]
         going: list[list[torch.Tensor]] = []
-        for rank in range(comm.size):
-            cut = []
-            for name, part, start in parts:
-                a, b = layout.span(name, rank=self._first + rank)
-                cut.append(part[:, a - start : b - start])
+        for rank, place in enumerate(places):
+            joined = _joined(self._tokens_of(out, rank))
             if rank == comm.rank:
-                _put(places[rank], _joined(cut))
-                going.append([])
-            else:
-                going.append([_compact(_joined(cut))])
+                _put(place, joined)
+            going.append([] if rank == comm.rank else [_compact(joined)])
         coming = [
             [] if rank == comm.rank else [torch.empty_like(place, memory_format=torch.contiguous_format)]
             for rank, place in enumerate(places)
         ]
-        landed = comm.start_swap(going, coming, large=large)
+        landed = comm.start_swap(going, coming)
 
         def arrived() -> None:
             landed()
