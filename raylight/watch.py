@@ -12,6 +12,8 @@ from .errors import Cancelled
 
 LONG_S = 0.05
 """A step from which on waiting for an answer, a millisecond at most, takes no time that counts."""
+SKIPPED = 4
+"""Steps at most between two questions, where they are short: to ask takes half as long as to start a block's work."""
 
 
 def quiet(done: int, total: int) -> None:
@@ -44,13 +46,14 @@ class Watch:
         self._done = 0
         self._asked: Passing | None = None
         self._at_once = False
-        self._last = time.monotonic()
+        self._skip = self._skipped = 0
+        self._last: float | None = None
 
     def step(self, count: int = 0) -> None:
         """`count` more are finished. Every rank calls this equally often, at the same points of the work.
 
-        While steps are short, the answer that counts is the one asked for a step before: by now it is there, so
-        nobody waits for it. After a long step it is the one asked for now. Ranks agree on that as well.
+        While steps are short, not every one asks, and the answer that counts is that to the question before: by now
+        it is there, so nobody waits for it. After a long step it is the one asked for now. Ranks agree on that as well.
 
         Raises:
             Cancelled: a rank was told to stop. All ranks raise it.
@@ -58,11 +61,14 @@ class Watch:
         if self._total:
             self._done = min(self._done + count, self._total)
             self._report(self._done, self._total)
+        if self._skipped < self._skip:
+            self._skipped += 1
+            return
         now = time.monotonic()
-        asked = self._control.start_maximum(
-            torch.tensor([self._wanted(), now - self._last > LONG_S], dtype=torch.int32)
-        )
-        self._last = now
+        # the first answer says nothing of the steps
+        took = LONG_S if self._last is None else (now - self._last) / (self._skipped + 1)
+        self._last, self._skipped = now, 0
+        asked = self._control.start_maximum(torch.tensor([int(self._wanted()), int(took * 1e6)]))
         before, self._asked = self._asked, asked
         if before is not None:
             self._hear(before)
@@ -77,7 +83,9 @@ class Watch:
             self._asked = None
 
     def _hear(self, answer: Passing) -> None:
-        stop, self._at_once = map(bool, answer.wait()[0].tolist())
+        stop, took = answer.wait()[0].tolist()
+        self._at_once = took > LONG_S * 1e6
+        self._skip = min(SKIPPED, int(LONG_S * 1e6 / max(took, 1)) // 2)
         if stop:
             self.finish()
             raise Cancelled("Cancelled")

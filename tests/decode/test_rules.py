@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from comfy_raylight.raylight.errors import Cancelled, UnsupportedError
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.row_rules import RowParallel
 from comfy_raylight.raylight.strips import Rows, Strips
-from comfy_raylight.raylight.watch import Watch
+from comfy_raylight.raylight.watch import LONG_S, SKIPPED, Watch
 from comfy_raylight.vae import budget
 from comfy_raylight.vae.divided import strip_of
 from comfy_raylight.vae.frames import counting, last_convolution
@@ -123,15 +124,26 @@ def test_time_is_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(here, budget.NAME) is own
 
 
-def test_watch_ends_one_step_later() -> None:
-    told: list[tuple[int, int]] = []
-    flags = iter([False, True, False])
-    watch = Watch(Mesh.single().control, total=3, report=lambda *a: told.append(a), wanted=lambda: next(flags))
-    watch.step(2)
-    watch.step(2)
+def test_watch_ends_soon_and_tells_every_step() -> None:
+    told: list[int] = []
+    watch = Watch(
+        Mesh.single().control, total=30, report=lambda done, total: told.append(done), wanted=lambda: len(told) >= 3
+    )
     with pytest.raises(Cancelled):
-        watch.step(2)
-    assert told == [(2, 3), (3, 3), (3, 3)]
+        for _ in range(30):
+            watch.step(2)
+    assert told == [2 * step + 2 for step in range(len(told))]
+    assert 3 < len(told) <= 3 + 2 * SKIPPED + 1
+
+
+def test_watch_asks_at_once_after_a_long_step() -> None:
+    steps = 0
+    watch = Watch(Mesh.single().control, wanted=lambda: steps == 4)
+    with pytest.raises(Cancelled):
+        for steps in range(1, 9):  # noqa: B007, the last one is what counts
+            time.sleep(LONG_S + 0.01)
+            watch.step()
+    assert steps == 4
 
 
 def test_frames_are_counted_at_the_last_convolution() -> None:
