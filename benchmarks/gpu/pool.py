@@ -27,8 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ranks import enter
-from sampling import add_video, make_wan, warm
+from models import Choice
+from ranks import add_video, enter
 from tables import Table
 
 
@@ -45,8 +45,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="for the checkpoint (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        file = make_wan(options.comfy.resolve(), options.folder or Path(temporary), options.layers)
-        warm(file)
+        choice = Choice("wan14b", options.layers, "bf16")
+        file = choice.file(options.comfy.resolve(), options.folder or Path(temporary))
         enter(str(options.comfy.resolve()))
         import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import statistics
@@ -99,3 +100,10 @@ def timed(run: Callable[[], Any], rounds: int, mesh: Any) -> tuple[float, int]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), torch.cuda.max_memory_allocated()
+
+
+def add_video(parser: argparse.ArgumentParser) -> None:
+    """The size of a video."""
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)

@@ -4,10 +4,11 @@
 
 Nothing is fetched. What the machine's Python lacks (Ray, gguf, what ComfyUI needs) comes from a folder of wheels and is
 unpacked into FOLDER. Parts run one after another, each in a process of its own and within --limit seconds: families
-(parity of every family's cases), sampling (the engine, one process per GPU, no Ray), pool (Ray and the driver included,
-kill and cancel), vae, weights (load, reload, LoRA and GGUF on one GPU). Every speed is a ratio to plain ComfyUI on one
-GPU in the same run, a median after a first run. FOLDER gets report.md, a JSON file per table, the output of each part,
-and speedup.png where matplotlib is installed. Exit status 1 if a part failed; the others run all the same.
+(parity of every family's cases), sampling (the engine, one process per GPU, no Ray), models (the same for other models
+and kinds of files), pool (Ray and the driver included, kill and cancel), vae, weights (load, reload, LoRA and GGUF on
+one GPU). Every speed is a ratio to plain ComfyUI on one GPU in the same run, a median after a first run. FOLDER gets
+report.md, a JSON file per table, the output of each part, and speedup.png where matplotlib is installed. Exit status 1
+if a part failed; the others run all the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ sys.path.insert(0, str(HERE))
 
 from tables import FOLDER  # noqa: E402
 
+MODELS = "wan1.3b;flux:5;zimage:10;ltxv:12;ltx2:8;wan14b:8:fp8;wan14b:8:scaled;wan14b:8:Q8_0;wan14b:8:Q4_K"
+SCRIPTS = {"models": "sampling.py"}
+"""Of parts that have none of their own."""
 DESCRIBE = """
 import platform, torch
 count = torch.cuda.device_count()
@@ -56,13 +60,14 @@ def main() -> int:
         site = unpacked(given.wheels, given.out / "site")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
     gpus, rounds = ["--gpus", given.gpus], ["--rounds", str(given.rounds)]
-    wan = ["--layers", str(given.layers), "--folder", str(files)]
+    folder = ["--folder", str(files)]
     parts: Mapping[str, Sequence[str]] = {
         "families": gpus,
-        "sampling": [*gpus, *rounds, *wan],
-        "pool": [*gpus, *rounds, *wan],
+        "sampling": [*gpus, *rounds, *folder, "--models", f"wan14b:{given.layers}"],
+        "models": [*gpus, *rounds, *folder, "--models", MODELS, "--modes", "ulysses", "--table", "models"],
+        "pool": [*gpus, *rounds, *folder, "--layers", str(given.layers)],
         "vae": ["--gpus", f"1,{given.gpus}", *rounds],
-        "weights": rounds,
+        "weights": [*rounds, *folder],
     }
     unknown = set(given.only or ()) - parts.keys()
     if unknown:
@@ -71,7 +76,8 @@ def main() -> int:
     report = [f"# Raylight on GPUs\n\n{described}"]
     failed = []
     for name in given.only or parts:
-        command = [sys.executable, str(HERE / f"{name}.py"), "--comfy", str(given.comfy), *parts[name]]
+        script = SCRIPTS.get(name, f"{name}.py")
+        command = [sys.executable, str(HERE / script), "--comfy", str(given.comfy), *parts[name]]
         began = time.monotonic()
         print(f"== {name}", flush=True)
         code, text = run(command, given.out / f"{name}.log", environment, given.limit)

@@ -1,11 +1,12 @@
 """Model calls on 1, 2, ... GPUs against one: load, seconds, memory, difference, and what collectives take.
 
-    python benchmarks/gpu/sampling.py --comfy ROOT [--layers 8] [--frames 81] [--rounds 5] [--gpus 2] [--modes ...]
+    python benchmarks/gpu/sampling.py --comfy ROOT [--models "wan14b:8;flux:5:Q8_0"] [--rounds 5] [--gpus 2]
+        [--modes ...]
 
-Run it with a Python that has ComfyUI's packages and gguf; it installs nothing. The checkpoint has the shape of Wan 14B
-with fewer layers and random weights, in bf16, its pages in the page cache, and each process is a worker's own: model
-mapped and uploaded, plan installed, groups over NCCL. What Ray and the driver add is in benchmarks/pool.py. Plain is
-the same model on one GPU, with no plan. A difference is the largest one, over the largest value; NCCL is the part of
+Run it with a Python that has ComfyUI's packages and gguf; it installs nothing. A checkpoint has the shape of its model,
+with as many layers as are asked for, and random weights, its pages in the page cache, and each process is a worker's
+own: model mapped and uploaded, plan installed, groups over NCCL. What Ray and the driver add is in pool.py. Plain is
+the same file on one GPU, with no plan. A difference is the largest one, over the largest value; NCCL is the part of
 a call in which one of its kernels runs on the first GPU, by the profiler, and NCCL alone that in which nothing else
 does.
 """
@@ -15,19 +16,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ranks import enter, mesh_of, spawn, timed
+from models import MODELS, Choice
+from ranks import mesh_of, spawn, timed
 from tables import Table
 
-SHAPE = {"dim": 5120, "ffn": 13824}
 MODES: Mapping[str, Mapping[str, Any]] = {
     "ulysses": {},
     "ulysses, no overlap": {"overlap": 1},
@@ -47,17 +48,17 @@ class Options:
     Attributes:
         mode: key of MODES, "" for plain.
         reference: a file for plain's output.
+        extent: frames, height and width in pixels.
         trace: how the names of files with profiles begin, "" for none.
     """
 
     comfy: str
+    choice: Choice
     file: str
     reference: str
     size: int
     mode: str
-    frames: int
-    height: int
-    width: int
+    extent: tuple[int, int, int]
     rounds: int
     trace: str
 
@@ -66,47 +67,48 @@ def main() -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
-    parser.add_argument("--layers", type=int, default=8, help="of 40; one has 0.7 GB")
-    add_video(parser)
+    parser.add_argument(
+        "--models", default="wan14b:8", help=f"name[:layers[:kind]] of {', '.join(MODELS)}, separated by semicolons"
+    )
+    parser.add_argument("--extent", help="frames x height x width in pixels, as 81x480x832 (default: usual ones)")
     parser.add_argument("--rounds", type=int, default=5, help="to take the median of")
     parser.add_argument("--gpus", default="2", help="how many besides one, comma-separated")
     parser.add_argument("--modes", default=";".join(MODES), help="separated by semicolons")
-    parser.add_argument("--folder", type=Path, help="for the checkpoint (default: a temporary one)")
+    parser.add_argument("--table", default="sampling", help="name of its JSON file")
+    parser.add_argument("--folder", type=Path, help="for the checkpoints (default: a temporary one)")
     parser.add_argument(
         "--trace", default="", help="print where GPUs spend their time, and write traces, from this path on"
     )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        comfy = str(given.comfy.resolve())
-        file = make_wan(given.comfy.resolve(), folder, given.layers)
-        warm(file)
-        options = Options(
-            comfy=comfy,
-            file=str(file),
-            reference=os.path.join(temporary, "plain.pt"),
-            size=1,
-            mode="",
-            frames=given.frames,
-            height=given.height,
-            width=given.width,
-            rounds=given.rounds,
-            trace=given.trace,
-        )
-        measure(options, [int(size) for size in given.gpus.split(",")], given.modes.split(";"))
+        comfy = given.comfy.resolve()
+        table = Table(
+            given.table,
+            ["model", "GB", "GPUs", "mode", "load s", "GB/s in total", "s per call", "speed-up", "NCCL", "NCCL alone",
+             "GB at most", "difference"],
+            NCCL=".1%", s=".4f", difference=".1e", GB=".1f",
+        )  # fmt: skip
+        for choice in map(Choice.parse, given.models.split(";")):
+            frames, height, width = map(int, given.extent.split("x")) if given.extent else choice.model.extent
+            options = Options(
+                comfy=str(comfy),
+                choice=choice,
+                file=str(choice.file(comfy, folder)),
+                reference=os.path.join(temporary, "plain.pt"),
+                size=1,
+                mode="",
+                extent=(frames, height, width),
+                rounds=given.rounds,
+                trace=given.trace,
+            )
+            measure(table, options, [int(size) for size in given.gpus.split(",")], given.modes.split(";"))
     return 0
 
 
-def measure(options: Options, sizes: list[int], modes: list[str]) -> None:
+def measure(table: Table, options: Options, sizes: list[int], modes: list[str]) -> None:
     """Plain first, then every mode on every number of GPUs."""
     size = os.path.getsize(options.file) / 1e9
-    print(f"{size:.2f} GB, {options.frames} frames of {options.width} x {options.height}, median of {options.rounds}")
-    table = Table(
-        "sampling",
-        ["GPUs", "mode", "load s", "GB/s in total", "s per call", "speed-up", "NCCL", "NCCL alone", "GB at most",
-         "difference"],
-        NCCL=".1%", s=".4f", difference=".1e",
-    )  # fmt: skip
     plain = 0.0
     for count, mode in [(1, ""), *((count, mode) for count in sizes for mode in modes)]:
         ranks = spawn(count, on_rank, dataclasses.replace(options, size=count, mode=mode))
@@ -115,8 +117,9 @@ def measure(options: Options, sizes: list[int], modes: list[str]) -> None:
         plain = plain or seconds
         most = {key: max(rank[key] for rank in ranks) for key in ("peak", "difference")}
         nccl = [ranks[0][key] for key in ("nccl", "nccl_alone")]
-        table.row(count, mode or "plain", load, count * size / load, seconds, plain / seconds, *nccl,
-                  most["peak"] / 1e9, most["difference"])  # fmt: skip
+        loading = load, count * size / load
+        cells = seconds, plain / seconds, *nccl, most["peak"] / 1e9, most["difference"]
+        table.row(str(options.choice), size, count, mode or "plain", *loading, *cells)
         if options.trace:
             print(ranks[0]["profile"])
 
@@ -152,9 +155,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     generator = torch.Generator(device).manual_seed(0)
     compute = model.patcher.model.manual_cast_dtype or model.patcher.model.get_dtype()
     draw: dict[str, Any] = {"generator": generator, "device": device, "dtype": compute}
-    x = torch.randn(1, 16, (options.frames + 3) // 4, options.height // 8, options.width // 8, **draw)
-    context = torch.randn(1, 512, 4096, **draw)
-    args = (x, torch.tensor([500.0], device=device, dtype=compute), context)
+    args = options.choice.model.inputs(partial(torch.randn, **draw), *options.extent)
 
     def call() -> Any:
         # a new dict: models and plans write into it
@@ -215,47 +216,13 @@ def compared(output: Any, file: str, *, keep: bool) -> float:
     """The largest difference to plain's output, which is kept first."""
     import torch
 
+    whole = torch.cat([part.flatten() for part in (output if isinstance(output, list | tuple) else [output])]).cpu()
     if keep:
-        torch.save(output.cpu(), file)
+        torch.save(whole, file)
         return 0.0
     plain = torch.load(file).float()
-    return float((output.cpu().float() - plain).abs().max() / plain.abs().max())
-
-
-def add_video(parser: argparse.ArgumentParser) -> None:
-    """The size of what is sampled."""
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
-
-
-def make_wan(comfy: Path, folder: Path, layers: int) -> Path:
-    """A checkpoint of Wan 14B's shape with so many layers, made where it is not there."""
-    file = folder / f"wan{layers}.safetensors"
-    if not file.is_file():
-        subprocess.run([sys.executable, __file__, "make", str(comfy), str(file), str(layers)], check=True)
-    return file
-
-
-def warm(file: Path) -> None:
-    """Have a file's pages in the page cache."""
-    with file.open("rb", buffering=0) as reader:
-        buffer = bytearray(1 << 24)
-        while reader.readinto(buffer):
-            pass
-
-
-def make_file(comfy: str, file: str, layers: str) -> None:
-    """Write the checkpoint; in a process of its own."""
-    enter(comfy)
-    from comfy_raylight.tests.host.checkpoints import Job
-    from comfy_raylight.tests.host.checkpoints.make import make
-
-    make(Job(family="wan", path=Path(file), dtype="bfloat16", size={**SHAPE, "layers": int(layers)}))
+    return float((whole.float() - plain).abs().max() / plain.abs().max())
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["make"]:
-        make_file(*sys.argv[2:5])
-    else:
-        sys.exit(main())
+    sys.exit(main())

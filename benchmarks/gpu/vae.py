@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ranks import mesh_of, spawn, timed
-from sampling import add_video
+from ranks import add_video, mesh_of, spawn, timed
 from tables import Table
 
 SMALL = 2

@@ -16,11 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sampling import SHAPE, warm
+from models import Choice
 from tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,8 @@ def main() -> int:
         print("This machine has no accelerator that PyTorch sees", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as temporary:
-        run = Run(options.folder or Path(temporary), device, layers=options.layers, rounds=options.rounds)
+        folder, comfy = options.folder or Path(temporary), options.comfy.resolve()
+        run = Run(comfy, folder, device, layers=options.layers, rounds=options.rounds)
         print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, torch {torch.__version__}")
         print(f"checkpoint: {run.size / 1e9:.2f} GB bf16, {options.layers} layers, median of {options.rounds}\n")
         run.loading()
@@ -59,16 +61,11 @@ def main() -> int:
 class Run:
     """The files, and one table per method."""
 
-    def __init__(self, folder: Path, device: Any, *, layers: int, rounds: int) -> None:
-        from comfy_raylight.tests.host.checkpoints import Job
-        from comfy_raylight.tests.host.checkpoints.make import make
-
-        self.folder, self.device, self.rounds = folder, device, rounds
-        self.file = folder / "wan.safetensors"
-        if not self.file.is_file():
-            make(Job(family="wan", path=self.file, dtype="bfloat16", size={**SHAPE, "layers": layers}))
+    def __init__(self, comfy: Path, folder: Path, device: Any, *, layers: int, rounds: int) -> None:
+        self.comfy, self.folder, self.device, self.rounds = comfy, folder, device, rounds
+        self.choice = Choice("wan14b", layers, "bf16")
+        self.file = self.choice.file(comfy, folder)
         self.size = self.file.stat().st_size
-        warm(self.file)
 
     # ---- the two sides ---------------------------------------------------------------------------
 
@@ -276,8 +273,6 @@ class Run:
 
     def gguf(self) -> None:
         """Seconds of a forward from blocks against one in bf16."""
-        from comfy_raylight.tests.weights.files import write_gguf
-
         whole, size = self._forwards(self.file)
         columns = [
             "GGUF",
@@ -290,9 +285,7 @@ class Run:
         ]
         table = Table("gguf", columns)
         for kind in ("Q8_0", "Q4_K"):
-            path = self.folder / f"{kind}.gguf"
-            if not path.is_file():
-                write_gguf(self.file, path, kind)
+            path = replace(self.choice, kind=kind).file(self.comfy, self.folder)
             taken, held = self._forwards(path)
             for tokens in TOKENS:
                 a, b = whole[tokens], taken[tokens]

@@ -151,6 +151,13 @@ RECIPES: Mapping[str, Recipe] = {
     "auraflow": Recipe(keys=markers.auraflow, detected="AuraFlow", dtype=FP8, size={"single": 1}),
     "ltxv": Recipe(keys=markers.ltxv, detected="LTXV", size={"dim": 256, "layers": 2}),
     "ltxav": Recipe(keys=markers.ltxav, detected="LTXAV", size={"dim": 256, "layers": 2}, config=LTXAV_CONFIG),
+    "ltx2": Recipe(
+        keys=markers.ltxav,
+        detected="LTXAV",
+        dtype="bfloat16",
+        size={"dim": 4096, "layers": 48},
+        config={"rope_type": "split"},
+    ),
     "cosmos": Recipe(keys=markers.cosmos, detected="CosmosT2V", dtype=FP8, size={"dim": 480}),
     "cosmos2": Recipe(keys=markers.predict2, detected="CosmosT2IPredict2", dtype=FP8),
     "anima": Recipe(keys=markers.anima, detected="Anima", dtype=FP8),
