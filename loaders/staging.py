@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +16,12 @@ from .source import Source, read_into
 
 PART_BYTES = 8 << 20
 """What one thread reads at a time, into a buffer of that size."""
-READS = 16
-"""Under way at once: from the page cache one thread copies a few GB/s, a bus of 16 lanes takes 50."""
-BUFFERS = 24
-"""More than reads: the others are on their way to the device. All the host memory an upload takes: 192 MiB."""
+THREADS = 12
+"""Read and start copies: from the page cache one thread copies 4 GB/s, a bus of 16 lanes takes 50."""
+BUFFERS = 2 * THREADS
+"""While one is filled, another is on its way to the device. All the host memory an upload takes: 192 MiB."""
+AHEAD = 2 * BUFFERS
+"""Parts, about, that are begun before what comes before them is asked for."""
 
 
 class Engine(Protocol):
@@ -29,10 +32,10 @@ class Engine(Protocol):
         """BUFFERS times PART_BYTES of host memory (uint8) that the device can copy from, the same at every call."""
 
     def allocate(self, size: int) -> torch.Tensor:
-        """`size` bytes (uint8) on the device."""
+        """`size` bytes (uint8) on the device, for `copy` alone until `finish`."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """Begin to copy host bytes to the device; returns a mark for `wait`."""
+        """Begin to copy host bytes to the device, from any thread; returns a mark for `wait`."""
 
     def wait(self, mark: Any) -> None:
         """Return when the copy of the mark has read its source; None is no copy."""
@@ -78,11 +81,12 @@ class StreamEngine:
         return [torch.empty(PART_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(BUFFERS)]
 
     def allocate(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty(size, dtype=torch.uint8, device=self.device)
+        # work that is queued may still use what the allocator gave
+        self._stream.wait_stream(self._module.current_stream(self.device))
+        return target
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        # work that is queued may still use what the allocator gave for the target
-        self._stream.wait_stream(self._module.current_stream(self.device))
         with self._module.stream(self._stream):
             target.copy_(source, non_blocking=True)
             mark = self._module.Event()
@@ -128,60 +132,55 @@ def upload(source: Source, pieces: Iterable[Piece], engine: Engine) -> Iterator[
         LoadError: the file changed.
     """
     source.check()
-    marks: list[Any] = [None] * BUFFERS
-    under_way: deque[_Part] = deque()
+    # those whose copies were begun first come first
+    free: SimpleQueue[tuple[torch.Tensor, Any]] = SimpleQueue()
+    for buffer in engine.buffers:
+        free.put((buffer, None))
 
-    def land() -> Iterator[torch.Tensor]:
-        part = under_way.popleft()
-        part.read.result()
-        marks[part.number] = engine.copy(part.target, part.buffer)
-        if part.ends is not None:
+    def bring(piece: Piece, start: int, target: torch.Tensor) -> None:
+        buffer, mark = free.get()
+        try:
+            engine.wait(mark)
+            part = buffer[: target.numel()]
+            _read(source, piece, start, part)
+            # in which tensors of any mode may be written
+            with torch.inference_mode():
+                mark = engine.copy(target, part)
+        finally:
+            free.put((buffer, mark))
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        begun: deque[tuple[Piece, torch.Tensor, list[Future[None]]]] = deque()
+
+        def land() -> torch.Tensor:
+            piece, whole, parts = begun.popleft()
+            for part in parts:
+                part.result()
             engine.finish()
-            yield part.ends()
+            return _finished(piece, whole)
 
-    with ThreadPoolExecutor(READS) as readers:
-        for number, (piece, target, start) in enumerate(_parts(pieces, engine)):
-            if len(under_way) == READS:
-                yield from land()
-            turn = number % BUFFERS
-            engine.wait(marks[turn])
-            buffer = engine.buffers[turn][: target.numel()]
-            ends = None
-            if start + target.numel() == piece.tensor.nbytes:
-                ends = functools.partial(_finished, piece, target, start)
-            read = readers.submit(_read, source, piece, start, buffer)
-            under_way.append(_Part(turn, read, buffer, target, ends))
-        while under_way:
-            yield from land()
-    for mark in marks:
-        engine.wait(mark)
+        try:
+            for piece in pieces:
+                whole = engine.allocate(piece.tensor.nbytes)
+                starts = range(0, whole.numel(), PART_BYTES)
+                parts = [threads.submit(bring, piece, start, whole[start : start + PART_BYTES]) for start in starts]
+                begun.append((piece, whole, parts))
+                while sum(len(parts) for *_, parts in begun) > AHEAD:
+                    yield land()
+            while begun:
+                yield land()
+        finally:
+            threads.shutdown(cancel_futures=True)
+            for _ in engine.buffers:
+                engine.wait(free.get()[1])
     source.check()
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A read that is under way: into which buffer, from there to where, and what makes the tensor of the last part."""
-
-    number: int
-    read: Future[None]
-    buffer: torch.Tensor
-    target: torch.Tensor
-    ends: Callable[[], torch.Tensor] | None
-
-
-def _parts(pieces: Iterable[Piece], engine: Engine) -> Iterator[tuple[Piece, torch.Tensor, int]]:
-    """Every piece in parts: bytes on the device from `start` of the piece on. An empty piece is one empty part."""
-    for piece in pieces:
-        whole = engine.allocate(piece.tensor.nbytes)
-        for start in range(0, max(1, whole.numel()), PART_BYTES):
-            yield piece, whole[start : start + PART_BYTES], start
-
-
-def _finished(piece: Piece, last: torch.Tensor, start: int) -> torch.Tensor:
-    """The tensor whose last part this is; parts are views of one storage."""
-    size = piece.tensor.nbytes
-    raw = last.as_strided((size,), (1,), last.storage_offset() - start)
-    tensor = raw.view(piece.tensor.dtype).view(piece.tensor.shape) if size else piece.tensor.to(last.device)
+def _finished(piece: Piece, raw: torch.Tensor) -> torch.Tensor:
+    """The tensor that these bytes are."""
+    if not raw.numel():
+        return piece.tensor.to(device=raw.device, dtype=piece.dtype)
+    tensor = raw.view(piece.tensor.dtype).view(piece.tensor.shape)
     return tensor if tensor.dtype == piece.dtype else tensor.to(piece.dtype)
 
 
