@@ -59,6 +59,8 @@ class Machine:
         link: bytes per second that one rank sends while all do.
         latency: seconds that one collective takes besides its bytes.
         call: seconds that a step costs outside the model: driver, shared memory, messages.
+        launch: seconds in which a process starts what one block computes: a device that is faster waits for it.
+        launch_shared: the same where the block is shared, with its hooks and exchanges.
     """
 
     linear: float
@@ -66,10 +68,14 @@ class Machine:
     link: float
     latency: float
     call: float
+    launch: float = 0.0
+    launch_shared: float = 0.0
 
 
 RATES = {
-    "cuda": Machine(linear=1.0e14, attention=8e13, link=6e9, latency=5e-5, call=4e-3),
+    "cuda": Machine(
+        linear=1.0e14, attention=8e13, link=6e9, latency=5e-5, call=4e-3, launch=1.6e-3, launch_shared=2.7e-3
+    ),
     "cpu": Machine(linear=5e10, attention=3e10, link=1.5e9, latency=3e-4, call=4e-3),
 }
 """Rates by device type, to say where sharing does not pay: an RTX 4090 on PCIe 4 x8, and one CPU core
@@ -96,11 +102,12 @@ def seconds(works: Sequence[Work], machine: Machine, *, ulysses: int = 1, ring: 
     ranks = ulysses * ring
     total = machine.call if ranks > 1 else 0.0
     for work in works:
-        total += (work.linear_flops / machine.linear + work.attention_flops / machine.attention) / ranks
+        device = (work.linear_flops / machine.linear + work.attention_flops / machine.attention) / ranks
         if ranks > 1:
             moved = attention_bytes(work, ulysses=ulysses, ring=ring) + exit_bytes(work, ranks=ranks)
             collectives = work.blocks * ((2 if ulysses > 1 else 0) + ring - 1) + 1
-            total += moved / machine.link + collectives * machine.latency
+            device += moved / machine.link + collectives * machine.latency
+        total += max(device, work.blocks * (machine.launch_shared if ranks > 1 else machine.launch))
     return total
 
 

@@ -41,6 +41,16 @@ def test_advice_is_for_short_sequences_only() -> None:
     assert cost.advice([replace(VIDEO, tokens=1)], MACHINE) == cost.advice([], MACHINE, ulysses=2) == ""
 
 
+def test_a_fast_device_waits_for_its_host() -> None:
+    """However many ranks share a block, each has to start it."""
+    short = replace(VIDEO, tokens=64)
+    slow = replace(MACHINE, launch=1e-3, launch_shared=2e-3)
+    assert cost.seconds([short], slow) == pytest.approx(40 * 1e-3)
+    for ranks in (2, 8):
+        assert cost.seconds([short], slow, ulysses=ranks) == pytest.approx(40 * 2e-3 + MACHINE.call)
+    assert cost.speedup([VIDEO], slow, ulysses=8) == cost.speedup([VIDEO], MACHINE, ulysses=8)
+
+
 def test_gathers_hide_behind_long_blocks() -> None:
     machine = replace(MACHINE, latency=0.0)
     whole = 2e8 * 2  # bytes of a block in bf16
