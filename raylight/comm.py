@@ -92,15 +92,18 @@ class Comm:
         own = pieces[self.rank].contiguous()
         return [own if rank == self.rank else got[rank].view(list(shape)) for rank, shape in enumerate(shapes)]
 
-    def exchange(self, flat: torch.Tensor, *, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+    def exchange(
+        self, flat: torch.Tensor, *, send: Sequence[int], receive: Sequence[int], kind: str = "all_to_all"
+    ) -> torch.Tensor:
         """Give every rank its stretch of a flat tensor and get a flat one of what they give, both in rank order.
 
         Args:
             send, receive: elements for and from every rank, none of this rank's own.
+            kind: what it counts as.
         """
         got = flat.new_empty(sum(receive))
         itemsize = flat.element_size()
-        with self.meter.collective("all_to_all", flat.nbytes):
+        with self.meter.collective(kind, flat.nbytes):
             dist.all_to_all_single(
                 got.view(torch.uint8),
                 flat.view(torch.uint8),
@@ -153,13 +156,21 @@ class Comm:
             padded = mine.new_zeros(most, *mine.shape[1:])
             padded[: mine.shape[0]] = mine
             mine = padded
-        out = mine.new_empty(self.size, *mine.shape)
+        out = self._stacked(mine, sent)
+        return [chunk[:size].movedim(0, dim) for chunk, size in zip(out.unbind(0), sizes, strict=True)]
+
+    def stack(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's `x`, all of one shape and dtype: [size, *x.shape], in rank order."""
+        return x[None] if self.size == 1 else self._stacked(x.contiguous(), x.nbytes * (self.size - 1))
+
+    def _stacked(self, x: torch.Tensor, sent: int) -> torch.Tensor:
+        out = x.new_empty(self.size, *x.shape)
         with self.meter.collective("all_gather", sent):
             if out.numel():
                 dist.all_gather_into_tensor(
-                    out.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8), group=self._group
+                    out.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8), group=self._group
                 )
-        return [chunk[:size].movedim(0, dim) for chunk, size in zip(out.unbind(0), sizes, strict=True)]
+        return out
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """The `x` of the group's rank 0; every rank passes one of the same shape and dtype."""
@@ -213,22 +224,23 @@ class Comm:
         """
         length = x.shape[dim]
         assert max(above, below) <= length, (above, below, tuple(x.shape))
+        row = x.numel() // length
         # what one side gets of its neighbour, the neighbour gives
         sides = [(self.rank - 1, above, 0, below), (self.rank + 1, below, length - above, above)]
-        steps, kept, got, sent = [], [], [], 0
-        for peer, wanted, start, given in sides:
-            here = 0 <= peer < self.size
-            got.append(x.new_empty([*x.shape[:dim], wanted, *x.shape[dim + 1 :]]) if here and wanted else None)
-            if here and given:
-                kept.append(x.narrow(dim, start, given).contiguous())
-                steps.append(self._step(dist.isend, kept[-1], self.ranks[peer]))
-                sent += kept[-1].nbytes
-            if got[-1] is not None:
-                steps.append(self._step(dist.irecv, got[-1], self.ranks[peer]))
-        with self.meter.collective("halo", sent):
-            for work in dist.batch_isend_irecv(steps) if steps else ():
-                work.wait()
-        return got[0], got[1]
+        here = [side for side in sides if 0 <= side[0] < self.size]
+        if not here:
+            return None, None
+        going = [x.narrow(dim, start, given).reshape(-1) for _, _, start, given in here]
+        send, receive = [0] * self.size, [0] * self.size
+        for peer, wanted, _, given in here:
+            send[peer], receive[peer] = given * row, wanted * row
+        flat = torch.cat(going) if len(going) > 1 else going[0]
+        got = self.exchange(flat, send=send, receive=receive, kind="halo").split(receive)
+        top, bottom = (
+            got[peer].view([*x.shape[:dim], wanted, *x.shape[dim + 1 :]]) if 0 <= peer < self.size and wanted else None
+            for peer, wanted, *_ in sides
+        )
+        return top, bottom
 
     def to_first(self, x: torch.Tensor | None, *, source: int, like: torch.Tensor) -> Passing:
         """Start giving rank `source`'s `x` to rank 0, which gets one of the shape and dtype of `like`.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .errors import UnsupportedError
 from .strips import ROWS, Rows, Strips
@@ -96,6 +96,19 @@ class RowParallel(TorchFunctionMode):
             yield
         finally:
             self._off = before
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """No rules inside, and no look at each call: for much that works on whole pictures."""
+        if _get_current_function_mode() is not self:  # someone else's is inside
+            with self.suspended():
+                yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _refuse(self, func: Any, *args: Any, why: str = "it mixes rows", **kwargs: Any) -> Any:
         raise UnsupportedError(

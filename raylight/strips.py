@@ -142,6 +142,7 @@ class Rows:
         self.strips = strips
         self.model = model
         self.remedy = remedy
+        self._shares: dict[tuple[tuple[int, ...], torch.dtype, torch.device], torch.Tensor] = {}
 
     @property
     def top(self) -> bool:
@@ -213,15 +214,25 @@ class Rows:
             each = max(1, COPIED * groups // flat.numel())
             found = [torch.var_mean(part.float(), -1, correction=0) for part in flat.split(each, 1)]
             variance, mean = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-        count = float(flat.shape[-1])
-        mine = torch.stack([mean, variance * count, torch.full_like(mean, count)])[None]
-        parts = self.comm.all_gather(mine, dim=0, sizes=[1] * self.comm.size)
-        means, squares, counts = torch.cat(parts).unbind(1)
-        total = counts.sum(0)
-        mean = (means * counts).sum(0) / total
-        variance = (squares + counts * (means - mean) ** 2).sum(0) / total
-        each = channels // groups
-        mean, variance = (value.repeat_interleave(each, 1).reshape(-1) for value in (mean, variance))
-        scale, shift = (None if value is None else value.to(mean.dtype).repeat(batch) for value in (weight, bias))
+        # few and small operations: on a fast device they take longer to start than the norm itself
+        means, variances = self.comm.stack(torch.stack((mean, variance))).unbind(1)
+        shares = self._shares_of(x.shape[ROWS], like=mean)
+        mean = (means * shares).sum(0)
+        apart = means - mean
+        variance = (torch.addcmul(variances, apart, apart) * shares).sum(0)
+        both = torch.stack((mean, variance)).repeat_interleave(channels // groups, 2)
+        mean, variance = both.view(2, batch * channels).unbind()
+        scale, shift = (None if value is None else value.to(mean.dtype) for value in (weight, bias))
+        if batch > 1:
+            scale, shift = (None if value is None else value.repeat(batch) for value in (scale, shift))
         merged = x.reshape(1, batch * channels, *x.shape[2:])
         return torch.nn.functional.batch_norm(merged, mean, variance, scale, shift, eps=eps).reshape(x.shape)
+
+    def _shares_of(self, own: int, *, like: torch.Tensor) -> torch.Tensor:
+        """Each rank's part of the rows of an activation, [ranks, 1, 1], by how many there are here."""
+        heights = self.strips.heights(own)
+        key = heights, like.dtype, like.device
+        if key not in self._shares:
+            total = sum(heights)
+            self._shares[key] = like.new_tensor([height / total for height in heights])[:, None, None]
+        return self._shares[key]

@@ -43,7 +43,7 @@ def test_leaving_after_the_head_joins_its_output(run_ranks: Any, root: str, mesh
 @pytest.mark.parametrize("size", row_bytes.SIZES)
 @pytest.mark.parametrize("model", row_bytes.MODELS)
 def test_rows_send_the_least(run_ranks: Any, root: str, model: str, size: int) -> None:
-    """A row per convolution and neighbour, three numbers per group of a norm, and what attention needs."""
+    """A row per convolution and neighbour, two numbers per group of a norm, and what attention needs."""
     for rank, found in run_ranks(root)["rows"][str(size)].items():
         assert isinstance(found, dict), found
         assert found[model]["sent"] == found[model]["closed form"], rank
