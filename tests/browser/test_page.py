@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 from comfy_raylight.tests.browser.canvas import Canvas
 from comfy_raylight.tests.browser.files import ROOT
 from comfy_raylight.tests.conftest import comfy_roots
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.server import ComfyServer
 from PIL import Image
 
@@ -24,7 +24,7 @@ LIMIT_S = 180
 @pytest.fixture
 def once(comfy_root: Path) -> None:
     """What takes long runs on the first ComfyUI alone, unless RAYLIGHT_TEST_LARGE says otherwise."""
-    if os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0" and comfy_root != comfy_roots()[0]:
+    if not LARGE and comfy_root != comfy_roots()[0]:
         pytest.skip("slow: RAYLIGHT_TEST_LARGE=1 runs it on every ComfyUI")
 
 

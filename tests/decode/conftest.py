@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.reports import reporter
 
 from .files import write
 
-EVERYTHING = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 """Whether to run all families at all heights; by default those run that show something of their own."""
 TIMEOUT_S = 1800
 
@@ -22,7 +21,7 @@ Table = dict[str, dict[str, dict[str, Any]]]
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Table]:
     """Results of `ranks.main` for a ComfyUI: part, number of ranks, rank, check; computed once each."""
-    chosen = ["all"] if EVERYTHING else []
+    chosen = ["all"] if LARGE else []
     return reporter("decode.ranks", tmp_path_factory.mktemp("decode"), lambda root: chosen, timeout=TIMEOUT_S)
 
 

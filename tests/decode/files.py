@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfy_raylight.tests.host.large import LARGE
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -69,7 +70,7 @@ def main(root: str, folder: str) -> None:
             {"config": json.dumps({"vae": dict(LTXV)})},
         ),
     }
-    if os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0":  # 600 MB: ComfyUI knows it in one width only
+    if LARGE:  # 600 MB: ComfyUI knows it in one width only
         makers = {**makers, "oobleck": (lambda: made_of("ldm.audio.autoencoder.AudioOobleckVAE"), {})}
     for name, (build, metadata) in makers.items():
         state = {key: value.clone().contiguous() for key, value in fill(build()).state_dict().items()}

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.host.large import LARGE
 
-from .conftest import EVERYTHING, Table
+from .conftest import Table
 from .families import FAMILIES, LOCAL, NOISY, TALL, TILED
 
 CLOSE = 1e-5
@@ -30,7 +31,7 @@ def checks(table: Table, part: str, name: str) -> Iterator[tuple[str, str, Any]]
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.every or EVERYTHING])
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.every or LARGE])
 def test_strips_equal_the_whole(on_ranks: OnRanks, comfy_root: Path, name: str) -> None:
     found = list(checks(on_ranks(comfy_root), "strips", name))
     if not found:
@@ -54,7 +55,7 @@ def test_all_ranks_exchange_alike(on_ranks: OnRanks, comfy_root: Path, size: str
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", [family.name for family in FAMILIES] if EVERYTHING else TILED)
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES] if LARGE else TILED)
 def test_tiles_have_the_same_bits(on_ranks: OnRanks, comfy_root: Path, name: str, size: str) -> None:
     ranks = on_ranks(comfy_root)["tiles"][size]
     first = ranks["0"]

@@ -16,11 +16,12 @@ from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import save_file
 
-from .conftest import LARGE, SLOW
+from .conftest import SLOW
 from .test_data_parallel import SEEDS, Bench, parallel, same
 from .test_sampling import FP32, latent
 

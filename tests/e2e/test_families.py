@@ -16,12 +16,12 @@ from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import write
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import LOADER, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
 from .test_sampling import FP32, both
 
-LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 """Whether to try the families with files of 0.4 to 2 GB as well, and every input of each family by itself."""
 FOLDER = "families"
 """Of the checkpoints: other tests have files of the same names in other sizes."""

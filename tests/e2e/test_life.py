@@ -14,11 +14,12 @@ import pytest
 from comfy_raylight.tests.host import processes
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
 from comfy_raylight.tests.host.faults import Stage
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import INIT, LOADER, SAMPLER, SAVE
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.memory import private
 
-from .conftest import LARGE, SLOW
+from .conftest import SLOW
 
 SECONDS = 600.0 if LARGE else 20.0
 ACTIONS_AT_LEAST = 3

@@ -28,6 +28,7 @@ from comfy_raylight.raylight import cost, kernels
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.hooks import install
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.tests.host.large import LARGE
 
 from . import collectives, row_bytes
 from .case import Case, cast
@@ -45,7 +46,6 @@ MESHES: dict[str, tuple[int, int]] = {
 }
 """Ulysses and ring degrees by name; a case's `meshes` are some of these."""
 ALWAYS = ("u2",)
-EVERYTHING = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 """Whether every case runs on all of its meshes; by default on ALWAYS, and on one of the others by its name."""
 GROUPS = (2, 3, 8)
 """World sizes at which the collectives run by themselves."""
@@ -59,11 +59,11 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 def meshes_of(case: Case) -> tuple[str, ...]:
     """The meshes that a case runs on."""
-    if not (case.every or EVERYTHING):
+    if not (case.every or LARGE):
         return ()
     found = case.meshes or tuple(MESHES)
     others = [name for name in found if name not in ALWAYS]
-    if EVERYTHING or case in even.CASES or not others:
+    if LARGE or case in even.CASES or not others:
         return found
     one = others[zlib.crc32(case.name.encode()) % len(others)]
     return tuple(name for name in found if name in (*ALWAYS, one))

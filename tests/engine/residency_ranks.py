@@ -22,10 +22,11 @@ from comfy_raylight.raylight.hooks import install
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.packing import footprint
 from comfy_raylight.raylight.residency import Rotation
+from comfy_raylight.tests.host.large import LARGE
 
 from .case import Case, patched, skip
 from .families import CASES, wan
-from .ranks import EVERYTHING, enter_comfy, fork, forward_of, leaves, mesh_of
+from .ranks import enter_comfy, fork, forward_of, leaves, mesh_of
 
 MESHES: dict[str, tuple[int, int]] = {"u2": (2, 1), "u3": (3, 1), "u2r2": (2, 2)}
 """Ulysses and ring degrees by name."""
@@ -153,7 +154,7 @@ def with_sequence(case: Case, model: Any, mesh: Mesh, variants: list[tuple[str, 
     """The ranks share the tokens as well, in both granularities; or the rows of a UNet, which has none."""
     found = {}
     modes: list[str] = [mode for mode in ("trunk", "block") if mode in case.modes] or list(case.modes[:1])
-    for granularity in modes if EVERYTHING or case.family in FAST else modes[-1:]:
+    for granularity in modes if LARGE or case.family in FAST else modes[-1:]:
         installation = install(
             model,
             case.plan(model),
@@ -246,7 +247,7 @@ AHEAD = ALL[::2]
 
 def variants_of(case: Case, name: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """Kinds with and without prefetch: by itself, and with the sequence divided as well."""
-    if EVERYTHING:
+    if LARGE:
         return ALL, AHEAD
     if case.family not in FAST:
         return AHEAD, []
@@ -255,7 +256,7 @@ def variants_of(case: Case, name: str) -> tuple[list[tuple[str, bool]], list[tup
 
 def ranks_of(case: Case) -> tuple[str, ...]:
     """The meshes that a case runs on."""
-    return tuple(MESHES) if EVERYTHING or case.family == FAST[0] else ("u2",)
+    return tuple(MESHES) if LARGE or case.family == FAST[0] else ("u2",)
 
 
 def parity(rank: int, size: int, path: str, name: str, prepared: list[Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.host.large import LARGE
 
 from . import tables
 from .conftest import comfy_roots
-from .ranks import EVERYTHING
 
 pytestmark = pytest.mark.timeout(2000)  # it may be the first to want the ranks' results
 PACK = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def test_readme_table_is_current(request: pytest.FixtureRequest) -> None:
 def test_errors_are_written(request: pytest.FixtureRequest, run_ranks: Any) -> None:
     if not request.config.getoption("--write-tables"):
         pytest.skip("only with --write-tables")
-    assert EVERYTHING, "the table has every mesh: set RAYLIGHT_TEST_LARGE=1"
+    assert LARGE, "the table has every mesh: set RAYLIGHT_TEST_LARGE=1"
     sections = [INTRODUCTION]
     for root in comfy_roots():
         (path,) = root.values

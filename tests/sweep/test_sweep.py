@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.host.reports import reporter
 
 PACK = Path(__file__).resolve().parents[2]
@@ -21,7 +21,6 @@ TABLE = PACK / "docs" / "core-nodes.md"
 FINE = ("equal", "same error", "refused", "not tried")
 TIMEOUT_S = 900
 """For one family, which takes one or two minutes on two cores."""
-LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 """Whether to sweep all families, and write the table, which has all of them; by default wan alone."""
 WORKERS: Mapping[str, int] = {"wan": 2, "flux": 2, "unet": 2}
 """Pool size per family."""
@@ -91,7 +90,7 @@ def test_nodes_equal_plain(sweep: Any, comfy_root: Path, family: str) -> None:
     if family not in families(comfy_root):
         pytest.skip(f"this ComfyUI detects no small {family}")
     if family != "wan" and not LARGE:
-        pytest.skip("slow: RAYLIGHT_TEST_LARGE=1 runs it")
+        pytest.skip(WHY)
     nodes = sweep(comfy_root, family)["nodes"]
     assert "KSampler" not in nodes
     assert nodes.keys() >= {"LoraLoaderModelOnly", "ModelMergeSimple", "ModelSamplingSD3", "TorchCompileModel"}
@@ -109,7 +108,7 @@ def test_known_limits_are_refused(sweep: Any, comfy_root: Path) -> None:
 
 
 @pytest.mark.timeout(len(WORKERS) * TIMEOUT_S)
-@pytest.mark.skipif(not LARGE, reason="slow: RAYLIGHT_TEST_LARGE=1 runs it")
+@pytest.mark.skipif(not LARGE, reason=WHY)
 def test_table_is_written(sweep: Any, comfy_root: Path) -> None:
     reports = [sweep(comfy_root, family) for family in families(comfy_root)]
     version, section = reports[0]["comfy"], _section(reports)

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "workers" / "import_root"))
 
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.bench import Bench, apart, boot, forward, inputs
 from comfy_raylight.tests.weights.files import write_gguf, write_variant
 
-LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 TOLERANCE = 1e-5
 EFFECT = 1e-3
 KINDS = ("sharded", "streamed")

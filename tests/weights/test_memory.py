@@ -21,6 +21,7 @@ import torch
 from comfy_raylight.raylight.config import ModelSpec
 from comfy_raylight.tests.conftest import comfy_roots
 from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.weights.memory import Pooled, Watch, private, proportional
 from comfy_raylight.tests.workers import conftest as workers
 from comfy_raylight.workers import pool as pools
@@ -31,7 +32,6 @@ acquire, environment, quiet_threads = workers.acquire, workers.environment, work
 
 Start = Callable[[int], pools.Pool]
 
-LARGE = os.environ.get("RAYLIGHT_TEST_LARGE", "0") != "0"
 LEAST_BYTES = 1 << 30
 DIM, FFN = 1536, 6144
 LAYERS = {"float32": 7, "bfloat16": 15}
@@ -40,7 +40,7 @@ CASES = [
     ("float32", 1),
     ("float32", 4),
     ("float32", 2),
-    pytest.param("bfloat16", 2, marks=pytest.mark.skipif(not LARGE, reason="slow: RAYLIGHT_TEST_LARGE=1 runs it")),
+    pytest.param("bfloat16", 2, marks=pytest.mark.skipif(not LARGE, reason=WHY)),
 ]
 """Dtype of the file, and workers."""
 ALLOWED = 1.05

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.reports import reporter
 from comfy_raylight.tests.workers import cfg_driver
 from comfy_raylight.tests.workers.cfg_checks import CHECKS
@@ -18,7 +18,7 @@ from comfy_raylight.tests.workers.cfg_facts import FACTS
 TOLERANCE = 1e-5
 TIMEOUT_S = 900
 """For everything on one ComfyUI, which takes a minute and a half on two cores."""
-SETTINGS = ("wan:2", "unet:2") if os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0" else ("wan:2", "unet:2", "wan:4")
+SETTINGS = ("wan:2", "unet:2", *(("wan:4",) if LARGE else ()))
 
 
 @pytest.fixture(scope="session")

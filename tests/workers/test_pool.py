@@ -17,6 +17,7 @@ import torch
 from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
 from comfy_raylight.tests.host.checkpoints import Job, write
+from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers, times_compiled_graphs
 from comfy_raylight.workers import links
 from comfy_raylight.workers import pool as pools
@@ -131,9 +132,7 @@ def test_worker_killed_between_calls(acquire: Acquire, model: Model) -> None:
     assert torch.equal(Model(acquire(), Path(model.spec.path)).forward(), before)
 
 
-SLOW = pytest.mark.skipif(
-    os.environ.get("RAYLIGHT_TEST_LARGE", "0") == "0", reason="slow: RAYLIGHT_TEST_LARGE=1 runs it"
-)
+SLOW = pytest.mark.skipif(not LARGE, reason=WHY)
 
 
 @pytest.mark.parametrize(
