@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ def rows(height: int = 4) -> Rows:
 
 
 X = torch.arange(96.0).reshape(1, 4, 4, 6)
+UNFOLDED = F.unfold(X, 2)
 
 REFUSED = {
     "even kernel": lambda: F.conv2d(X, torch.ones(4, 4, 4, 3), padding=1),
@@ -97,6 +100,29 @@ def test_uneven_strips() -> None:
 def test_tiles_go_to_whoever_has_least() -> None:
     assert deal([4, 4, 2, 2, 1], 2) == [0, 1, 0, 1, 0]
     assert deal([1, 8, 1, 1, 1], 2) == [0, 1, 0, 0, 0]
+
+
+class Foreign(torch.overrides.TorchFunctionMode):
+    """Someone else's, which changes nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_rules_can_be_left(foreign: bool) -> None:
+    """Whole pictures are computed as they are, also under a mode entered later, and the rules hold again afterwards."""
+    mode = RowParallel(rows())
+    with mode, Foreign() if foreign else contextlib.nullcontext():
+        with mode.left():
+            assert torch.equal(F.unfold(X, 2), UNFOLDED)
+        with pytest.raises(UnsupportedError, match="unfold"):
+            F.unfold(X, 2)
+        with pytest.raises(ZeroDivisionError), mode.left():
+            raise ZeroDivisionError
+        with pytest.raises(UnsupportedError, match="unfold"):
+            F.unfold(X, 2)
+    assert torch.equal(F.unfold(X, 2), UNFOLDED)
 
 
 def test_time_is_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:

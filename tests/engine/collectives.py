@@ -38,6 +38,16 @@ def check(mesh: Mesh) -> dict[str, bool]:
         whole = [values(2, size, 3, seed=rank, dtype=dtype) for rank, size in enumerate(sizes)]
         parts = comm.all_gather(whole[comm.rank], dim=1, sizes=sizes)
         found[f"all_gather {dtype}"] = all(equal(a, b) for a, b in zip(parts, whole, strict=True))
+        every = [values(2, 3, seed=rank, dtype=dtype) for rank in range(comm.size)]
+        found[f"stack {dtype}"] = equal(comm.stack(every[comm.rank].mT.mT), torch.stack(every))
+        # whole of a picture of size 3, 4, 5, ... rows: a row of the strip above, two of the one below
+        strips = [values(2, rank + 3, 4, seed=rank, dtype=dtype) for rank in range(comm.size)]
+        halo = comm.halo(strips[comm.rank], dim=1, above=1, below=2)
+        beside = [None, *(strip[:, -1:] for strip in strips)], [*(strip[:, :2] for strip in strips), None]
+        want = [beside[0][comm.rank], beside[1][comm.rank + 1]]
+        found[f"halo {dtype}"] = all(
+            a is b is None or (a is not None and b is not None and equal(a, b)) for a, b in zip(halo, want, strict=True)
+        )
         found[f"broadcast {dtype}"] = equal(
             comm.broadcast(whole[comm.rank] if comm.rank < 0 else values(3, seed=comm.rank, dtype=dtype)),
             values(3, seed=0, dtype=dtype),

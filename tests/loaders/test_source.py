@@ -156,6 +156,18 @@ def test_upload(path: str, tensors: dict[str, torch.Tensor], monkeypatch: pytest
         assert source.offset(one) is None, "a copy"
 
 
+def test_an_upload_that_is_given_up_leaves_its_buffers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "PART_BYTES", 1 << 16)
+    source, engine = Source(path), HostEngine(torch.device("cpu"))
+    large = source.tensors["large"]
+    pieces = [Piece(large, source.offset(large), large.dtype)] * 50
+    for _ in range(3):
+        copies = upload(source, pieces, engine)
+        assert torch.equal(next(copies), large)
+        copies.close()
+    assert all(torch.equal(copy, large) for copy in upload(source, pieces[:3], engine))
+
+
 def test_upload_of_a_truncated_file_is_an_error(path: str) -> None:
     """Reads of the file are short where a touch of the map would end the process."""
     source = Source(path)
