@@ -234,7 +234,8 @@ class Comm:
         send, receive = [0] * self.size, [0] * self.size
         for peer, wanted, _, given in here:
             send[peer], receive[peer] = given * row, wanted * row
-        flat = torch.cat(going) if len(going) > 1 else going[0]
+        # of a picture one pixel wide, a flat view may have steps
+        flat = torch.cat(going) if len(going) > 1 else going[0].contiguous()
         got = self.exchange(flat, send=send, receive=receive, kind="halo").split(receive)
         top, bottom = (
             got[peer].view([*x.shape[:dim], wanted, *x.shape[dim + 1 :]]) if 0 <= peer < self.size and wanted else None

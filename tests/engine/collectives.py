@@ -40,14 +40,18 @@ def check(mesh: Mesh) -> dict[str, bool]:
         found[f"all_gather {dtype}"] = all(equal(a, b) for a, b in zip(parts, whole, strict=True))
         every = [values(2, 3, seed=rank, dtype=dtype) for rank in range(comm.size)]
         found[f"stack {dtype}"] = equal(comm.stack(every[comm.rank].mT.mT), torch.stack(every))
-        # whole of a picture of size 3, 4, 5, ... rows: a row of the strip above, two of the one below
-        strips = [values(2, rank + 3, 4, seed=rank, dtype=dtype) for rank in range(comm.size)]
-        halo = comm.halo(strips[comm.rank], dim=1, above=1, below=2)
-        beside = [None, *(strip[:, -1:] for strip in strips)], [*(strip[:, :2] for strip in strips), None]
-        want = [beside[0][comm.rank], beside[1][comm.rank + 1]]
-        found[f"halo {dtype}"] = all(
-            a is b is None or (a is not None and b is not None and equal(a, b)) for a, b in zip(halo, want, strict=True)
-        )
+        for width in (1, 4):
+            # strips of 3, 4, 5, ... rows: a row of the strip above, two of the one below
+            strips = [values(2, rank + 3, width, seed=rank, dtype=dtype) for rank in range(comm.size)]
+            for above, below in ((1, 2), (1, 0)):
+                halo = comm.halo(strips[comm.rank], dim=1, above=above, below=below)
+                ends = [None, *(strip[:, -above:] for strip in strips)]
+                starts = [*(strip[:, :below] if below else None for strip in strips), None]
+                beside = ends[comm.rank], starts[comm.rank + 1]
+                found[f"halo {dtype} {width} {below}"] = all(
+                    a is b is None or (a is not None and b is not None and equal(a, b))
+                    for a, b in zip(halo, beside, strict=True)
+                )
         found[f"broadcast {dtype}"] = equal(
             comm.broadcast(whole[comm.rank] if comm.rank < 0 else values(3, seed=comm.rank, dtype=dtype)),
             values(3, seed=0, dtype=dtype),

@@ -9,6 +9,7 @@ from typing import Any
 from comfy_raylight.patches.registry import FAMILIES, UNSPLIT
 from comfy_raylight.tests.host import documents
 
+from . import residency_ranks
 from .families import CASES
 from .ranks import MESHES
 
@@ -50,6 +51,28 @@ def error_table(results: Mapping[str, Any]) -> str:
             table = results["ranks"][mesh]["0"]
             errors = [r["error"] for c in cases for r in table.get(c.name, {}).values() if "error" in r]
             cells.append(_rounded_up(max(errors)) if errors else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def residency_table(results: Mapping[str, Any]) -> str:
+    """Calls of each family with divided weights that gave the resident model's bits, by mesh: sharded and streamed.
+
+    Args:
+        results: of `residency_ranks.main`, for one ComfyUI.
+    """
+    meshes = residency_ranks.MESHES
+    lines = [f"| class | {' | '.join(meshes)} |", "|---" * (len(meshes) + 1) + "|"]
+    for name in FAMILIES:
+        cells = []
+        for mesh in meshes:
+            ranks = list(results[mesh].values())
+            found = [rank[case.name] for rank in ranks for case in CASES if case.family == name and case.name in rank]
+            calls = [
+                sum(sum(run["equal"]) for runs in found for title, run in runs.items() if kind in title)
+                for kind in residency_ranks.KINDS
+            ]
+            cells.append(" + ".join(map(str, calls)) if found else "")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -13,8 +13,10 @@ from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.errors import ConfigError
 from comfy_raylight.raylight.packing import ALIGN, Footprint, Packing, advice, arena_bytes, footprint
 from comfy_raylight.raylight.residency import units
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.reports import reporter
 
+from . import tables
 from .conftest import TIMEOUT_S, comfy_roots
 from .families import CASES
 from .residency_ranks import MESHES, SPECIAL, ranks_of
@@ -22,6 +24,16 @@ from .residency_ranks import MESHES, SPECIAL, ranks_of
 pytestmark = pytest.mark.timeout(2000)
 FAMILIES = {case.family: case for case in reversed(CASES) if not (case.wrong or case.raises or case.half)}
 ROOTS = comfy_roots()
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "residency.md"
+INTRODUCTION = """# Divided weights of every model family
+
+A small member of every family, with the weights of its blocks divided over ranks ([weights.md](weights.md)), against
+itself with resident weights: how many calls of all ranks were compared, sharded + streamed. Every one gives the same
+bits, in fp32 on a CPU; with prefetch and without, each rank computing all of it, and sharing the sequence (or the rows)
+cut once and around every block. `u2` is Ulysses on 2 ranks, `u2r2` with a ring on 4. An empty cell: this ComfyUI does
+not have the family. Written by
+`RAYLIGHT_TEST_LARGE=1 python tests/run.py tests/engine/test_residency.py --write-tables`.
+"""
 RUNS = [
     pytest.param(case.family, mesh, id=f"{case.family}-{mesh}")
     for case in sorted(FAMILIES.values(), key=lambda case: case.family)
@@ -34,6 +46,17 @@ def residency(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[
     """Results of `residency_ranks.main` for a ComfyUI root, computed once each."""
     report = reporter("engine.residency_ranks", tmp_path_factory.mktemp("residency"), timeout=TIMEOUT_S)
     return lambda root: report(Path(root))
+
+
+def test_table_is_written(request: pytest.FixtureRequest, residency: Any) -> None:
+    if not request.config.getoption("--write-tables"):
+        pytest.skip("only with --write-tables")
+    assert LARGE, "the table has every mesh: set RAYLIGHT_TEST_LARGE=1"
+    sections = [INTRODUCTION]
+    for root in ROOTS:
+        (path,) = root.values
+        sections.append(f"## ComfyUI {root.id}\n\n{tables.residency_table(residency(path))}")
+    TABLE.write_text("\n".join(sections), encoding="utf-8", newline="\n")
 
 
 def of_all_ranks(found: dict[str, Any], mesh: str, name: str) -> list[dict[str, Any]]:
