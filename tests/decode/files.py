@@ -40,7 +40,7 @@ def write(folder: Path, *, comfy_root: Path) -> None:
     """Write wan, ltxv, taesd and, on demand, oobleck as FOLDER/NAME.safetensors, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-B", "-m", "decode.files", str(comfy_root), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "workers" / "import_root")))},
         capture_output=True,
         text=True,
         check=False,
