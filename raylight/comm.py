@@ -82,25 +82,35 @@ class Comm:
         """Give pieces[i] to rank i and get a contiguous tensor of shapes[i] from it; one dtype for all of them."""
         if self.size == 1:
             return list(pieces)
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        sizes = [0 if rank == self.rank else math.prod(shape) for rank, shape in enumerate(shapes)]
-        got = self.exchange(
-            torch.cat([pieces[rank].reshape(-1) for rank in others]),
-            send=[0 if rank == self.rank else piece.numel() for rank, piece in enumerate(pieces)],
-            receive=sizes,
-        ).split(sizes)
-        own = pieces[self.rank].contiguous()
-        return [own if rank == self.rank else got[rank].view(list(shape)) for rank, shape in enumerate(shapes)]
+        got = self.trade([[piece] for piece in pieces], shapes, dim=0)
+        return [pieces[self.rank].contiguous() if part is None else part for part in got]
 
-    def exchange(
-        self, flat: torch.Tensor, *, send: Sequence[int], receive: Sequence[int], kind: str = "all_to_all"
-    ) -> torch.Tensor:
-        """Give every rank its stretch of a flat tensor and get a flat one of what they give, both in rank order.
+    def trade(
+        self,
+        going: Sequence[Sequence[torch.Tensor]],
+        shapes: Sequence[Sequence[int]],
+        *,
+        dim: int,
+        kind: str = "all_to_all",
+    ) -> list[torch.Tensor | None]:
+        """Give tensors going[i], joined along `dim`, to rank i and get a contiguous one of shapes[i] from it.
+
+        All travel as one, in a group of several. What this rank would give itself is left alone: None in its place.
 
         Args:
-            send, receive: elements for and from every rank, none of this rank's own.
+            going: one dtype for all of them, at least one tensor for every rank; those without elements are not sent.
             kind: what it counts as.
         """
+        send, receive = (
+            [0 if rank == self.rank else count for rank, count in enumerate(side)]
+            for side in ([sum(t.numel() for t in tensors) for tensors in going], map(math.prod, shapes))
+        )
+        flat = going[0][0].new_empty(sum(send))
+        for tensors, part in zip(going, flat.split(send), strict=True):
+            if part.numel():
+                whole = list(tensors[0].shape)
+                whole[dim] = sum(t.shape[dim] for t in tensors)
+                torch.cat(list(tensors), dim, out=part.view(whole))
         got = flat.new_empty(sum(receive))
         itemsize = flat.element_size()
         with self.meter.collective(kind, flat.nbytes):
@@ -111,16 +121,16 @@ class Comm:
                 [count * itemsize for count in send],
                 group=self._group,
             )
-        return got
+        return [
+            None if rank == self.rank else part.view(list(shape))
+            for rank, (part, shape) in enumerate(zip(got.split(receive), shapes, strict=True))
+        ]
 
-    def start_swap(
-        self, going: Sequence[Sequence[torch.Tensor]], coming: Sequence[Sequence[torch.Tensor]]
-    ) -> Callable[[], None]:
+    def start_swap(self, going: Sequence[Sequence[torch.Tensor]], coming: Sequence[Sequence[torch.Tensor]]) -> Passing:
         """Start giving tensors going[i] to rank i and filling coming[i] with what it gives, in a group of several.
 
         Counts as one collective. Each tensor goes from where it is to where it belongs, which takes ten times as long
-        to start as `exchange`. What this rank would give itself is left alone, and what is empty is not sent. What is
-        returned waits until all has come; on an accelerator, until work queued from there on may use it.
+        to start as `trade`. What this rank would give itself is left alone, and what is empty is not sent.
 
         Args:
             going, coming: contiguous, any dtype; what a rank gives and what the other takes agree in number and bytes.
@@ -136,12 +146,7 @@ class Comm:
                 if t.numel()
             ]
             works = dist.batch_isend_irecv(steps) if steps else []
-        passing = Passing(sent, [], works, self.meter)
-
-        def landed() -> None:
-            passing.wait()
-
-        return landed
+        return Passing(sent, [], works, self.meter)
 
     def all_gather(self, x: torch.Tensor, *, dim: int, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Every rank's `x`, in rank order; rank i's has sizes[i] along `dim`, and is equal in all other dims."""
@@ -224,23 +229,20 @@ class Comm:
         """
         length = x.shape[dim]
         assert max(above, below) <= length, (above, below, tuple(x.shape))
-        row = x.numel() // length
+
+        def slices(count: int) -> list[int]:
+            return [*x.shape[:dim], count, *x.shape[dim + 1 :]]
+
         # what one side gets of its neighbour, the neighbour gives
         sides = [(self.rank - 1, above, 0, below), (self.rank + 1, below, length - above, above)]
         here = [side for side in sides if 0 <= side[0] < self.size]
         if not here:
             return None, None
-        going = [x.narrow(dim, start, given).reshape(-1) for _, _, start, given in here]
-        send, receive = [0] * self.size, [0] * self.size
-        for peer, wanted, _, given in here:
-            send[peer], receive[peer] = given * row, wanted * row
-        # of a picture one pixel wide, a flat view may have steps
-        flat = torch.cat(going) if len(going) > 1 else going[0].contiguous()
-        got = self.exchange(flat, send=send, receive=receive, kind="halo").split(receive)
-        top, bottom = (
-            got[peer].view([*x.shape[:dim], wanted, *x.shape[dim + 1 :]]) if 0 <= peer < self.size and wanted else None
-            for peer, wanted, *_ in sides
-        )
+        going, shapes = [[x.narrow(dim, 0, 0)]] * self.size, [slices(0)] * self.size
+        for peer, wanted, start, given in here:
+            going[peer], shapes[peer] = [x.narrow(dim, start, given)], slices(wanted)
+        got = self.trade(going, shapes, dim=dim, kind="halo")
+        top, bottom = (got[peer] if 0 <= peer < self.size and wanted else None for peer, wanted, *_ in sides)
         return top, bottom
 
     def to_first(self, x: torch.Tensor | None, *, source: int, like: torch.Tensor) -> Passing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -98,8 +97,8 @@ class Ulysses:
             shapes = [(rows, length, stop - start, width) for length in lengths]
             leaving = tensors if len(own) == len(self.cut) else [self._cut_tokens(t) for t in tensors]
             going = [[t[:, :, first:last] for t in leaving] for first, last in spans]
-            places = [(rows, lengths[rank], last - first, width) for first, last in spans]
-            blocks = self._trade(going, places, shapes, dim=0, like=mine)
+            blocks = self._comm.trade(going, shapes, dim=0)
+            self._synchronise(mine)
         pieces = []
         offsets = [0] * len(spans)
         for name in self._order:
@@ -111,34 +110,6 @@ class Ulysses:
                 pieces.append(own[name] if block is None else block.narrow(1, offsets[other], length))
                 offsets[other] += length
         return list(torch.cat(pieces, 1).view(dtype).chunk(count))
-
-    def _trade(
-        self,
-        going: Sequence[Sequence[torch.Tensor]],
-        places: Sequence[Sequence[int]],
-        shapes: Sequence[Sequence[int]],
-        *,
-        dim: int,
-        like: torch.Tensor,
-    ) -> list[torch.Tensor | None]:
-        """Give going[i], joined along `dim` to the shape places[i], to rank i and get shapes[i] from it.
-
-        Nothing of this rank's own is touched; its place in the result is None.
-        """
-        rank = self._comm.rank
-        send, receive = (
-            [0 if other == rank else math.prod(shape) for other, shape in enumerate(side)] for side in (places, shapes)
-        )
-        flat = like.new_empty(sum(send))
-        for tensors, shape, part in zip(going, places, flat.split(send), strict=True):
-            if part.numel():
-                torch.cat(list(tensors), dim, out=part.view(shape))
-        got = self._comm.exchange(flat, send=send, receive=receive).split(receive)
-        self._synchronise(flat)
-        return [
-            None if other == rank else part.view(shape)
-            for other, (part, shape) in enumerate(zip(got, shapes, strict=True))
-        ]
 
     def _held(self, name: str, rank: int) -> int:
         """Tokens of a segment that one of these ranks holds."""
@@ -190,11 +161,11 @@ class Ulysses:
                     )
                     if coming[other][-1] is not place:
                         later.append((place, coming[other][-1]))
-        landed = comm.start_swap(going, coming) if self.cut else None
+        passing = comm.start_swap(going, coming) if self.cut else None
 
         def arrived() -> list[torch.Tensor]:
-            if landed is not None:
-                landed()
+            if passing is not None:
+                passing.wait()
                 self._synchronise(whole[0])
             for place, got in later:
                 _put(place, got)
@@ -226,26 +197,19 @@ class Ulysses:
         rank, dtype = self._comm.rank, out.dtype
         if width * out.element_size() % 8 == 0 and _in_words(out):
             out, width = out.view(torch.int64), width * out.element_size() // 8
-        batch, _, wide = out.shape
-        lengths = [sum(self._held(name, other) for name in self._order) for other in range(len(spans))]
-        going = [self._tokens_of(out, other) for other in range(len(spans))]
-        blocks = self._trade(
-            going,
-            [(batch, length, wide) for length in lengths],
-            [(batch, lengths[rank], (last - first) * width) for first, last in spans],
-            dim=1,
-            like=out,
-        )
+        going = self._by_rank(out)
         mine = _joined(going[rank])
+        blocks = self._comm.trade(going, [(*mine.shape[:2], (last - first) * width) for first, last in spans], dim=1)
+        self._synchronise(out)
         return torch.cat([mine if block is None else block for block in blocks], 2).view(dtype)
 
-    def _tokens_of(self, out: torch.Tensor, rank: int) -> list[torch.Tensor]:
-        """What one of these ranks holds of a tensor of all their tokens [B, stretch, ...], a view for each segment."""
-        found = []
+    def _by_rank(self, out: torch.Tensor) -> list[list[torch.Tensor]]:
+        """What each of these ranks holds of a tensor of all their tokens [B, stretch, ...], a view for each segment."""
+        found: list[list[torch.Tensor]] = [[] for _ in range(self._comm.size)]
         for name, part in self.parts(out).items():
-            start, stop = self._spans[name][rank]
             offset = self.stretch(name)[0]
-            found.append(part[:, start - offset : stop - offset])
+            for views, (start, stop) in zip(found, self._spans[name], strict=True):
+                views.append(part[:, start - offset : stop - offset])
         return found
 
     def room(self, like: torch.Tensor, *, heads: int, width: int) -> torch.Tensor:
@@ -266,19 +230,19 @@ class Ulysses:
         comm = self._comm
         places = [whole[:, :, a * width : b * width] for a, b in spans]
         going: list[list[torch.Tensor]] = []
-        for rank, place in enumerate(places):
-            joined = _joined(self._tokens_of(out, rank))
+        for rank, views in enumerate(self._by_rank(out)):
+            joined = _joined(views)
             if rank == comm.rank:
-                _put(place, joined)
+                _put(places[rank], joined)
             going.append([] if rank == comm.rank else [_compact(joined)])
         coming = [
             [] if rank == comm.rank else [torch.empty_like(place, memory_format=torch.contiguous_format)]
             for rank, place in enumerate(places)
         ]
-        landed = comm.start_swap(going, coming)
+        passing = comm.start_swap(going, coming)
 
         def arrived() -> None:
-            landed()
+            passing.wait()
             self._synchronise(out)
             for place, got in zip(places, coming, strict=True):
                 for t in got:
