@@ -189,7 +189,7 @@ class RowInstallation:
             shape=x.shape,
             text=self._context.read(args, kwargs) is not None,
         )
-        self.forward = _Forward(mesh, patches, mode)
+        self.forward = _Forward(mesh, patches)
         control = self._control.read(args, kwargs)
         if control is not None:
             self._control.write(args, kwargs, _own(control, strips))
@@ -212,25 +212,11 @@ class _Forward:
     Args:
         mesh: the ranks that share it.
         patches: the user's, None where nothing is cut.
-        mode: the rules, None where nothing is cut.
     """
 
-    def __init__(self, mesh: Mesh, patches: WholePatches | None = None, mode: RowParallel | None = None) -> None:
+    def __init__(self, mesh: Mesh, patches: WholePatches | None = None) -> None:
         self.mesh = mesh
         self.patches = patches
-        self._mode = mode
-
-    def apart(self, attention: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
-        """The same attention without the rules, which are for rows."""
-        mode = self._mode
-        if attention is None or mode is None:
-            return attention
-
-        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-            with mode.left():
-                return attention(*args, **kwargs)
-
-        return call
 
 
 class _AttentionHook:
@@ -256,7 +242,9 @@ class _AttentionHook:
         options = self._options.read(args, kwargs) or {}
         if SHAPE not in options:
             raise PlanError(f"{type(module).__name__} is not told which rows it attends to", f"{SHAPE} is not set")
-        attention = forward.apart(self._attention(args, kwargs, patches, options))
+        attention = self._attention(args, kwargs, patches, options)
+        if attention is not None:
+            attention = patches.apart(attention)
         self._owner.sites.enter(self._options, args, kwargs, attention, shown=patches.shown(options))
         return tuple(args), kwargs
 

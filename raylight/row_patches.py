@@ -84,7 +84,7 @@ class WholePatches:
         whole = {key: value for key, value in options.items() if key != OVERRIDE}
         whole |= {key: self._given[key] for key in ("patches", "patches_replace") if key in options}
         if OVERRIDE in self._given:
-            whole[OVERRIDE] = self._plain(self._given[OVERRIDE])
+            whole[OVERRIDE] = self.apart(self._given[OVERRIDE])
         whole[ORIGINAL] = list(self._shape)
         if SHAPE in options:
             batch, channels, height, width = options[SHAPE]
@@ -110,6 +110,15 @@ class WholePatches:
                 self._rows.remedy,
             )
         return tokens.narrow(1, sum(lengths[:rank]), lengths[rank]).contiguous()
+
+    def apart(self, function: Patch) -> Patch:
+        """The same function without the rules, which are for rows."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._mode.suspended():
+                return function(*args, **kwargs)
+
+        return call
 
     def lengths(self, options: dict[str, Any]) -> list[int]:
         """Tokens of each rank in the transformer at hand."""
@@ -190,13 +199,6 @@ class WholePatches:
         # patches leave notes for each other
         options.update({key: value for key, value in shown.items() if before.get(key, shown) is not value})
         return out
-
-    def _plain(self, function: Patch) -> Patch:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self._mode.suspended():
-                return function(*args, **kwargs)
-
-        return call
 
     def _refuse(self, patch: object, why: str) -> None:
         raise UnsupportedError(

@@ -90,25 +90,20 @@ class RowParallel(TorchFunctionMode):
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """No rules inside: for code that works on whole pictures."""
+        """No rules inside, and no look at each call: for code that works on whole pictures."""
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
+            try:
+                yield
+            finally:
+                self.__enter__()
+            return
+        # someone else's is inside, and only the innermost can be left
         before, self._off = self._off, True
         try:
             yield
         finally:
             self._off = before
-
-    @contextmanager
-    def left(self) -> Iterator[None]:
-        """No rules inside, and no look at each call: for much that works on whole pictures."""
-        if _get_current_function_mode() is not self:  # someone else's is inside
-            with self.suspended():
-                yield
-            return
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
 
     def _refuse(self, func: Any, *args: Any, why: str = "it mixes rows", **kwargs: Any) -> Any:
         raise UnsupportedError(

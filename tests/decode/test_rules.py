@@ -110,15 +110,15 @@ class Foreign(torch.overrides.TorchFunctionMode):
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_rules_can_be_left(foreign: bool) -> None:
+def test_rules_can_be_suspended(foreign: bool) -> None:
     """Whole pictures are computed as they are, also under a mode entered later, and the rules hold again afterwards."""
     mode = RowParallel(rows())
     with mode, Foreign() if foreign else contextlib.nullcontext():
-        with mode.left():
+        with mode.suspended():
             assert torch.equal(F.unfold(X, 2), UNFOLDED)
         with pytest.raises(UnsupportedError, match="unfold"):
             F.unfold(X, 2)
-        with pytest.raises(ZeroDivisionError), mode.left():
+        with pytest.raises(ZeroDivisionError), mode.suspended():
             raise ZeroDivisionError
         with pytest.raises(UnsupportedError, match="unfold"):
             F.unfold(X, 2)
