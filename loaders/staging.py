@@ -149,30 +149,30 @@ def upload(source: Source, pieces: Iterable[Piece], engine: Engine) -> Iterator[
         finally:
             free.put((buffer, mark))
 
-    with ThreadPoolExecutor(THREADS) as threads:
-        begun: deque[tuple[Piece, torch.Tensor, list[Future[None]]]] = deque()
+    threads = ThreadPoolExecutor(THREADS)
+    begun: deque[tuple[Piece, torch.Tensor, list[Future[None]]]] = deque()
 
-        def land() -> torch.Tensor:
-            piece, whole, parts = begun.popleft()
-            for part in parts:
-                part.result()
-            engine.finish()
-            return _finished(piece, whole)
+    def land() -> torch.Tensor:
+        piece, whole, parts = begun.popleft()
+        for part in parts:
+            part.result()
+        engine.finish()
+        return _finished(piece, whole)
 
-        try:
-            for piece in pieces:
-                whole = engine.allocate(piece.tensor.nbytes)
-                starts = range(0, whole.numel(), PART_BYTES)
-                parts = [threads.submit(bring, piece, start, whole[start : start + PART_BYTES]) for start in starts]
-                begun.append((piece, whole, parts))
-                while sum(len(parts) for *_, parts in begun) > AHEAD:
-                    yield land()
-            while begun:
+    try:
+        for piece in pieces:
+            whole = engine.allocate(piece.tensor.nbytes)
+            starts = range(0, whole.numel(), PART_BYTES)
+            parts = [threads.submit(bring, piece, start, whole[start : start + PART_BYTES]) for start in starts]
+            begun.append((piece, whole, parts))
+            while sum(len(parts) for *_, parts in begun) > AHEAD:
                 yield land()
-        finally:
-            threads.shutdown(cancel_futures=True)
-            for _ in engine.buffers:
-                engine.wait(free.get()[1])
+        while begun:
+            yield land()
+    finally:
+        threads.shutdown(cancel_futures=True)
+        for _ in engine.buffers:
+            engine.wait(free.get()[1])
     source.check()
 
 
