@@ -18,9 +18,6 @@ from typing import Any
 
 import environment
 
-CALL_S = 0.004
-"""Driver, shared memory and messages per step; measured by `benchmarks/pool.py overhead`."""
-
 
 def main() -> int:
     """Set up, then predict or compare in the environment."""
@@ -41,16 +38,17 @@ def machines() -> dict[str, Any]:
 
     Links are what one GPU sends while all do: PCIe 4.0 is 15.8 GB/s at x8 and 31.5 GB/s at x16, of which GPUs without
     peer access keep about 0.4 (each byte crosses host memory). NVLink 4 is 450 GB/s, of which NCCL gave 255. Starting a
-    block was measured for Flux and Z-Image beside the H200 and is taken for the other.
+    block was measured for Flux and Z-Image beside the H200 and is taken for the other. What a step costs outside of the
+    model is measured by `benchmarks/pool.py overhead`.
     """
-    from comfy_raylight.raylight.cost import Machine
+    from comfy_raylight.raylight.cost import RATES
 
-    host: dict[str, Any] = dict(launch=1.6e-3, launch_shared=2.7e-3)
-    gaming: dict[str, Any] = dict(linear=1.0e14, attention=8e13, latency=5e-5, call=CALL_S, **host)
+    gaming = RATES["cuda"]
+    rates = dict(linear=5.6e14, attention=5.4e14, link=2.55e11, latency=3e-5, call=5e-3)
     return {
-        "RTX 4090, PCIe 4 x8": Machine(link=6e9, **gaming),
-        "RTX 4090, PCIe 4 x16": Machine(link=12e9, **gaming),
-        "H200, NVLink": Machine(linear=5.6e14, attention=5.4e14, link=2.55e11, latency=3e-5, call=5e-3, **host),
+        "RTX 4090, PCIe 4 x8": gaming,
+        "RTX 4090, PCIe 4 x16": dataclasses.replace(gaming, link=12e9),
+        "H200, NVLink": dataclasses.replace(gaming, **rates),
     }
 
 

@@ -34,21 +34,31 @@ class Model:
     inputs: Callable[[Draw, int, int, int], tuple[Any, ...]]
 
 
+def constant(draw: Draw, value: float) -> Any:
+    """[1] of a value, where and as what `draw` makes tensors."""
+    return draw(1) * 0 + value
+
+
 def wan(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
-    return draw(1, 16, (frames + 3) // 4, height // 8, width // 8), draw(1) * 0 + 500, draw(1, 512, 4096)
+    return draw(1, 16, (frames + 3) // 4, height // 8, width // 8), constant(draw, 500.0), draw(1, 512, 4096)
 
 
 def flux(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
-    guidance = draw(1) * 0 + 3.5
-    return draw(1, 16, height // 8, width // 8), guidance / 7, draw(1, 512, 4096), draw(1, 768), guidance
+    guidance = constant(draw, 3.5)
+    return draw(1, 16, height // 8, width // 8), constant(draw, 0.5), draw(1, 512, 4096), draw(1, 768), guidance
 
 
 def zimage(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
-    return draw(1, 16, height // 8, width // 8), draw(1) * 0 + 0.5, draw(1, 160, 2560), 160
+    return draw(1, 16, height // 8, width // 8), constant(draw, 0.5), draw(1, 160, 2560), 160
 
 
 def ltxv(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
-    return draw(1, 128, (frames + 7) // 8, height // 32, width // 32), draw(1, 1) * 0 + 0.5, draw(1, 256, 4096), None
+    return (
+        draw(1, 128, (frames + 7) // 8, height // 32, width // 32),
+        constant(draw, 0.5)[None],
+        draw(1, 256, 4096),
+        None,
+    )
 
 
 def ltx2(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
