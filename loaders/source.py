@@ -224,26 +224,34 @@ def changed(path: str, how: str) -> LoadError:
     )
 
 
+def fill(fd: int, path: str, start: int, target: memoryview) -> None:
+    """Fill a buffer from `start` of a file.
+
+    Raises:
+        LoadError: the file ends before the buffer does: it was truncated.
+    """
+    done = 0
+    while done < len(target):
+        count = os.preadv(fd, [target[done:]], start + done)
+        if not count:
+            raise changed(path, f"it ends at {start + done}")
+        done += count
+
+
 def read_into(fd: int, path: str, start: int, target: torch.Tensor) -> None:
     """Fill a contiguous uint8 CPU tensor from `start` of a file, by several threads in file order.
 
     Raises:
-        LoadError: the file ends before the tensor does: it was truncated.
+        LoadError: as `fill`.
     """
     view = memoryview(target.numpy())  # type: ignore[arg-type]
 
     def read(begin: int) -> None:
-        end = min(begin + CHUNK_BYTES, len(view))
-        while begin < end:
-            count = os.preadv(fd, [view[begin:end]], start + begin)
-            if not count:
-                raise changed(path, f"it ends at {start + begin}")
-            begin += count
+        fill(fd, path, start + begin, view[begin : begin + CHUNK_BYTES])
 
     begins = range(0, len(view), CHUNK_BYTES)
     if len(begins) <= 1:
-        for begin in begins:
-            read(begin)
+        fill(fd, path, start, view)
         return
     with ThreadPoolExecutor(min(READ_THREADS, len(begins))) as pool:
         for _ in pool.map(read, begins):

@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from queue import SimpleQueue
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import torch
 
-from .source import Source, read_into
+from .source import Source, fill
 
 PART_BYTES = 8 << 20
 """What one thread reads at a time, into a buffer of that size."""
 THREADS = 12
 """Read and start copies: from the page cache one thread copies 4 GB/s, a bus of 16 lanes takes 50."""
-BUFFERS = 2 * THREADS
-"""While one is filled, another is on its way to the device. All the host memory an upload takes: 192 MiB."""
-AHEAD = 2 * BUFFERS
-"""Parts, about, that are begun before what comes before them is asked for."""
+AHEAD = 4 * THREADS
+"""Parts that are begun before what comes before them is asked for."""
+
+
+class Lane(Protocol):
+    """What one thread of an upload reads into and copies from."""
+
+    def buffer(self) -> torch.Tensor:
+        """PART_BYTES of host memory (uint8) that no copy reads any more."""
+
+    def copy(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Begin to copy parts of the last buffer to the device: (target, part). For threads that end with the
+        upload: their stream may change."""
+
+    def wait(self) -> None:
+        """Return when every copy has read its buffer."""
 
 
 class Engine(Protocol):
     """What an upload needs of a device."""
 
-    @property
-    def buffers(self) -> Sequence[torch.Tensor]:
-        """BUFFERS times PART_BYTES of host memory (uint8) that the device can copy from, the same at every call."""
+    idle: list[Lane]
+    """Those that no upload uses."""
+
+    def lane(self) -> Lane:
+        """Another one."""
 
     def allocate(self, size: int) -> torch.Tensor:
-        """`size` bytes (uint8) on the device, for `copy` alone until `finish`."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """Begin to copy host bytes to the device, from any thread; returns a mark for `wait`."""
-
-    def wait(self, mark: Any) -> None:
-        """Return when the copy of the mark has read its source; None is no copy."""
+        """`size` bytes (uint8) on the device, for copies of lanes alone until `finish`."""
 
     def finish(self) -> None:
         """Make what the device does from now on see everything that was copied."""
@@ -49,21 +56,30 @@ class HostEngine:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.idle: list[Lane] = []
 
-    @functools.cached_property
-    def buffers(self) -> Sequence[torch.Tensor]:
-        return [torch.empty(PART_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
+    def lane(self) -> Lane:
+        return _HostLane()
 
     def allocate(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
-
-    def wait(self, mark: Any) -> None:
+    def finish(self) -> None:
         """Nothing is under way."""
 
-    def finish(self) -> None:
+
+class _HostLane:
+    def __init__(self) -> None:
+        self._buffer = torch.empty(PART_BYTES, dtype=torch.uint8)
+
+    def buffer(self) -> torch.Tensor:
+        return self._buffer
+
+    def copy(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for target, part in copies:
+            target.copy_(part)
+
+    def wait(self) -> None:
         """Nothing is under way."""
 
 
@@ -72,13 +88,12 @@ class StreamEngine:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.idle: list[Lane] = []
         self._module: Any = torch.get_device_module(device)
         self._stream = self._module.Stream(device=device)
 
-    @functools.cached_property
-    def buffers(self) -> Sequence[torch.Tensor]:
-        # page-locking takes longer than a small model does to load: once for all uploads
-        return [torch.empty(PART_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(BUFFERS)]
+    def lane(self) -> Lane:
+        return _StreamLane(self._module, self._stream)
 
     def allocate(self, size: int) -> torch.Tensor:
         target = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -86,19 +101,38 @@ class StreamEngine:
         self._stream.wait_stream(self._module.current_stream(self.device))
         return target
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        with self._module.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            mark = self._module.Event()
-            mark.record(self._stream)
-        return mark
-
-    def wait(self, mark: Any) -> None:
-        if mark is not None:
-            mark.synchronize()
-
     def finish(self) -> None:
         self._module.current_stream(self.device).wait_stream(self._stream)
+
+
+class _StreamLane:
+    """Two buffers, in turns: while one is filled the other is on its way. What a part costs in Python is what limits
+    an upload, since one thread at a time runs Python; buffers, marks and the stream are made once."""
+
+    def __init__(self, module: Any, stream: Any) -> None:
+        self._module = module
+        self._stream = stream
+        self._turn = 0
+        # page-locking takes longer than a small model does to load: once for all uploads
+        self._places = [(torch.empty(PART_BYTES, dtype=torch.uint8, pin_memory=True), module.Event()) for _ in range(2)]
+
+    def buffer(self) -> torch.Tensor:
+        self._turn = 1 - self._turn
+        buffer, copied = self._places[self._turn]
+        # to wait lets another thread run Python, and then waits for that one as well
+        if not copied.query():
+            copied.synchronize()
+        return buffer
+
+    def copy(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._module.set_stream(self._stream)
+        for target, part in copies:
+            target.copy_(part, non_blocking=True)
+        self._places[self._turn][1].record(self._stream)
+
+    def wait(self) -> None:
+        for _, copied in self._places:
+            copied.synchronize()
 
 
 def engine_for(device: torch.device) -> Engine:
@@ -121,59 +155,118 @@ class Piece:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one lane brings at a time: as many bytes of pieces that follow each other as its buffer holds.
+
+    Attributes:
+        spans: of a piece, from where in it, to where on the device.
+        ends: the pieces that are whole with this part and those before it, and what they are on the device.
+        done: is told of its end: None, or what went wrong.
+    """
+
+    spans: list[tuple[Piece, int, torch.Tensor]] = field(default_factory=list)
+    ends: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
+    done: SimpleQueue[BaseException | None] = field(default_factory=SimpleQueue)
+
+
 def upload(source: Source, pieces: Iterable[Piece], engine: Engine) -> Iterator[torch.Tensor]:
     """Copies of host tensors on the engine's device, in the order of `pieces`; use file order.
 
-    Bytes of the file are read into the buffers, not through the map: a file that was truncated ends in an
-    error and not in a signal. Some buffers are filled while others travel. What is yielded may be used by
-    work that is queued after it; no buffer is in use when the iteration ends.
+    Bytes of the file are read into the lanes' buffers, not through the map: a file that was truncated ends in an
+    error and not in a signal. What is yielded may be used by work that is queued after it; no buffer is in use
+    when the iteration ends.
 
     Raises:
         LoadError: the file changed.
     """
     source.check()
-    # those whose copies were begun first come first
-    free: SimpleQueue[tuple[torch.Tensor, Any]] = SimpleQueue()
-    for buffer in engine.buffers:
-        free.put((buffer, None))
+    todo: SimpleQueue[_Part | None] = SimpleQueue()
+    begun: deque[_Part] = deque()
+    lanes: list[Lane] = []
+    threads = ThreadPoolExecutor(THREADS, "raylight-upload")
 
-    def bring(piece: Piece, start: int, target: torch.Tensor) -> None:
-        buffer, mark = free.get()
-        try:
-            engine.wait(mark)
-            part = buffer[: target.numel()]
-            _read(source, piece, start, part)
-            # in which tensors of any mode may be written
-            with torch.inference_mode():
-                mark = engine.copy(target, part)
-        finally:
-            free.put((buffer, mark))
-
-    threads = ThreadPoolExecutor(THREADS)
-    begun: deque[tuple[Piece, torch.Tensor, list[Future[None]]]] = deque()
-
-    def land() -> torch.Tensor:
-        piece, whole, parts = begun.popleft()
-        for part in parts:
-            part.result()
-        engine.finish()
-        return _finished(piece, whole)
+    def land() -> Iterator[torch.Tensor]:
+        part = begun.popleft()
+        if error := part.done.get():
+            raise error
+        if part.ends:
+            engine.finish()
+        for piece, whole in part.ends:
+            yield _finished(piece, whole)
 
     try:
-        for piece in pieces:
-            whole = engine.allocate(piece.tensor.nbytes)
-            starts = range(0, whole.numel(), PART_BYTES)
-            parts = [threads.submit(bring, piece, start, whole[start : start + PART_BYTES]) for start in starts]
-            begun.append((piece, whole, parts))
-            while sum(len(parts) for *_, parts in begun) > AHEAD:
-                yield land()
+        for part in _parts(pieces, engine):
+            if len(lanes) < THREADS:
+                lanes.append(engine.idle.pop() if engine.idle else engine.lane())
+                threads.submit(_work, source, lanes[-1], todo)
+            begun.append(part)
+            todo.put(part)
+            if len(begun) > AHEAD:
+                yield from land()
         while begun:
-            yield land()
+            yield from land()
     finally:
-        threads.shutdown(cancel_futures=True)
-        for _ in engine.buffers:
-            engine.wait(free.get()[1])
+        _empty(todo)
+        for _ in lanes:
+            todo.put(None)
+        threads.shutdown()
+        for lane in lanes:
+            lane.wait()
+        engine.idle += lanes
     source.check()
+
+
+def _parts(pieces: Iterable[Piece], engine: Engine) -> Iterator[_Part]:
+    """Pieces, divided; every part but the last is full."""
+    part, room = _Part(), PART_BYTES
+    for piece in pieces:
+        whole, start = engine.allocate(piece.tensor.nbytes), 0
+        while start < whole.numel():
+            if not room:
+                yield part
+                part, room = _Part(), PART_BYTES
+            target = whole[start : start + room]
+            part.spans.append((piece, start, target))
+            start, room = start + target.numel(), room - target.numel()
+        part.ends.append((piece, whole))
+    if part.ends:
+        yield part
+
+
+def _work(source: Source, lane: Lane, todo: SimpleQueue[_Part | None]) -> None:
+    """Bring parts until there is None."""
+    # in which tensors of any mode may be written
+    with torch.inference_mode():
+        for part in iter(todo.get, None):
+            try:
+                _bring(source, lane, part)
+            except BaseException as error:
+                part.done.put(error)
+            else:
+                part.done.put(None)
+
+
+def _bring(source: Source, lane: Lane, part: _Part) -> None:
+    rest = lane.buffer()
+    copies = []
+    for piece, start, target in part.spans:
+        read, rest = rest[: target.numel()], rest[target.numel() :]
+        if piece.offset is None:
+            read.copy_(_bytes(piece.tensor)[start : start + target.numel()])
+        else:
+            fill(source.fd, source.path, piece.offset + start, memoryview(read.numpy()))  # type: ignore[arg-type]
+        copies.append((target, read))
+    lane.copy(copies)
+
+
+def _empty(queue: SimpleQueue[Any]) -> None:
+    """Take out what nobody has taken."""
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        return
 
 
 def _finished(piece: Piece, raw: torch.Tensor) -> torch.Tensor:
@@ -182,13 +275,6 @@ def _finished(piece: Piece, raw: torch.Tensor) -> torch.Tensor:
         return piece.tensor.to(device=raw.device, dtype=piece.dtype)
     tensor = raw.view(piece.tensor.dtype).view(piece.tensor.shape)
     return tensor if tensor.dtype == piece.dtype else tensor.to(piece.dtype)
-
-
-def _read(source: Source, piece: Piece, start: int, buffer: torch.Tensor) -> None:
-    if piece.offset is None:
-        buffer.copy_(_bytes(piece.tensor)[start : start + buffer.numel()])
-    else:
-        read_into(source.fd, source.path, piece.offset + start, buffer)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -178,3 +178,16 @@ def test_upload_of_a_truncated_file_is_an_error(path: str) -> None:
     os.truncate(path, 10000)
     with pytest.raises(LoadError, match="changed while it was in use"):
         list(copies)
+
+
+def test_an_upload_within_another_has_buffers_of_its_own(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that is patched as it comes may ask for others; buffers are used again later."""
+    monkeypatch.setattr(staging, "PART_BYTES", 1 << 16)
+    source, engine = Source(path), HostEngine(torch.device("cpu"))
+    pieces = [Piece(value, source.offset(value), value.dtype) for value in source.tensors.values()]
+    for _ in range(2):
+        outer = upload(source, pieces, engine)
+        for wanted, copy in zip(source.tensors.values(), outer, strict=True):
+            assert torch.equal(copy, wanted)
+            assert all(map(torch.equal, upload(source, pieces, engine), source.tensors.values()))
+        assert len(engine.idle) == len(set(map(id, engine.idle))) <= 2 * staging.THREADS
