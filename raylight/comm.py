@@ -40,6 +40,11 @@ class Meter:
         with self.waiting():
             yield
 
+    def repeat(self, count: int, sent: Counter[str]) -> None:
+        """Count collectives that a device repeats by itself."""
+        self.count += count
+        self.bytes_sent.update(sent)
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Time what belongs to a collective that has been counted."""

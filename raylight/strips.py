@@ -234,5 +234,6 @@ class Rows:
         key = heights, like.dtype, like.device
         if key not in self._shares:
             total = sum(heights)
-            self._shares[key] = like.new_tensor([height / total for height in heights])[:, None, None]
+            # not from the host: that would wait for the device, and could not be recorded
+            self._shares[key] = torch.stack([like.new_full((1, 1), height / total) for height in heights])
         return self._shares[key]

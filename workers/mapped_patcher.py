@@ -36,6 +36,7 @@ class Weights:
         size: bytes of all of it on the device, once they were counted.
         force_cast: whether layers were told to cast whatever they have.
         engines: those that were made, with their buffers.
+        moves: how often weights may have been moved or changed.
     """
 
     source: Source
@@ -46,6 +47,7 @@ class Weights:
     size: int | None = None
     force_cast: bool = False
     engines: dict[torch.device, Engine] = field(default_factory=dict)
+    moves: int = 0
 
     def on_model_patcher_clone(self) -> Weights:
         return self
@@ -82,6 +84,18 @@ def outside_inference(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def moving(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Notes that a method of a patcher may move or change weights, which it does outside of inference mode."""
+
+    @functools.wraps(method)
+    def call(self: MappedPatcher, *args: Any, **kwargs: Any) -> Any:
+        if ATTACHMENT in self.attachments:
+            self.weights.moves += 1
+        return method(self, *args, **kwargs)
+
+    return outside_inference(call)
+
+
 class MappedPatcher(comfy.model_patcher.ModelPatcher):
     """Loads, patches and unloads as ComfyUI does, but weights come from the map and go back to it."""
 
@@ -98,7 +112,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
             self.weights.size = sum(map(device_bytes, self.weights.homes.values()))
         return self.weights.size
 
-    @outside_inference
+    @moving
     def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's, with the copies to the device made from the file."""
         self.weights.force_cast = self.force_cast_weights
@@ -112,7 +126,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         self._round_what_stayed()
         return result
 
-    @outside_inference
+    @moving
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
         """ComfyUI's; weights are home before it would copy them back."""
         if unpatch_weights and ATTACHMENT in self.attachments:
@@ -124,7 +138,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
             self.weights.applied.clear()
         return super().unpatch_model(device_to, unpatch_weights)
 
-    @outside_inference
+    @moving
     def partially_unload(self, device_to: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's; what it moves off the device goes home."""
         before = {key: address(home.parameter) for key, home in self.weights.homes.items()}
@@ -140,7 +154,7 @@ class MappedPatcher(comfy.model_patcher.ModelPatcher):
         self._round_what_stayed()
         return freed
 
-    @outside_inference
+    @moving
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
         """ComfyUI's; where only patches differ, it finds them changed already, weight by weight."""
         model = self.model

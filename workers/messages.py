@@ -97,7 +97,7 @@ class ModelFacts:
 class ModelReport:
     """What a worker holds of a model: bytes of its weights, of those on the device, number of patches, settings.
 
-    `weights` says where they are between their uses, and what they take.
+    `weights` says where they are between their uses, and what they take; `recorded` how many calls of it are.
     """
 
     path: str
@@ -107,6 +107,7 @@ class ModelReport:
     patches: int
     settings: WorkerSettings
     weights: str
+    recorded: int
 
 
 @dataclass(frozen=True, kw_only=True)

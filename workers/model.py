@@ -6,6 +6,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes
 from .messages import ModelFacts, ModelReport
+from .recorded import Recordings, Waits
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ class WorkerModel:
         self._settings = WorkerSettings()
         self._objects: dict[str, Any] = {}
         self._compiled: dict[str, Any] = {}
+        self._recordings: Recordings | None = None
+        self._waits = Waits(model_management.get_torch_device())
         self._chunked: ChunkedFeedForward | None = None
         self._kernel = kernel
         self._plan = self._planned() if mesh.parallel.needs_plan else None
@@ -176,20 +180,33 @@ class WorkerModel:
                 f"they are {self._blocks.residency}",
                 "Choose another backend, or switch FSDP and FSDP_CPU_OFFLOAD off",
             )
-        compiler = self._settings.compile
+        records, compiler = settings.compile == "cudagraphs", self._settings.compile
         if settings.compile != compiler:
             # may refuse, so before anything is changed
-            self._install(settings.compile)
-            self._compiled = compiled.compiled_blocks(self.diffusion, settings.compile) if settings.compile else {}
+            recordings = self._recorder() if records else None
+            backend = "" if records else settings.compile
+            self._install(backend)
+            self._compiled = compiled.compiled_blocks(self.diffusion, backend) if backend else {}
+            self._recordings = recordings
             self.patcher = self.patcher.clone()
             self._patch_objects()
         self._settings = settings
+        self.forget_recordings()
         if self._chunked is not None:
             self._chunked.remove()
             self._chunked = None
         if settings.ffn_chunks > 1:
             self._chunked = ChunkedFeedForward(self.diffusion, settings.ffn_chunks)
         return settings.compile != compiler
+
+    def _recorder(self) -> Recordings:
+        sequence = self._mesh.sequence
+        return Recordings(model_management.get_torch_device(), sequence, self._mesh.control_of(sequence))
+
+    def forget_recordings(self) -> None:
+        """Give back the memory of recorded calls: something else needs the device."""
+        if self._recordings is not None:
+            self._recordings.clear()
 
     def _install(self, compiler: str) -> None:
         if self._plan is not None:
@@ -251,6 +268,7 @@ class WorkerModel:
 
     def offload(self) -> None:
         """Take the weights off the device: from now on parameters are the map again."""
+        self.forget_recordings()
         others = [
             loaded
             for loaded in model_management.current_loaded_models
@@ -281,11 +299,18 @@ class WorkerModel:
             Cancelled: a rank that shares the sequence has; all of them leave before the same block.
         """
         function = getattr(self.diffusion, method)
+        forward = method in ("forward", "_forward")
+        if self._installation is not None and forward:
+            function = partial(self._installation.wrapper, function)
         watch = Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)
-        with self._gathering(method), self._boundaries.watched(watch):
-            if self._installation is not None and method in ("forward", "_forward"):
-                return self._installation.wrapper(function, *args, **kwargs)
-            return function(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._gathering(method), self._boundaries.watched(watch):
+                return function(*args, **kwargs)
+
+        if self._recordings is None or not forward:
+            return call(*args, **kwargs)
+        return self._recordings.run(call, function, args, kwargs, state=self._weights.moves)
 
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
         if self._blocks is None:
@@ -303,6 +328,7 @@ class WorkerModel:
             patches=len(self.patcher.patches) + len(self._objects),
             settings=self._settings,
             weights=self.described(),
+            recorded=self._recordings.count if self._recordings is not None else 0,
         )
 
     def predicted(self) -> float:
@@ -311,7 +337,13 @@ class WorkerModel:
 
     def advice(self) -> str:
         """What the last call showed that the user should know: "" for nothing."""
-        return self._lacking or self._advice_on_cost()
+        return self._lacking or self._advice_on_cost() or self._waits.advice
+
+    def note(self, queued: float, took: float, args: Any) -> None:
+        """How long the last call took, see Waits.note."""
+        parallel = self._mesh.parallel
+        if parallel.sequence > 1 and not parallel.sync_ulysses and self._blocks is None and not self._settings.compile:
+            self._waits.note(queued, took, args)
 
     def _advice_on_cost(self) -> str:
         if isinstance(self._installation, RowInstallation):

@@ -134,5 +134,7 @@ def _model(model: ModelReport) -> str:
         value = getattr(model.settings, name)
         if value != default:
             changes.append(f"{name} {value}")
+    if model.recorded:
+        changes.append(f"{model.recorded} recorded calls")
     made = f", with {', '.join(changes)}" if changes else ""
     return f"{Path(model.path).name} ({model.family}): {mib(model.resident)} of {mib(model.size)} on the device{made}"

@@ -203,14 +203,16 @@ class Runner:
                 random_states.put(request.random)
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs, self.wire.cancelled)
+            queued = time.perf_counter() - started
             # what is queued is not done: a rank that only says so could fail, or be killed, unnoticed
             links.finish(model_management.get_torch_device())
-            seconds, waited = time.perf_counter() - started + computed.seconds, self.mesh.seconds - waited
+            took, waited = time.perf_counter() - started, self.mesh.seconds - waited
+            model.note(queued, took, (args, kwargs))
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         return ForwardReply(
             output=parcel,
             random=random_states.take() if request.random is not None and self._speaks else None,
-            seconds=seconds,
+            seconds=took + computed.seconds,
             waiting=waited,
             advice=model.advice() if self._speaks else "",
         )
@@ -222,7 +224,7 @@ class Runner:
 
     def plan_vae(self, request: VAEPlan) -> VAEFacts | None:
         """Load a VAE and find out what this rank can do with it; see WorkerVAEs."""
-        self._ready.clear()  # a model may have to make room
+        self._rest()  # a model may have to make room
         with torch.inference_mode():
             return self._vaes.plan(request, self.mesh)
 
@@ -232,7 +234,7 @@ class Runner:
 
     def decode(self, request: DecodeRequest) -> PartReply:
         """Decode this rank's part of a latent."""
-        self._ready.clear()
+        self._rest()
         with torch.inference_mode():
             if request.random is not None:
                 random_states.put(request.random)
@@ -240,7 +242,7 @@ class Runner:
 
     def encode(self, request: EncodeRequest) -> PartReply:
         """Encode this rank's part of a picture."""
-        self._ready.clear()
+        self._rest()
         with torch.inference_mode():
             if request.random is not None:
                 random_states.put(request.random)
@@ -265,14 +267,14 @@ class Runner:
 
     def offload(self, spec: ModelSpec) -> None:
         """Take a model off the device; the next call brings it back."""
-        self._ready.clear()
+        self._rest()
         with normal_tensors():
             self._models[spec].offload()
         memory.give_back()
 
     def release(self, spec: ModelSpec) -> None:
         """Forget a model."""
-        self._ready.clear()
+        self._rest()
         model = self._models.pop(spec, None)
         if model is not None:
             with normal_tensors():
@@ -283,16 +285,27 @@ class Runner:
 
     def close(self) -> None:
         """Leave the process groups. Every rank must be on its way here, or be killed."""
+        for model in self._models.values():
+            # NCCL waits for graphs that have collectives in them
+            model.forget_recordings()
         self._models.clear()
         if self._mesh is not None:
             self._mesh.close()
             self._mesh = None
+
+    def _rest(self) -> None:
+        """No model is ready any more: something else needs the device."""
+        self._ready.clear()
+        for model in self._models.values():
+            model.forget_recordings()
 
     def _make_ready(self, spec: ModelSpec, args: tuple[Any, ...]) -> None:
         """Have a model with its patches on the device, for a call of these arguments; others may have to leave."""
         model = self._models[spec]
         if spec in self._ready and self._ready[spec][0] == model.state:
             return
+        for other in self._models.values():
+            other.forget_recordings()
         with normal_tensors():
             self._make_room(spec)
             model.make_resident(args)

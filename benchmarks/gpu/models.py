@@ -67,15 +67,21 @@ def ltx2(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
     return [video, sound], t, draw(1, 256, 2 * 3840), None
 
 
+def sdxl(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
+    # both conditions of a picture, as ComfyUI batches them
+    return draw(2, 4, height // 8, width // 8), constant(draw, 500.0).repeat(2), draw(2, 77, 2048), draw(2, 2816)
+
+
 MODELS: Mapping[str, Model] = {
     "wan14b": Model("wan", 40, lambda n: {"dim": 5120, "ffn": 13824, "layers": n}, (81, 480, 832), wan),
     "wan1.3b": Model("wan", 30, lambda n: {"dim": 1536, "ffn": 8960, "layers": n}, (81, 480, 832), wan),
     "flux": Model("flux", 19, lambda n: {"dim": 3072, "double": n, "single": 2 * n}, (1, 1024, 1024), flux),
     "zimage": Model("zimage", 30, lambda n: {"layers": n, "context": 2560}, (1, 1024, 1024), zimage),
     "ltxv": Model("ltxv", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltxv),
+    "sdxl": Model("sdxl_base", 1, lambda n: {}, (1, 1024, 1024), sdxl),
     "ltx2": Model("ltx2", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltx2),
 }
-"""Flux.1 dev's layers are its double blocks; it has twice as many single ones."""
+"""Flux.1 dev's layers are its double blocks; it has twice as many single ones. SDXL has no number of layers."""
 GGUF = ("Q8_0", "Q4_K")
 
 

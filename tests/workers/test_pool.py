@@ -338,6 +338,18 @@ def test_blocks_are_compiled(model: Model) -> None:
     assert torch.equal(model.forward(), plain)
 
 
+def test_calls_are_recorded(model: Model) -> None:
+    """On two workers, what they exchange included; a call with a patch runs as ever, and nothing is compiled."""
+    plain, recorded = model.forward(), WorkerSettings(compile="cudagraphs")
+    for _ in range(4):
+        assert torch.equal(model.forward(settings=recorded), plain)
+    assert torch.equal(model.forward(times_compiled_graphs, recorded), plain)
+    reports = model.pool.call("report")
+    held = [found.recorded for report in reports for found in report.models if found.path == model.spec.path]
+    assert held == [1, 1]
+    assert torch.equal(model.forward(), plain)
+
+
 def test_short_sequences_are_told(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         model.forward()

@@ -196,5 +196,21 @@ RECIPES: Mapping[str, Recipe] = {
         dtype="bfloat16",
         size={"context": 2048},
     ),
+    "sdxl_base": Recipe(
+        keys=markers.unet(
+            num_res_blocks=[2] * 3,
+            channel_mult=(1, 2, 4),
+            transformer_depth=[0, 0, 2, 2, 10, 10],
+            transformer_depth_middle=10,
+            transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3,
+            num_head_channels=64,
+            use_linear_in_transformer=True,
+            num_classes="sequential",
+            adm_in_channels=2816,
+        ),
+        detected="SDXL",
+        dtype="bfloat16",
+        size={"context": 2048},
+    ),
 }
 """Families by name. Widths that ComfyUI fixes (Z-Image, Lumina2, Qwen, older Flux) cannot be made smaller."""

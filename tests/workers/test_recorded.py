@@ -1,0 +1,137 @@
+"""Recorded model calls: which are alike, what is repeated, and what is left as it is. On a CPU a tape calls again."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Hashable
+from typing import Any
+
+import pytest
+import torch
+from comfy_raylight.raylight.comm import Comm, Meter
+from comfy_raylight.workers import recorded
+from comfy_raylight.workers.recorded import Recordings, Unrecordable, Waits, described
+
+CPU = torch.device("cpu")
+
+
+class Counting:
+    """A model's call that counts how it was reached."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        comm = Comm(None, ranks=(0,), rank=0, meter=Meter())
+        self.recordings = Recordings(CPU, comm, comm)
+        self.fails = ""
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self.log.append("as it is")
+        return self.compute(*args, **kwargs)
+
+    def bare(self, *args: Any, **kwargs: Any) -> Any:
+        self.log.append("bare")
+        if self.fails:
+            raise RuntimeError(self.fails)
+        return self.compute(*args, **kwargs)
+
+    def compute(self, x: torch.Tensor, scale: float = 1.0, *, options: Any = None) -> Any:
+        return [x * scale, {"sum": x.sum()}]
+
+    def run(self, *args: Any, state: Hashable = 0, **kwargs: Any) -> Any:
+        return self.recordings.run(self.call, self.bare, args, kwargs, state=state)
+
+
+def test_the_second_call_of_a_kind_is_recorded_and_others_repeat_it() -> None:
+    model = Counting()
+    kept = []
+    for number in range(5):
+        x = torch.full((2, 3), float(number))
+        kept.append(model.run(x, 2.0, options={"sigmas": x[0], "uuids": [uuid.uuid4()]}))
+    assert model.log == ["as it is"] + ["bare"] * 4
+    for number, (output, more) in enumerate(kept):
+        assert torch.equal(output, torch.full((2, 3), 2.0 * number)) and more["sum"] == 6 * number
+    assert model.recordings.count == 1
+
+
+def test_another_shape_value_or_state_is_another_call() -> None:
+    model = Counting()
+    x = torch.ones(2, 3)
+    for args in ((x,), (x[:1],), (x, 2.0), (x, 2), (x.half(),), (x, True)):
+        model.run(*args)
+    assert model.log == ["as it is"] * 6
+    model.run(x)
+    assert model.recordings.count == 1
+    for _ in range(2):
+        model.run(x, state=1)
+    assert model.log[6:] == ["bare", "as it is", "bare"]
+    assert model.recordings.count == 1, "of the first state nothing is left"
+    model.recordings.clear()
+    assert model.recordings.count == 0
+
+
+def test_calls_with_functions_run_as_they_are() -> None:
+    model = Counting()
+    for _ in range(4):
+        model.run(torch.ones(1), options={"patches": {"attn1_patch": [print]}})
+    assert model.log == ["as it is"] * 4
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(recorded.Again):
+        def __init__(self, device: torch.device, call: Any, pool: Any) -> None:
+            super().__init__(device, call, pool)
+            call()
+
+    model = Counting()
+    model.fails = "the device was asked for a value"
+    model.recordings._tape = Failing
+    for _ in range(4):
+        assert torch.equal(model.run(torch.ones(1))[0], torch.ones(1))
+    assert model.log == ["as it is", "bare", *["as it is"] * 3]
+    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert model.fails in message
+
+
+def test_long_calls_are_left_to_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "LONG_S", 0.0)
+    model = Counting()
+    for _ in range(recorded.TRIES + 2):
+        model.run(torch.ones(1))
+    assert set(model.log) == {"as it is"}
+
+
+def test_few_recordings_are_kept() -> None:
+    model = Counting()
+    for length in range(1, recorded.KEPT + 3):
+        for _ in range(2):
+            model.run(torch.ones(length))
+    assert model.recordings.count == recorded.KEPT
+
+
+def test_a_tensor_that_comes_twice_is_one_input() -> None:
+    x, inputs = torch.ones(2), []  # type: ignore[var-annotated]
+    same = described(([x, x], {"a": x}), inputs, CPU)
+    assert len(inputs) == 1 and inputs[0] is x
+    assert same != described(([x, x.clone()], {"a": x}), [], CPU)
+
+
+def test_a_tensor_of_another_device_counts_by_its_values() -> None:
+    def key(*values: float) -> Hashable:
+        return described(torch.tensor(values), [], torch.device("meta"))
+
+    assert key(1, 2) == key(1, 2) != key(1, 3)
+    with pytest.raises(Unrecordable, match="values on cpu"):
+        described(torch.zeros(recorded.SMALL + 1), [], torch.device("meta"))
+
+
+def test_a_device_that_waits_for_python_is_told() -> None:
+    waits = Waits(torch.device("meta"))
+    args: tuple[Any, ...] = ((torch.ones(1),), {"transformer_options": {}})
+    for took, told in ((0.100, False), (0.100, False), (0.101, True), (0.2, False), (0.1, False)):
+        waits.note(0.099, took, args)
+        assert bool(waits.advice) is told
+    for device, seconds, given in (("cpu", 0.1, args), ("meta", 2.0, args), ("meta", 0.1, print)):
+        other = Waits(torch.device(device))
+        for _ in range(Waits.CALLS + 1):
+            other.note(seconds, seconds, given)
+        assert not other.advice
