@@ -43,17 +43,21 @@ class RayLTXFFNChunker(_Setting):
 
 
 class RayTorchCompileModel(_Setting):
-    """Has the workers run the blocks of a model under torch.compile."""
+    """Has the workers run the blocks of a model under torch.compile, or repeat calls that they recorded."""
 
     DESCRIPTION = (
-        "Compiles each block of the model in the workers, also where they share a picture. The first step of a new "
-        "size takes the time to compile, up to minutes; the others are faster. Results differ in the last bits."
+        "Takes Python out of a model's steps in the workers, also where they share a picture. cudagraphs records a "
+        "whole step and repeats it, with the same bits; inductor compiles each block, which takes up to minutes at the "
+        "first step of a new size and differs in the last bits."
     )
-    SEARCH_ALIASES = ("torch.compile", "speed")
+    SEARCH_ALIASES = ("torch.compile", "speed", "cuda graph")
     WIDGET: ClassVar = {
         "backend": (
             list(COMPILERS),
-            {"tooltip": "inductor makes kernels of its own; cudagraphs records those there are (NVIDIA only)."},
+            {
+                "tooltip": "inductor makes kernels of its own, block by block; cudagraphs records the kernels of a "
+                "whole step and starts them at once (NVIDIA)."
+            },
         )
     }
 

@@ -14,7 +14,7 @@ from .packing import RESIDENCIES
 AXES = ("dp", "cfg", "ring", "ulysses")
 """Mesh axes from outermost to innermost: ulysses ranks are neighbours (design section 5)."""
 COMPILERS = ("inductor", "cudagraphs")
-"""Backends of torch.compile that a user may choose."""
+"""What a user may choose to have Python out of a model's calls: a backend of torch.compile, or recorded calls."""
 PREFETCHES = ("auto", "on", "off")
 """When the next block's weights are gathered while one computes; "auto" is where that pays."""
 READERS = ("map", "private", "fastsafetensors")
@@ -211,7 +211,7 @@ class WorkerSettings:
 
     Attributes:
         ffn_chunks: stretches of tokens that feed-forward layers take one after another; 1 is all at once.
-        compile: backend of torch.compile for the blocks, one of COMPILERS; "" is none.
+        compile: one of COMPILERS; "" is none.
     """
 
     ffn_chunks: int = 1

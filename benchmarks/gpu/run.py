@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE))
 
 from tables import FOLDER  # noqa: E402
 
-MODELS = "wan1.3b;flux:5;zimage:10;ltxv:12;ltx2:8;wan14b:8:fp8;wan14b:8:scaled;wan14b:8:Q8_0;wan14b:8:Q4_K"
+MODELS = "wan1.3b;flux:5;zimage:10;sdxl;ltxv:12;ltx2:8;wan14b:8:fp8;wan14b:8:scaled;wan14b:8:Q8_0;wan14b:8:Q4_K"
 SCRIPTS = {"models": "sampling.py"}
 """Of parts that have none of their own."""
 DESCRIBE = """
@@ -64,7 +64,7 @@ def main() -> int:
     parts: Mapping[str, Sequence[str]] = {
         "families": gpus,
         "sampling": [*gpus, *rounds, *folder, "--models", f"wan14b:{given.layers}"],
-        "models": [*gpus, *rounds, *folder, "--models", MODELS, "--modes", "ulysses", "--table", "models"],
+        "models": [*gpus, *rounds, *folder, "--models", MODELS, "--modes", "ulysses;recorded", "--table", "models"],
         "pool": [*gpus, *rounds, *folder, "--layers", str(given.layers)],
         "vae": ["--gpus", f"1,{given.gpus}", *rounds],
         "weights": [*rounds, *folder],

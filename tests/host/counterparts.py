@@ -319,8 +319,9 @@ def _chunker(both: Both, node: str) -> None:
 
 
 def _compiled(both: Both, node: str) -> None:
-    found = both.pool.sampled(both.add(node, ray_actors=both.pool.model, backend="inductor"))
-    both.pair(node, "LATENT", both.core.plain, found)
+    for backend in ("inductor", "cudagraphs"):
+        found = both.pool.sampled(both.add(node, ray_actors=both.pool.model, backend=backend))
+        both.pair(node, "LATENT", both.core.plain, found)
 
 
 def _teacache(both: Both, node: str) -> None:
