@@ -131,7 +131,7 @@ class _Known:
 
     Attributes:
         calls: that ran as they are.
-        short: whether the last one took less than LONG_S on every rank.
+        short: whether the last one took less than LONG_S here.
         tape, inputs: the recording and the tensors that it reads; None where there is none.
         counted, sent: what the recorded call did with other ranks.
         refused: it cannot be recorded.
@@ -199,9 +199,13 @@ class Recordings:
         self._known.move_to_end(key)
         while len(self._known) > SEEN:
             self._known.popitem(last=False)
-        if known.tape is None and known.short and not known.refused:
+        # a rank whose weights were moved has lost its recordings: ranks repeat a call together, or none does
+        mine = known.tape is None, known.refused or not known.short
+        lacks, refuses = self._control.all_reduce(torch.tensor(mine, dtype=torch.int64), op="max").tolist()
+        if lacks and not refuses:
             self._record(known, bare, args, kwargs, inputs)
-        if known.tape is None:
+            lacks = known.tape is None
+        if lacks or known.tape is None:
             return self._as_it_is(known, call, args, kwargs)
         for kept, given in zip(known.inputs, inputs, strict=True):
             kept.copy_(given)
@@ -210,13 +214,10 @@ class Recordings:
         return mapped(known.tape.output, lambda item: item.clone() if isinstance(item, torch.Tensor) else item)
 
     def _as_it_is(self, known: _Known, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if known.refused:
-            return call(*args, **kwargs)
         began = time.perf_counter()
         output = call(*args, **kwargs)
         finish(self._device)
-        took = torch.tensor(int((time.perf_counter() - began) * 1e6))
-        known.short = self._control.all_reduce(took, op="max").item() < LONG_S * 1e6
+        known.short = time.perf_counter() - began < LONG_S
         known.calls += 1
         if not known.short and known.calls == TRIES:
             known.refused = True
@@ -227,17 +228,19 @@ class Recordings:
         self, known: _Known, bare: Call, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[torch.Tensor]
     ) -> None:
         """Try to; all ranks have a recording afterwards, or none."""
+        known.tape = None
         kept = [entry for entry in self._known.values() if entry.tape is not None]
         for entry in kept[: max(0, len(kept) - KEPT + 1)]:
-            entry.tape = None
+            entry.tape, entry.inputs = None, ()
         meter = self._comm.meter
         count, sent = meter.count, meter.bytes_sent.copy()
         began, problem = time.perf_counter(), ""
-        known.inputs = tuple(tensor.clone() for tensor in inputs)
-        places = dict(zip(map(id, inputs), known.inputs, strict=True))
-        args, kwargs = mapped((args, kwargs), lambda item: places.get(id(item), item))
         try:
-            known.tape = self._tape(self._device, lambda: bare(*args, **kwargs), self._pool)
+            known.inputs = tuple(tensor.clone() for tensor in inputs)
+            places = dict(zip(map(id, inputs), known.inputs, strict=True))
+            args, kwargs = mapped((args, kwargs), lambda item: places.get(id(item), item))
+            # the memory of tapes that are gone is no pool any more
+            known.tape = self._tape(self._device, lambda: bare(*args, **kwargs), self._pool if self.count else None)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         failed = self._control.all_reduce(torch.tensor(int(bool(problem))), op="max").item()

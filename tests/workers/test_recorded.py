@@ -15,13 +15,24 @@ from comfy_raylight.workers.recorded import Recordings, Unrecordable, Waits, des
 CPU = torch.device("cpu")
 
 
+class Control(Comm):
+    """The connection to another rank that is played: `other` is what it says next, 0 where it agrees."""
+
+    other: tuple[int, ...] = ()
+
+    def all_reduce(self, x: torch.Tensor, *, op: Any = "sum") -> torch.Tensor:
+        said, self.other = self.other, ()
+        return torch.maximum(x, torch.tensor(said)) if said else x
+
+
 class Counting:
     """A model's call that counts how it was reached."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
         comm = Comm(None, ranks=(0,), rank=0, meter=Meter())
-        self.recordings = Recordings(CPU, comm, comm)
+        self.control = Control(None, ranks=(0,), rank=0, meter=Meter())
+        self.recordings = Recordings(CPU, comm, self.control)
         self.fails = ""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,6 +109,22 @@ def test_long_calls_are_left_to_be_cancelled(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(recorded.TRIES + 2):
         model.run(torch.ones(1))
     assert set(model.log) == {"as it is"}
+
+
+def test_ranks_repeat_a_call_together() -> None:
+    """Another rank has moved its weights: it has no recording, and nothing to tell whether it can make one."""
+    model, x = Counting(), torch.ones(1)
+    for _ in range(3):
+        model.run(x)
+    model.control.other = (1, 1)
+    model.run(x)
+    assert model.log == ["as it is", "bare", "bare", "as it is"]
+    kept = model.recordings._known.copy()
+    tapes = [known.tape for known in kept.values()]
+    model.control.other = (1, 0)
+    model.run(x)
+    assert model.log[4:] == ["bare"] and model.recordings.count == 1
+    assert all(known.tape is not tape for known, tape in zip(kept.values(), tapes, strict=True)), "made anew"
 
 
 def test_few_recordings_are_kept() -> None:
