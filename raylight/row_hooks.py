@@ -74,7 +74,7 @@ class RowInstallation:
             raise UnsupportedError(
                 "Compiled blocks cannot be used with a model that is divided by rows",
                 "its convolutions and norms talk to other workers",
-                "Remove RayTorchCompileModel, or set ulysses_degree and ring_degree to 1",
+                "Choose cudagraphs in RayTorchCompileModel, or set ulysses_degree and ring_degree to 1",
             )
         function = getattr(model, "_forward", model.forward)
         self._x, self._control, self._context, self._options = (

@@ -35,9 +35,14 @@ Call = Callable[..., Any]
 
 
 class Tape(Protocol):
-    """One recorded call. What it reads and returns stays where it was while it was recorded."""
+    """One recorded call. What it reads and returns stays where it was while it was recorded.
+
+    Attributes:
+        pool: memory that the next tape may share; None for none.
+    """
 
     output: Any
+    pool: Any
 
     def play(self) -> None:
         """Fill the output anew; on an accelerator, for work that is queued after it."""
@@ -139,7 +144,7 @@ class _Known:
 
     calls: int = 0
     short: bool = False
-    tape: Graph | Again | None = None
+    tape: Tape | None = None
     inputs: tuple[torch.Tensor, ...] = ()
     counted: int = 0
     sent: Counter[str] | None = None

@@ -91,6 +91,7 @@ def test_what_rows_cannot_do(server: ComfyServer, client: ComfyClient) -> None:
     sampling = Case(file="unet.safetensors", inputs=FAMILIES["unet"], name="unet")
     on_two = PoolCase(through_model=True)
     client.run(pool(sampling, on_two))
+    sampled = latent(server, "unet")
     alive = [worker.pid for worker in workers(server)]
     shrink = {"block_number": 2, "downscale_factor": 2.0, "start_percent": 0.0, "end_percent": 1.0}
     ways = {"downscale_after_skip": True, "downscale_method": "bicubic", "upscale_method": "bicubic"}
@@ -105,6 +106,9 @@ def test_what_rows_cannot_do(server: ComfyServer, client: ComfyClient) -> None:
     compiled[SAMPLER]["inputs"]["ray_actors"] = ["compile", 0]
     with pytest.raises(PromptError, match="Compiled blocks.*divided by rows.*RayTorchCompileModel"):
         client.run(compiled)
+    compiled["compile"]["inputs"]["backend"] = "cudagraphs"
+    client.run(compiled)
+    assert torch.equal(latent(server, "unet"), sampled), "recorded calls are no compiled ones"
     client.run(pool(dataclasses.replace(sampling, seed=8), on_two))
     assert latent(server, "unet").isfinite().all()
     assert [worker.pid for worker in workers(server)] == alive

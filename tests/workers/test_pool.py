@@ -340,10 +340,11 @@ def test_blocks_are_compiled(model: Model) -> None:
 
 def test_calls_are_recorded(model: Model) -> None:
     """On two workers, what they exchange included; a call with a patch runs as ever, and nothing is compiled."""
-    plain, recorded = model.forward(), WorkerSettings(compile="cudagraphs")
+    plain, probed = model.forward(), model.forward(times_compiled_graphs)
+    recorded = WorkerSettings(compile="cudagraphs")
     for _ in range(4):
         assert torch.equal(model.forward(settings=recorded), plain)
-    assert torch.equal(model.forward(times_compiled_graphs, recorded), plain)
+    assert torch.equal(model.forward(times_compiled_graphs, recorded), probed)
     reports = model.pool.call("report")
     held = [found.recorded for report in reports for found in report.models if found.path == model.spec.path]
     assert held == [1, 1]
