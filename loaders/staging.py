@@ -119,9 +119,7 @@ class _StreamLane:
     def buffer(self) -> torch.Tensor:
         self._turn = 1 - self._turn
         buffer, copied = self._places[self._turn]
-        # to wait lets another thread run Python, and then waits for that one as well
-        if not copied.query():
-            copied.synchronize()
+        copied.synchronize()
         return buffer
 
     def copy(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:

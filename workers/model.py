@@ -191,7 +191,6 @@ class WorkerModel:
             self.patcher = self.patcher.clone()
             self._patch_objects()
         self._settings = settings
-        self.forget_recordings()
         if self._chunked is not None:
             self._chunked.remove()
             self._chunked = None
@@ -310,7 +309,7 @@ class WorkerModel:
 
         if self._recordings is None or not forward:
             return call(*args, **kwargs)
-        return self._recordings.run(call, function, args, kwargs, state=self._weights.moves)
+        return self._recordings.run(call, function, args, kwargs, state=(self._weights.moves, self._settings))
 
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
         if self._blocks is None:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -147,7 +147,7 @@ class _Known:
     tape: Tape | None = None
     inputs: tuple[torch.Tensor, ...] = ()
     counted: int = 0
-    sent: Counter[str] | None = None
+    sent: Counter[str] = field(default_factory=Counter)
     refused: bool = False
 
 
@@ -173,7 +173,7 @@ class Recordings:
         self._comm = comm
         self._control = control
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
-        self._pool: Any = None
+        self._state: Hashable = None
 
     @property
     def count(self) -> int:
@@ -183,7 +183,6 @@ class Recordings:
     def clear(self) -> None:
         """Forget all, and give back their memory."""
         self._known.clear()
-        self._pool = None
 
     def run(self, call: Call, bare: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, state: Hashable) -> Any:
         """call(*args, **kwargs), or its recording.
@@ -192,14 +191,15 @@ class Recordings:
             bare: the same without what asks other ranks whether to go on, to be recorded.
             state: of the model, besides its arguments; recordings of another one are forgotten.
         """
+        if state != self._state:
+            self.clear()
+            self._state = state
         inputs: list[torch.Tensor] = []
         try:
-            key = state, described((args, kwargs), inputs, self._device)
+            key = described((args, kwargs), inputs, self._device)
         except Unrecordable as reason:
             log.debug("a call is not recorded: %s", reason)
             return call(*args, **kwargs)
-        for other in [other for other in self._known if other[0] != state]:  # type: ignore[index]
-            del self._known[other]
         known = self._known.setdefault(key, _Known())
         self._known.move_to_end(key)
         while len(self._known) > SEEN:
@@ -215,7 +215,7 @@ class Recordings:
         for kept, given in zip(known.inputs, inputs, strict=True):
             kept.copy_(given)
         known.tape.play()
-        self._comm.meter.repeat(known.counted, known.sent or Counter())
+        self._comm.meter.repeat(known.counted, known.sent)
         return mapped(known.tape.output, lambda item: item.clone() if isinstance(item, torch.Tensor) else item)
 
     def _as_it_is(self, known: _Known, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -235,8 +235,11 @@ class Recordings:
         """Try to; all ranks have a recording afterwards, or none."""
         known.tape = None
         kept = [entry for entry in self._known.values() if entry.tape is not None]
-        for entry in kept[: max(0, len(kept) - KEPT + 1)]:
-            entry.tape, entry.inputs = None, ()
+        while len(kept) >= KEPT:
+            oldest = kept.pop(0)
+            oldest.tape, oldest.inputs = None, ()
+        # the memory of tapes that are gone is no pool any more
+        pool = kept[0].tape.pool if kept and kept[0].tape else None
         meter = self._comm.meter
         count, sent = meter.count, meter.bytes_sent.copy()
         began, problem = time.perf_counter(), ""
@@ -244,8 +247,7 @@ class Recordings:
             known.inputs = tuple(tensor.clone() for tensor in inputs)
             places = dict(zip(map(id, inputs), known.inputs, strict=True))
             args, kwargs = mapped((args, kwargs), lambda item: places.get(id(item), item))
-            # the memory of tapes that are gone is no pool any more
-            known.tape = self._tape(self._device, lambda: bare(*args, **kwargs), self._pool if self.count else None)
+            known.tape = self._tape(self._device, lambda: bare(*args, **kwargs), pool)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         failed = self._control.all_reduce(torch.tensor(int(bool(problem))), op="max").item()
@@ -255,8 +257,6 @@ class Recordings:
             known.tape, known.inputs, known.refused = None, (), True
             log.warning("calls of this model cannot be recorded and run as they are: %s", problem or "another worker")
             return
-        assert known.tape is not None
-        self._pool = known.tape.pool
         log.debug("recorded a call of %d collectives in %.2f s", known.counted, time.perf_counter() - began)
 
 

@@ -285,9 +285,7 @@ class Runner:
 
     def close(self) -> None:
         """Leave the process groups. Every rank must be on its way here, or be killed."""
-        for model in self._models.values():
-            # NCCL waits for graphs that have collectives in them
-            model.forget_recordings()
+        self._forget_recordings()  # NCCL waits for graphs that have collectives in them
         self._models.clear()
         if self._mesh is not None:
             self._mesh.close()
@@ -296,6 +294,9 @@ class Runner:
     def _rest(self) -> None:
         """No model is ready any more: something else needs the device."""
         self._ready.clear()
+        self._forget_recordings()
+
+    def _forget_recordings(self) -> None:
         for model in self._models.values():
             model.forget_recordings()
 
@@ -304,8 +305,7 @@ class Runner:
         model = self._models[spec]
         if spec in self._ready and self._ready[spec][0] == model.state:
             return
-        for other in self._models.values():
-            other.forget_recordings()
+        self._forget_recordings()
         with normal_tensors():
             self._make_room(spec)
             model.make_resident(args)

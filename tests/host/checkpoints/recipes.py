@@ -50,6 +50,13 @@ LTXAV_CONFIG = {
     "connector_num_layers": 1,
     "rope_type": "split",
 }
+XL: Mapping[str, Any] = {
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+"""What SDXL's UNets have in common."""
 FP8 = "float8_e4m3fn"
 """For widths that ComfyUI fixes, where even one layer has hundreds of millions of weights."""
 
@@ -187,10 +194,7 @@ RECIPES: Mapping[str, Recipe] = {
             transformer_depth=[0, 2, 5],
             transformer_depth_middle=-1,
             transformer_depth_output=[0, 0, 1, 1, 1, 1],
-            num_head_channels=64,
-            use_linear_in_transformer=True,
-            num_classes="sequential",
-            adm_in_channels=2816,
+            **XL,
         ),
         detected="KOALA_700M",
         dtype="bfloat16",
@@ -203,10 +207,7 @@ RECIPES: Mapping[str, Recipe] = {
             transformer_depth=[0, 0, 2, 2, 10, 10],
             transformer_depth_middle=10,
             transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3,
-            num_head_channels=64,
-            use_linear_in_transformer=True,
-            num_classes="sequential",
-            adm_in_channels=2816,
+            **XL,
         ),
         detected="SDXL",
         dtype="bfloat16",
