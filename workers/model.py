@@ -225,19 +225,22 @@ class WorkerModel:
         for name, value in {**self._compiled, **self._objects}.items():
             self.patcher.add_object_patch(name, value)
 
-    def make_resident(self, args: tuple[Any, ...]) -> None:
-        """Bring weights and patches onto the device, with room for a call of these arguments.
+    def activations(self, args: tuple[Any, ...]) -> int:
+        """Bytes that a call of these arguments takes beside the weights, as ComfyUI estimates it; 0 where unknown."""
+        first = args[0] if args else None
+        if isinstance(first, (list, tuple)):
+            first = first[0]
+        return int(self._base.memory_required(list(first.shape))) if isinstance(first, torch.Tensor) else 0
+
+    def make_resident(self, *, room: int) -> None:
+        """Bring weights and patches onto the device, with room for `room` bytes of activations.
 
         Raises:
             LoadError: the file changed.
         """
         self.source.check()
-        first = args[0] if args else None
-        if isinstance(first, (list, tuple)):
-            first = first[0]
-        needed = self._base.memory_required(list(first.shape)) if isinstance(first, torch.Tensor) else 0
-        self._lacking = self._fit(int(needed))
-        model_management.load_models_gpu([self.patcher], memory_required=needed)
+        self._lacking = self._fit(room)
+        model_management.load_models_gpu([self.patcher], memory_required=room)
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
@@ -301,9 +304,9 @@ class WorkerModel:
         forward = method in ("forward", "_forward")
         if self._installation is not None and forward:
             function = partial(self._installation.wrapper, function)
-        watch = Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            watch = Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)
             with self._gathering(method), self._boundaries.watched(watch):
                 return function(*args, **kwargs)
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ from .vaes import WorkerVAEs
 from .wire import Line, Silence
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """How a model was brought onto the device.
+
+    Attributes:
+        state: of its patches.
+        weights: bytes of it there; where there are others by now, something else took its place.
+        room: bytes of activations that there was room for. A call that needs more has its place made anew.
+    """
+
+    state: str
+    weights: int
+    room: int
+
+
 class Runner:
     """Holds the models of one worker and runs calls on them.
 
@@ -56,7 +72,7 @@ class Runner:
         self._readers = (0, 1)
         self._kernel: kernels.LocalKernel | None = None
         self._models: OrderedDict[ModelSpec, WorkerModel] = OrderedDict()  # the least recently used first
-        self._ready: dict[ModelSpec, tuple[str, int]] = {}  # on the device: its patches' state, its bytes
+        self._ready: dict[ModelSpec, _Ready] = {}
         self._functions: dict[int, Callable[..., Any]] = {}
         self._last: ModelSpec | None = None  # the model of the last forward
         self._files = OpenFiles()
@@ -303,25 +319,27 @@ class Runner:
     def _make_ready(self, spec: ModelSpec, args: tuple[Any, ...]) -> None:
         """Have a model with its patches on the device, for a call of these arguments; others may have to leave."""
         model = self._models[spec]
-        if spec in self._ready and self._ready[spec][0] == model.state:
+        room = model.activations(args)
+        ready = self._ready.get(spec)
+        if ready is not None and ready.state == model.state and room <= ready.room:
             return
         self._forget_recordings()
         with normal_tensors():
-            self._make_room(spec)
-            model.make_resident(args)
+            self._make_room(spec, room)
+            model.make_resident(room=room)
         self._models.move_to_end(spec)
-        self._ready[spec] = (model.state, model.resident_bytes)
+        self._ready[spec] = _Ready(model.state, model.resident_bytes, room)
         self._ready = {
-            known: ready for known, ready in self._ready.items() if self._models[known].resident_bytes == ready[1]
+            known: ready for known, ready in self._ready.items() if self._models[known].resident_bytes == ready.weights
         }
 
-    def _make_room(self, spec: ModelSpec) -> None:
-        """Take models off the device that were used least recently, until this one fits beside the others."""
+    def _make_room(self, spec: ModelSpec, room: int) -> None:
+        """Take models off the device that were used least recently, until this one and its call fit beside the rest."""
         device = model_management.get_torch_device()
         if model_management.is_device_cpu(device):
             return  # weights stay where they are mapped
         model = self._models[spec]
-        needed = model.size - model.resident_bytes + model_management.minimum_inference_memory()
+        needed = model.size - model.resident_bytes + max(room, model_management.minimum_inference_memory())
         idle = {known: other.resident_bytes for known, other in self._models.items() if known != spec}
         for known in least_recent(idle, needed - model_management.get_free_memory(device)):
             self._models[known].offload()

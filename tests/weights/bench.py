@@ -88,7 +88,7 @@ class Bench:
 
         with normal_tensors():
             if hasattr(model, "make_resident"):
-                model.make_resident(inputs()[0])
+                model.make_resident(room=model.activations(inputs()[0]))
                 patcher = model.patcher
             else:
                 model_management.load_models_gpu([model])

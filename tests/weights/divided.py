@@ -150,7 +150,7 @@ def run(model: WorkerModel) -> torch.Tensor:
     from comfy_raylight.workers.loading import normal_tensors
 
     with model.agreed(), normal_tensors():
-        model.make_resident(inputs()[0])
+        model.make_resident(room=model.activations(inputs()[0]))
     assert model._blocks is not None
     with model._blocks.rotation.call("forward"):
         return forward(model.patcher.model)
@@ -229,7 +229,7 @@ class Rank:
         def call(name: str, cancelled: Callable[[], bool] = lambda: False) -> torch.Tensor:
             model = models[name]
             with normal_tensors():
-                model.make_resident(args)
+                model.make_resident(room=model.activations(args))
             with torch.inference_mode():
                 output: torch.Tensor = model.run("_forward", args, kwargs, cancelled)
             return output.clone()

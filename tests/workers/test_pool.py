@@ -61,10 +61,12 @@ class Model:
         self.spec = ModelSpec.of(file)
         self.replica.load(load_of(self.spec), self)
 
-    def forward(self, patch: Callable[..., Any] | None = None, settings: WorkerSettings = PLAIN) -> torch.Tensor:
+    def forward(
+        self, patch: Callable[..., Any] | None = None, settings: WorkerSettings = PLAIN, frames: int = 3
+    ) -> torch.Tensor:
         """One call; `patch` runs in every self-attention of every rank, with the rank as keyword."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 16, 3, 10, 12, generator=generator)
+        x = torch.randn(1, 16, frames, 10, 12, generator=generator)
         context = torch.randn(1, 40, 4096, generator=generator)
         options: dict[str, Any] = {"sigmas": torch.ones(1), "cond_or_uncond": [0]}
         if patch is not None:
@@ -82,6 +84,11 @@ class Model:
         )
         output, _ = self.replica.run(call)
         return output
+
+    def recorded(self) -> list[int]:
+        """Recorded calls by worker."""
+        reports = self.pool.call("report")
+        return [found.recorded for report in reports for found in report.models if found.path == self.spec.path]
 
 
 @pytest.fixture
@@ -345,10 +352,20 @@ def test_calls_are_recorded(model: Model) -> None:
     for _ in range(4):
         assert torch.equal(model.forward(settings=recorded), plain)
     assert torch.equal(model.forward(times_compiled_graphs, recorded), probed)
-    reports = model.pool.call("report")
-    held = [found.recorded for report in reports for found in report.models if found.path == model.spec.path]
-    assert held == [1, 1]
+    assert model.recorded() == [1, 1]
     assert torch.equal(model.forward(), plain)
+
+
+def test_a_call_that_needs_more_memory_has_room_made(model: Model) -> None:
+    """As ComfyUI does: weights that fitted beside a small call may have to leave, and what is recorded goes first."""
+    settings = WorkerSettings(compile="cudagraphs")
+    plain = {frames: model.forward(frames=frames) for frames in (2, 3, 4)}
+    for frames in (3, 3, 2, 2, 3):
+        assert torch.equal(model.forward(settings=settings, frames=frames), plain[frames])
+    assert model.recorded() == [2, 2], "smaller calls take nothing from larger ones"
+    for recorded in ([0, 0], [1, 1]):
+        assert torch.equal(model.forward(settings=settings, frames=4), plain[4])
+        assert model.recorded() == recorded
 
 
 def test_short_sequences_are_told(model: Model, caplog: pytest.LogCaptureFixture) -> None:
