@@ -1,11 +1,12 @@
 """What cutting a sequence costs and gains, on the engine alone: P ranks against one process in the same run.
 
-    python benchmarks/parallel.py families | modes | bytes [--comfy PATH] [--only NAME,...]
+    python benchmarks/parallel.py families | modes | bytes | memory [--comfy PATH] [--only NAME,...]
 
 families: speed-up of 2 ranks, one thread each, over one with one thread, for every family at a size where
 computing dominates. modes: Ulysses against ring, q, k and v in one exchange or three, cutting once against
 cutting around every block. bytes: what each rank sends per step on 2, 4 and 8 ranks, counted, against the
-closed form (raylight/cost.py).
+closed form (raylight/cost.py). memory: the most bytes of tensors, weights and inputs not counted, that a rank has
+alive at once, with PyTorch's attention as on a GPU.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Measured:
 def main() -> int:
     """Set up, then measure in the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("families", "modes", "bytes"))
+    parser.add_argument("what", choices=("families", "modes", "bytes", "memory"))
     parser.add_argument("--comfy", type=Path, help="root of a ComfyUI (default: the test host)")
     parser.add_argument(
         "--only", default="", help="families to measure, separated by commas; all that there are by default"
@@ -69,7 +70,7 @@ def main() -> int:
     code = environment.enter(options.comfy)
     if code is not None:
         return code
-    {"families": families, "modes": modes, "bytes": count_bytes}[options.what](options)
+    {"families": families, "modes": modes, "bytes": count_bytes, "memory": memory}[options.what](options)
     return 0
 
 
@@ -101,17 +102,9 @@ def _on_ranks(  # noqa: PLR0917, called as `fork` calls its job
     rank: int, size: int, path: str, way: Way, model: Any, make: Any, reference: Any, rounds: int
 ) -> Any:
     import torch
-    from comfy_raylight.patches.registry import plan_for
-    from comfy_raylight.raylight import kernels
-    from comfy_raylight.raylight.config import ParallelConfig
-    from comfy_raylight.raylight.hooks import install
-    from comfy_raylight.tests.engine.ranks import difference, forward_of, mesh_of
+    from comfy_raylight.tests.engine.ranks import difference
 
-    parallel = ParallelConfig(world=size, ulysses=way.ulysses, ring=way.ring, cfg=1, overlap=way.overlap)
-    mesh = mesh_of(parallel, rank=rank, path=path)
-    granularity: Any = way.granularity
-    installation = install(model, plan_for(model), mesh, kernel=kernels.chosen(parallel), granularity=granularity)
-    forward = partial(installation.wrapper, forward_of(model))
+    mesh, installation, forward = _shared(model, way, rank=rank, path=path)
     with torch.inference_mode():
         args, kwargs = make()
         wrong = difference(forward(*args, **kwargs), reference)
@@ -127,6 +120,21 @@ def _on_ranks(  # noqa: PLR0917, called as `fork` calls its job
     )
     mesh.close()
     return measured
+
+
+def _shared(model: Any, way: Way, *, rank: int, path: str) -> tuple[Any, Any, Callable[..., Any]]:
+    """This rank's mesh, its hooks on the model, and the forward that goes through them."""
+    from comfy_raylight.patches.registry import plan_for
+    from comfy_raylight.raylight import kernels
+    from comfy_raylight.raylight.config import ParallelConfig
+    from comfy_raylight.raylight.hooks import install
+    from comfy_raylight.tests.engine.ranks import forward_of, mesh_of
+
+    parallel = ParallelConfig(world=way.ranks, ulysses=way.ulysses, ring=way.ring, cfg=1, overlap=way.overlap)
+    mesh = mesh_of(parallel, rank=rank, path=path)
+    granularity: Any = way.granularity
+    installation = install(model, plan_for(model), mesh, kernel=kernels.chosen(parallel), granularity=granularity)
+    return mesh, installation, partial(installation.wrapper, forward_of(model))
 
 
 def _times(
@@ -204,6 +212,52 @@ def count_bytes(options: argparse.Namespace) -> None:
                 f"| {name} | {way} | {inside} | {least:.0f} | {leaving} | {joined:.0f} | {one.difference:.0e} |",
                 flush=True,
             )
+
+
+def memory(options: argparse.Namespace) -> None:
+    """What a forward takes beside weights, on one process and on each of several ranks."""
+    import sizes
+    import torch
+    from comfy.cli_args import args as comfy_args
+    from comfy_raylight.tests.engine.ranks import fork, forward_of
+
+    # ComfyUI's own choice for a CPU keeps the scores of all tokens, which would hide everything else
+    comfy_args.use_pytorch_cross_attention = True
+    ways = [Way(ulysses=2), Way(ulysses=4), Way(ulysses=2, ring=2), Way(ring=4), Way(ulysses=4, granularity="block")]
+    chosen = sizes.wide(options.only)
+    print(f"| family | plain MB | {' | '.join(f'{way}: part of it' for way in ways)} |")
+    print(f"|---|---|{'---|' * len(ways)}")
+    for name, (build, make) in chosen.items():
+        model = build()
+        with torch.inference_mode():
+            plain = _peak(forward_of(model), make)
+            parts = [max(fork(way.ranks, _peak_on_ranks, way, model, make).values()) / plain for way in ways]
+        print(f"| {name} | {plain / 1e6:.1f} | {' | '.join(f'{part:.2f}' for part in parts)} |", flush=True)
+
+
+def _peak(forward: Callable[..., Any], make: Callable[[], Any]) -> int:
+    """Bytes of a second forward."""
+    from comfy_raylight.tests.host.live_bytes import LiveBytes
+
+    args, kwargs = make()
+    forward(*args, **kwargs)
+    args, kwargs = make()
+    with LiveBytes() as alive:
+        forward(*args, **kwargs)
+    return alive.peak
+
+
+def _peak_on_ranks(  # noqa: PLR0917, called as `fork` calls its job
+    rank: int, size: int, path: str, way: Way, model: Any, make: Any
+) -> int:
+    import torch
+
+    mesh, _, forward = _shared(model, way, rank=rank, path=path)
+    with torch.inference_mode():
+        peak = _peak(forward, make)
+    mesh.control.all_reduce(torch.zeros(1))
+    mesh.close()
+    return peak
 
 
 if __name__ == "__main__":
