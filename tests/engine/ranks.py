@@ -28,6 +28,7 @@ from comfy_raylight.raylight import cost, kernels
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.hooks import install
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.tests.host.host_waits import HostWaits
 from comfy_raylight.tests.host.large import LARGE
 
 from . import collectives, row_bytes
@@ -119,6 +120,10 @@ def run_case(case: Case, model: Any, reference: Any, mesh: Mesh, mode: str) -> d
             wrappers = {"diffusion_model": {"raylight": [installation.wrapper]}}
             kwargs["transformer_options"] = {**kwargs.get("transformer_options", {}), "wrappers": wrappers}
             out = model(*args, **kwargs)
+        elif mesh.rank == 0 and mode == case.modes[0]:
+            with HostWaits() as waits:
+                out = installation.wrapper(forward_of(model), *args, **kwargs)
+            result["asked"], result["brought"] = sorted(waits.asked), sorted(waits.brought)
         else:
             out = installation.wrapper(forward_of(model), *args, **kwargs)
         result["sent"] = {kind: count - sent.get(kind, 0) for kind, count in mesh.bytes.items()}
