@@ -150,7 +150,22 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
         found = mode.dtype_of(parameter)
         return dtype if found == kept and convert else found
 
+    if on_cpu():
+        _convert_bare(patcher.model, wanted)
     return Adopted(patcher, homes_of(patcher.model, wanted))
+
+
+def _convert_bare(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> None:
+    """Convert parameters that are used as they are, by modules that are no layers of ComfyUI's and cast nothing.
+
+    Away from the CPU all are converted on the way to the device.
+    """
+    for module in model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if type(parameter.data) is torch.Tensor and parameter.is_floating_point():
+                parameter.data = parameter.data.to(wanted(parameter))
 
 
 def homes_of(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> dict[str, Home]:

@@ -23,6 +23,7 @@ class Family:
         recipe: key of `checkpoints.recipes.RECIPES`, "" for the family's own name.
         since: the first ComfyUI version that has it in this size, as numbers.
         cfg: 1.0 where the model cannot take two conditionings in one batch.
+        batch: of the latent; videos of UNets are a batch of frames.
         steps: fewer where each takes seconds.
         denoise: less than 1.0 for a model whose first input would be so large that nothing else counts.
         dtype: of the file, "" for the recipe's.
@@ -37,6 +38,7 @@ class Family:
     recipe: str = ""
     since: tuple[int, ...] = (0, 3, 75)
     cfg: float = 3.0
+    batch: int = 1
     steps: int = 2
     denoise: float = 1.0
     dtype: str = ""
@@ -66,6 +68,7 @@ def case(name: str, *, folder: str = "", **more: Any) -> Case:
         file=os.path.join(folder, f"{family.recipe or name}.safetensors"),
         inputs=family.inputs,
         cfg=family.cfg,
+        batch=family.batch,
         steps=family.steps,
         denoise=family.denoise,
         weight_dtype=family.weight_dtype,
@@ -337,6 +340,34 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "cogvideox": Family(model="CogVideoXTransformer3DModel", since=V20, denoise=0.5, inputs=VIDEO),
     "unet": Family(model="UNetModel", inputs=Inputs(channels=4, height=17, width=14, tokens=77, context=768)),
+    "sd15_inpaint": Family(
+        model="UNetModel",
+        inputs=Inputs(
+            channels=4,
+            height=17,
+            width=14,
+            tokens=77,
+            context=768,
+            extras={"concat_latent_image": _latent(4, 17, 14), "concat_mask": _latent(1, 17, 14)},
+        ),
+    ),
+    "sd2": Family(model="UNetModel", inputs=Inputs(channels=4, height=17, width=14, tokens=77, context=1024)),
+    "sdxl_refiner": Family(
+        model="UNetModel", inputs=Inputs(channels=4, height=17, width=14, tokens=77, context=1280, pooled=1280)
+    ),
+    "svd": Family(
+        model="UNetModel",
+        batch=3,
+        denoise=0.5,
+        inputs=Inputs(
+            channels=4,
+            height=17,
+            width=14,
+            tokens=1,
+            context=1024,
+            extras={"concat_latent_image": _latent(4, 17, 14), "fps": 6, "motion_bucket_id": 127},
+        ),
+    ),
     "sdxl": Family(
         model="UNetModel", inputs=Inputs(channels=4, height=27, width=22, tokens=77, context=2048, pooled=1280)
     ),

@@ -57,6 +57,14 @@ XL: Mapping[str, Any] = {
     "adm_in_channels": 2816,
 }
 """What SDXL's UNets have in common."""
+FEW: Mapping[str, Any] = {
+    "num_res_blocks": [1, 1],
+    "channel_mult": (1, 1),
+    "transformer_depth": [1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1] * 4,
+}
+"""The blocks of a UNet as small as ComfyUI's detection allows."""
 FP8 = "float8_e4m3fn"
 """For widths that ComfyUI fixes, where even one layer has hundreds of millions of weights."""
 
@@ -175,17 +183,48 @@ RECIPES: Mapping[str, Recipe] = {
     "pixart": Recipe(keys=markers.pixart, detected="PixArtSigma", dtype="bfloat16", size={"layers": 1, "tokens": 16}),
     "ace15": Recipe(keys=markers.ace15, detected="ACEStep15", dtype=FP8, size={"dim": 256, "layers": 2}, device="cpu"),
     "cogvideox": Recipe(keys=markers.cogvideo, detected="CogVideoX_T2V", size={"dim": 128, "layers": 2, "context": 64}),
-    "unet": Recipe(
+    "unet": Recipe(keys=markers.unet(num_heads=8, **FEW), detected="SD15", size={"context": 768}),
+    "sd15_inpaint": Recipe(
+        keys=markers.unet(in_channels=9, num_heads=8, **FEW), detected="SD15", size={"context": 768}
+    ),
+    "sd2": Recipe(
+        keys=markers.unet(num_head_channels=64, use_linear_in_transformer=True, **FEW),
+        detected="SD20",
+        size={"context": 1024},
+    ),
+    "svd": Recipe(
         keys=markers.unet(
-            num_res_blocks=[1, 1],
-            channel_mult=(1, 1),
-            transformer_depth=[1, 1],
+            in_channels=8,
+            num_res_blocks=[2] * 4,
+            channel_mult=(1, 1, 1, 1),
+            transformer_depth=[1] * 6 + [0] * 2,
             transformer_depth_middle=1,
-            transformer_depth_output=[1] * 4,
-            num_heads=8,
+            transformer_depth_output=[1] * 9 + [0] * 3,
+            use_temporal_attention=True,
+            use_temporal_resblock=True,
+            video_kernel_size=[3, 1, 1],
+            extra_ff_mix_layer=True,
+            use_spatial_context=True,
+            merge_strategy="learned_with_images",
+            **{**XL, "adm_in_channels": 768},
         ),
-        detected="SD15",
-        size={"context": 768},
+        detected="SVD_img2vid",
+        dtype="bfloat16",
+        size={"context": 1024},
+    ),
+    "sdxl_refiner": Recipe(
+        keys=markers.unet(
+            model_channels=384,
+            num_res_blocks=[2] * 4,
+            channel_mult=(1, 1, 1, 1),
+            transformer_depth=[0, 0, 4, 4, 4, 4, 0, 0],
+            transformer_depth_middle=4,
+            transformer_depth_output=[0] * 3 + [4] * 6 + [0] * 3,
+            **{**XL, "adm_in_channels": 2560},
+        ),
+        detected="SDXLRefiner",
+        dtype="bfloat16",
+        size={"context": 1280},
     ),
     "sdxl": Recipe(
         keys=markers.unet(
