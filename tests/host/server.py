@@ -24,7 +24,8 @@ log = logging.getLogger("raylight.host")
 ROOT = Path(__file__).resolve().parents[2]
 PACK_FOLDER = "ray.light-pack"
 """A dot and a hyphen, so that nothing can depend on the folder's name."""
-TEST_NODES_FOLDER = "raylight-test-nodes"
+TEST_PACKS = {"raylight-test-nodes": "nodes", "raylight-test-routes": "routes"}
+"""By name in `custom_nodes`: folders beside this file."""
 FOLDERS = ("models/diffusion_models", "models/checkpoints", "models/loras", "models/vae", "input", "output", "user")
 
 
@@ -41,7 +42,7 @@ class ComfyServer:
         python: interpreter, by default the running one.
         pack: whether this pack is installed.
         folder: name of its folder. The page finds no help for one that has a dot in it.
-        test_nodes: whether the test node pack is installed.
+        test_nodes: whether the packs of TEST_PACKS are installed.
         threads: OMP_NUM_THREADS of the process, and of what it starts.
         args: more command-line arguments.
         env: more environment variables.
@@ -71,7 +72,7 @@ class ComfyServer:
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         if threads is not None:
             self._env["OMP_NUM_THREADS"] = self._env["MKL_NUM_THREADS"] = str(threads)
-        self._packs = {TEST_NODES_FOLDER: ROOT / "tests" / "host" / "nodes"} if test_nodes else {}
+        self._packs = {name: Path(__file__).with_name(each) for name, each in TEST_PACKS.items()} if test_nodes else {}
         if pack:
             self._packs[folder] = ROOT
         self._process: subprocess.Popen[bytes] | None = None

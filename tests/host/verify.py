@@ -8,6 +8,7 @@ Each must load as its class, sample without NaN, and answer to each of its input
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -183,6 +184,7 @@ def main() -> int:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    importlib.import_module("utils.extra_config")  # as main.py does: later comfy/utils.py would take its name
     from host.families import FAMILIES
 
     failed = 0

@@ -8,12 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import execution
 import folder_paths
 import torch
-from aiohttp import web
 from safetensors.torch import save_file
-from server import PromptServer
 
 CATEGORY = "raylight/test"
 BIG = 0xFFFFFFFFFFFFFFFF
@@ -375,16 +372,6 @@ class EasyCleanGpuUsed:
 
     def forward(self, anything: Any) -> tuple[Any]:
         return (anything,)
-
-
-@PromptServer.instance.routes.post("/raylight-test/validate")
-async def validate(request: web.Request) -> web.Response:
-    """Whether ComfyUI would accept a prompt, without running it."""
-    prompt = (await request.json())["prompt"]
-    if manager := getattr(PromptServer.instance, "node_replace_manager", None):
-        manager.apply_replacements(prompt)
-    fine, error, _, nodes = await execution.validate_prompt("validate", prompt, None)
-    return web.json_response({"fine": fine, "error": error, "nodes": nodes})
 
 
 NODES = (

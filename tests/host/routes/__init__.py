@@ -1,0 +1,21 @@
+"""A route for tests of ComfyUI's server; apart from the test nodes, which also run where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import execution
+from aiohttp import web
+from server import PromptServer
+
+NODE_CLASS_MAPPINGS: dict[str, Any] = {}
+
+
+@PromptServer.instance.routes.post("/raylight-test/validate")
+async def validate(request: web.Request) -> web.Response:
+    """Whether ComfyUI would accept a prompt, without running it."""
+    prompt = (await request.json())["prompt"]
+    if manager := getattr(PromptServer.instance, "node_replace_manager", None):
+        manager.apply_replacements(prompt)
+    fine, error, _, nodes = await execution.validate_prompt("validate", prompt, None)
+    return web.json_response({"fine": fine, "error": error, "nodes": nodes})
