@@ -27,6 +27,7 @@ from .test_sampling import FP32, latent
 
 SD3 = Case(file="control-sd3.safetensors", inputs=families.FAMILIES["sd3"].inputs, seed=5)
 FLUX = Case(file="control-flux.safetensors", inputs=families.FAMILIES["flux"].inputs, seed=5)
+UNET = Case(file="control-unet.safetensors", inputs=families.FAMILIES["unet"].inputs, seed=5)
 SENT = "its residuals"
 
 
@@ -50,6 +51,8 @@ def files(server: ComfyServer, comfy_root: Path) -> Iterator[Path]:
         Job(family="control_sd3", path=folder / "sd3.safetensors", seed=2),
         Job(family="control_sd3", path=folder / "sd3-other.safetensors", seed=3),
         Job(family="control_sd3", path=folder / "sd3-bf16.safetensors", seed=4, dtype="bfloat16"),
+        Job(family="unet", path=server.models / UNET.file, seed=1),
+        Job(family="control_unet", path=folder / "unet.safetensors", seed=2),
         Job(family="taesd3", path=server.base / "models" / "vae" / "taesd3.safetensors"),
     ]
     if version_of(comfy_root) != "0.3.75" or LARGE:
@@ -129,6 +132,11 @@ CASES = {
         [Control(apply={"strength": 0.6, "start_percent": 0.2, "end_percent": 0.8})],
     ),
     "uneven, two at a time": (SD3, PoolCase(workers=3, ulysses=3), [Control(), Control(file="sd3-other.safetensors")]),
+    "a UNet by rows": (
+        dataclasses.replace(UNET, batch=2),
+        PoolCase(workers=2),
+        [Control(file="unet.safetensors", vae=False)],
+    ),
     "bf16 file, beside one of ComfyUI's": (
         SD3,
         PoolCase(workers=2),

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
     Fill = Callable[[torch.nn.Module], State]
 
-SCHEMES: Mapping[str, str] = {"control_sd3": "sd3", "control_flux": "flux", "taesd3": ""}
+SCHEMES: Mapping[str, str] = {"control_sd3": "sd3", "control_flux": "flux", "control_unet": "unet", "taesd3": ""}
 """What can be written, with the family whose sizes it has."""
 
 
 def model_of(name: str, size: Mapping[str, int]) -> torch.nn.Module:
     """ComfyUI's module, without values in its weights."""
+    import comfy.cldm.cldm
     import comfy.cldm.mmdit
     import comfy.ldm.flux.controlnet
     import comfy.ops
@@ -31,6 +32,8 @@ def model_of(name: str, size: Mapping[str, int]) -> torch.nn.Module:
     arguments: dict[str, Any] = {"operations": comfy.ops.disable_weight_init, **config}
     if name == "control_flux":
         return comfy.ldm.flux.controlnet.ControlNetFlux(**arguments)  # type: ignore[no-any-return]
+    if name == "control_unet":
+        return comfy.cldm.cldm.ControlNet(hint_channels=3, **arguments)  # type: ignore[no-any-return]
     return comfy.cldm.mmdit.ControlNet(num_blocks=2, control_latent_channels=16, **arguments)  # type: ignore[no-any-return]
 
 
