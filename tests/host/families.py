@@ -199,12 +199,15 @@ FAMILIES: Mapping[str, Family] = {
             extras={"reference_latents": [_latent(128, 6, 7)]},
         ),
     ),
-    "chroma": Family(model="Chroma", large=True, inputs=dataclasses.replace(IMAGE, guidance=1.0)),
+    "chroma": Family(
+        model="Chroma", large=True, ignores=("y",), inputs=dataclasses.replace(IMAGE, pooled=768, guidance=1.0)
+    ),
     "radiance": Family(
         model="ChromaRadiance",
         large=True,
         weight_dtype=FP8,
-        inputs=Inputs(channels=3, height=16 * 9, width=16 * 11, tokens=19, context=64, guidance=1.0),
+        ignores=("y",),
+        inputs=Inputs(channels=3, height=16 * 9, width=16 * 11, tokens=19, context=64, pooled=768, guidance=1.0),
     ),
     "qwen": Family(model="QwenImageTransformer2DModel", inputs=QWEN),
     "qwen_edit": Family(
@@ -291,7 +294,11 @@ FAMILIES: Mapping[str, Family] = {
         inputs=Inputs(channels=16, frames=3, height=6, width=10, tokens=7, context=1024, extras={"frame_rate": 24}),
     ),
     "cosmos2": Family(
-        model="MiniTrainDIT", large=True, weight_dtype=FP8, inputs=dataclasses.replace(VIDEO, kept=1, context=1024)
+        model="MiniTrainDIT",
+        large=True,
+        weight_dtype=FP8,
+        ignores=("denoise_mask",),
+        inputs=dataclasses.replace(VIDEO, kept=1, context=1024),
     ),
     "anima": Family(
         model="Anima",

@@ -209,7 +209,7 @@ RECIPES: Mapping[str, Recipe] = {
             **{**XL, "adm_in_channels": 768},
         ),
         detected="SVD_img2vid",
-        dtype="bfloat16",
+        dtype=FP8,
         size={"context": 1024},
     ),
     "sdxl_refiner": Recipe(
@@ -223,7 +223,7 @@ RECIPES: Mapping[str, Recipe] = {
             **{**XL, "adm_in_channels": 2560},
         ),
         detected="SDXLRefiner",
-        dtype="bfloat16",
+        dtype=FP8,
         size={"context": 1280},
     ),
     "sdxl": Recipe(
