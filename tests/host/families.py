@@ -99,6 +99,7 @@ GRID = (3, 14, 18)
 FP8 = "fp8_e4m3fn"
 IMAGE = Inputs(channels=16, height=26, width=30, tokens=19, context=64)
 VIDEO = Inputs(channels=16, frames=3, height=14, width=18, tokens=19, context=64)
+UNET = Inputs(channels=4, height=17, width=14, tokens=77, context=768)
 QWEN = Inputs(
     channels=16, frames=1, height=14, width=18, tokens=9, context=3584, extras={"attention_mask": {"mask": [9, 7]}}
 )
@@ -346,30 +347,21 @@ FAMILIES: Mapping[str, Family] = {
         inputs=Inputs(shape="64,51", tokens=19, context=1024, extras={"conditioning_lyrics": _latent(7, 1024)}),
     ),
     "cogvideox": Family(model="CogVideoXTransformer3DModel", since=V20, denoise=0.5, inputs=VIDEO),
-    "unet": Family(model="UNetModel", inputs=Inputs(channels=4, height=17, width=14, tokens=77, context=768)),
+    "unet": Family(model="UNetModel", inputs=UNET),
     "sd15_inpaint": Family(
         model="UNetModel",
-        inputs=Inputs(
-            channels=4,
-            height=17,
-            width=14,
-            tokens=77,
-            context=768,
-            extras={"concat_latent_image": _latent(4, 17, 14), "concat_mask": _latent(1, 17, 14)},
+        inputs=dataclasses.replace(
+            UNET, extras={"concat_latent_image": _latent(4, 17, 14), "concat_mask": _latent(1, 17, 14)}
         ),
     ),
-    "sd2": Family(model="UNetModel", inputs=Inputs(channels=4, height=17, width=14, tokens=77, context=1024)),
-    "sdxl_refiner": Family(
-        model="UNetModel", inputs=Inputs(channels=4, height=17, width=14, tokens=77, context=1280, pooled=1280)
-    ),
+    "sd2": Family(model="UNetModel", inputs=dataclasses.replace(UNET, context=1024)),
+    "sdxl_refiner": Family(model="UNetModel", inputs=dataclasses.replace(UNET, context=1280, pooled=1280)),
     "svd": Family(
         model="UNetModel",
         batch=3,
         denoise=0.5,
-        inputs=Inputs(
-            channels=4,
-            height=17,
-            width=14,
+        inputs=dataclasses.replace(
+            UNET,
             tokens=1,
             context=1024,
             extras={"concat_latent_image": _latent(4, 17, 14), "fps": 6, "motion_bucket_id": 127},

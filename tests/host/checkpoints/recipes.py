@@ -65,6 +65,8 @@ FEW: Mapping[str, Any] = {
     "transformer_depth_output": [1] * 4,
 }
 """The blocks of a UNet as small as ComfyUI's detection allows."""
+FOUR: Mapping[str, Any] = {"num_res_blocks": [2] * 4, "channel_mult": (1,) * 4}
+"""Four levels, which SVD and SDXL's refiner are known by, of one width."""
 FP8 = "float8_e4m3fn"
 """For widths that ComfyUI fixes, where even one layer has hundreds of millions of weights."""
 
@@ -195,8 +197,6 @@ RECIPES: Mapping[str, Recipe] = {
     "svd": Recipe(
         keys=markers.unet(
             in_channels=8,
-            num_res_blocks=[2] * 4,
-            channel_mult=(1, 1, 1, 1),
             transformer_depth=[1] * 6 + [0] * 2,
             transformer_depth_middle=1,
             transformer_depth_output=[1] * 9 + [0] * 3,
@@ -206,7 +206,7 @@ RECIPES: Mapping[str, Recipe] = {
             extra_ff_mix_layer=True,
             use_spatial_context=True,
             merge_strategy="learned_with_images",
-            **{**XL, "adm_in_channels": 768},
+            **{**FOUR, **XL, "adm_in_channels": 768},
         ),
         detected="SVD_img2vid",
         dtype=FP8,
@@ -215,12 +215,10 @@ RECIPES: Mapping[str, Recipe] = {
     "sdxl_refiner": Recipe(
         keys=markers.unet(
             model_channels=384,
-            num_res_blocks=[2] * 4,
-            channel_mult=(1, 1, 1, 1),
             transformer_depth=[0, 0, 4, 4, 4, 4, 0, 0],
             transformer_depth_middle=4,
             transformer_depth_output=[0] * 3 + [4] * 6 + [0] * 3,
-            **{**XL, "adm_in_channels": 2560},
+            **{**FOUR, **XL, "adm_in_channels": 2560},
         ),
         detected="SDXLRefiner",
         dtype=FP8,
