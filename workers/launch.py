@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import shutil
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,10 +117,13 @@ def ray_ended(*, ask: bool = False) -> str:
 def stop_ray() -> None:
     """Disconnect from Ray; one of our own ends with it, one that was joined stays as it is.
 
-    No reference to an object of Ray may be dropped meanwhile: Ray then ends the process.
+    No reference to an object of Ray may be dropped meanwhile: Ray then ends the process. Its own errors are garbage
+    with such references in them, which would be collected at any time.
     """
     RayWatch.stop()
-    ray.shutdown()
+    gc.collect()
+    with _no_collection():
+        ray.shutdown()
 
 
 def seats(config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> list[cluster.Seat]:
@@ -225,6 +230,7 @@ def why_ended(serving: Any) -> str:
     try:
         ray.get(serving, timeout=CAUSE_WAIT_S)
     except ray.exceptions.RayError as error:
+        traceback.clear_frames(error.__traceback__)  # those of ray.get are garbage that has the reference
         return str(error)
     return "it left by itself"
 
@@ -293,6 +299,18 @@ def _python_path(environment: HostEnvironment) -> str:
 def _stop_local(folder: str) -> None:
     stop_ray()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile, in any thread."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
