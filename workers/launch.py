@@ -35,6 +35,9 @@ OWN_SETTINGS = {"RAY_task_events_shutdown_flush_timeout_ms": "100", "RAY_memory_
 """Of our own Ray: leaving one whose control service is gone would otherwise take 5 s more; and its memory monitor
 would kill workers wherever the host's memory is 95 percent full, which ComfyUI's caches and pinned memory may well
 make it. The system's own killer comes when memory is out, and to Ray's workers first."""
+WORKER_SETTINGS = {"MALLOC_ARENA_MAX": "1"}
+"""Of worker processes: one heap. malloc_trim gives back the end of glibc's first heap only; what is freed at the end of
+another thread's, up to 64 MiB, stays in the process."""
 POLL_S = 0.1
 CAUSE_WAIT_S = 2.0
 MODE = "RAY_AUTH_MODE"
@@ -144,7 +147,7 @@ def make_actors(config: PoolConfig, environment: HostEnvironment, seats: Sequenc
         "num_cpus": 0,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(environment)}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(environment), **WORKER_SETTINGS}},
     }
     if config.address != LOCAL and environment.device_type == "cuda":
         options["num_gpus"] = 1  # a shared cluster counts its GPUs; our own does not have to

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.workers.launch import WORKER_SETTINGS
 
 TESTS = Path(__file__).resolve().parents[1]
 Report = dict[str, Any]
@@ -33,7 +34,12 @@ def reporter(
         timeout: seconds for one run.
     """
     path = [str(TESTS), str(TESTS.parent / "workers" / "import_root"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        **WORKER_SETTINGS,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     start = [script] if script.endswith(".py") else ["-m", script]
 
     @functools.cache

@@ -8,7 +8,6 @@ in float32 with several blocks.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -51,9 +50,6 @@ FILES = (
 PATCHED = ("fp32", "bf16", "scaled", "layers", "Q8_0")
 SLACK_BYTES = 2 << 20
 SETTLED_S = 20.0
-M_MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 20
-"""For glibc's mallopt: what is larger goes back to the system when it is freed. Otherwise the heaps of gloo's threads
-keep a block each, which malloc_trim cannot reach."""
 RANKS = (2, 3, 4)
 SOME = FILES if LARGE else ("bf16", "scaled", "layers", "comfy_quant", "Q8_0")
 CHAINED = PATCHED if LARGE else ("bf16", "scaled", "Q8_0")
@@ -349,7 +345,6 @@ def work(rank: int, size: int, path: str, story: Story, job: tuple[str, list[str
     from engine.ranks import mesh_of
 
     kind, checks = job
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)  # before threads have heaps of their own
     parallel = ParallelConfig(world=size, ulysses=size, ring=1, cfg=1, residency=kind)
     mesh = mesh_of(parallel, rank=rank, path=path)
     found: dict[str, str] = {}
