@@ -156,12 +156,13 @@ def watching(mesh: Mesh, total: int, told: list[int]) -> Watch:
 def tiled(one: Prepared) -> tuple[torch.Tensor, dict[str, Any]]:
     """A latent of several tiles, and the grid."""
     family = one.family
+    grid: dict[str, Any] = {"out_channels": one.whole("decode", family.latent(4)).shape[1]}
     if not family.frames:
-        return family.latent(9, batch=2), {"tile": (4, 4), "overlap": 2, "upscale_amount": family.scale}
+        return family.latent(9, batch=2), {**grid, "tile": (4, 4), "overlap": 2, "upscale_amount": family.scale}
     # what two and three frames become says it for all numbers
     two, three = (one.whole("decode", family.latent(4, frames=count)).shape[2] for count in (2, 3))
     each = three - two
-    grid = {"tile": (3, 4, 4), "overlap": (1, 2, 2), "index_formulas": (each, family.scale, family.scale)}
+    grid |= {"tile": (3, 4, 4), "overlap": (1, 2, 2), "index_formulas": (each, family.scale, family.scale)}
     up = (lambda count: two + (count - 2) * each, family.scale, family.scale)
     return family.latent(9, frames=5, batch=2), {**grid, "upscale_amount": up}
 
