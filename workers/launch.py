@@ -124,8 +124,8 @@ def stop_ray() -> None:
     with such references in them, which would be collected at any time.
     """
     RayWatch.stop()
-    gc.collect()
     with _no_collection():
+        gc.collect()
         ray.shutdown()
 
 
@@ -306,7 +306,7 @@ def _stop_local(folder: str) -> None:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile, in any thread."""
+    """No garbage is collected meanwhile by itself, in any thread."""
     enabled = gc.isenabled()
     gc.disable()
     try:
