@@ -144,7 +144,7 @@ def work(rank: int, size: int, store: str, job: tuple[str, str, str, int, int]) 
         start = time.perf_counter()
         with torch.inference_mode():
             with model.agreed(), normal_tensors():
-                model.make_resident(args)
+                model.make_resident(room=model.activations(args))
             model.run("_forward", args, {"transformer_options": {}})
         return time.perf_counter() - start
 

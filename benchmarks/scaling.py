@@ -13,6 +13,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def check(_: argparse.Namespace) -> None:
     model, make = sizes.wan_like()
     works, plain, measured = [], [], []
     for tokens in (256, 512, 1024, 2048):
-        seconds, (two,) = parallel.measure(model, lambda t=tokens: make(t), [parallel.Way(ulysses=2)], 3)
+        seconds, (two,) = parallel.measure(model, partial(make, tokens), [parallel.Way(ulysses=2)], 3)
         works.append(two.works[0])
         plain.append(seconds)
         measured.append(seconds / two.seconds)

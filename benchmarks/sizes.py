@@ -98,7 +98,9 @@ def _hunyuan_video(*, text: int, shape: tuple[int, int, int]) -> Inputs:
 
 def _sd3(*, heads: int, blocks: int, side: int) -> torch.nn.Module:
     text = {"target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 64 * heads}}
-    sizes = dict(input_size=None, depth=heads, num_blocks=blocks, adm_in_channels=8, context_embedder_config=text)
+    sizes: dict[str, Any] = dict(
+        input_size=None, depth=heads, num_blocks=blocks, adm_in_channels=8, context_embedder_config=text
+    )
     path = "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper"
     model: Any = build(path, **sizes, num_patches=side * side, pos_embed_max_size=side, qk_norm="rms")
     model.pos_embed.copy_(random(1, side * side, 64 * heads))
@@ -127,7 +129,7 @@ def _wan_video(beside: Callable[[], dict[str, Any]] = dict) -> Inputs:
     return wan.video(frames=4, height=32, width=48, clip_fea=random(1, 257, 1280), **beside())
 
 
-_chroma = dict(**JOINT, axes_dim=AXES, out_dim=768, hidden_dim=256, depth=2, depth_single_blocks=4)
+_chroma: dict[str, Any] = dict(**JOINT, axes_dim=AXES, out_dim=768, hidden_dim=256, depth=2, depth_single_blocks=4)
 _next = dict(dim=768, n_heads=6, n_kv_heads=6, axes_dims=AXES, multiple_of=256, pad_tokens_multiple=32)
 _sheet = partial(_resized, lumina.sheet, 1, 4, 64, 64)
 

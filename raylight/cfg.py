@@ -72,7 +72,7 @@ class Together:
         return getcurrent().parent.switch(question)
 
 
-class _Coroutine(greenlet):  # type: ignore[misc]
+class _Coroutine(greenlet):
     """One task."""
 
     def __init__(self, owner: Together, task: Callable[[], Any]) -> None:

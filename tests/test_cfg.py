@@ -99,8 +99,9 @@ def test_first_exception_ends_all(error: BaseException, when: str) -> None:
             raise error
         return {1: None}
 
+    tasks: list[Callable[[], Any]] = [before, failing, after]
     with pytest.raises(type(error)) as caught:
-        together.run([before, failing, after], answer)
+        together.run(tasks, answer)
     assert caught.value is error
     assert before.left
     assert after.left == (when != "before asking"), "a task that was not begun is not begun any more"

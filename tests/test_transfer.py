@@ -211,7 +211,7 @@ def test_a_copy_has_a_state_of_its_own() -> None:
     def seen() -> tuple[int, int]:
         return total, counter.count
 
-    value = {"add": add, "seen": [seen], "counter": counter, "weight": weight}
+    value: dict[str, Any] = {"add": add, "seen": [seen], "counter": counter, "weight": weight}
     other = copied(value, is_tensor)
     for _ in range(2):
         assert other["add"]() is weight

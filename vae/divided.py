@@ -38,4 +38,4 @@ def strip_of(model: torch.nn.Module, rows: Rows, attention: Attention) -> Iterat
             yield
     finally:
         for module, function in zip(found, own, strict=True):
-            module.optimized_attention = function  # type: ignore[assignment]
+            module.optimized_attention = function

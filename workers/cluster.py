@@ -112,12 +112,12 @@ def _survey(
     Raises:
         ConfigError: one lacks what this one has, or has another version of it.
     """
-    ray.cloudpickle.register_pickle_by_value(node_facts)  # type: ignore[attr-defined]
+    ray.cloudpickle.register_pickle_by_value(node_facts)
     try:
         look = ray.remote(num_cpus=0, max_retries=0)(node_facts.look)
         asked = [look.options(**options(node.id)).remote(comfy_root, str(PACK_ROOT)) for node in nodes]
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(node_facts)  # type: ignore[attr-defined]
+        ray.cloudpickle.unregister_pickle_by_value(node_facts)
     told = gather(asked, timeout=60.0, what="tell what their machines have", interrupted=interrupted)
     mine = node_facts.look(comfy_root, str(PACK_ROOT))
     places = {"ComfyUI": comfy_root, "Raylight": str(PACK_ROOT), "PyTorch": "Ray's Python"}

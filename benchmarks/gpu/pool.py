@@ -168,11 +168,12 @@ class Bench:
         from comfy_raylight.raylight.config import ModelSpec
         from comfy_raylight.workers import remote
 
-        model = remote.load_model(self.config("", world), ModelSpec.of(self.file))
+        config = self.config("", world)
+        model = remote.load_model(config, ModelSpec.of(self.file))
         expected = self.sample(model, 1.0)
         step = self.plain[1.0][0] / world
 
-        def kill(victim: int = model.link.live_pool().members[-1].place.pid) -> None:
+        def kill(victim: int = remote.start_pool(config).members[-1].place.pid) -> None:
             os.kill(victim, signal.SIGKILL)
 
         table = Table("faults", ["fault", "s to the error", "error", "s to the next result", "equal bits"])

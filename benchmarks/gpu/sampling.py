@@ -150,7 +150,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     with normal_tensors():
         model = WorkerModel(spec, dtype, mesh, chosen(parallel, device=device))
         model.settle(settings)
-        model.make_resident(())
+        model.make_resident(room=0)
     torch.cuda.synchronize()
     load = time.perf_counter() - began
     generator = torch.Generator(device).manual_seed(0)

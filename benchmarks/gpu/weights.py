@@ -101,7 +101,7 @@ class Run:
         dtype = ghost.build(spec)[0].get_dtype()
         with normal_tensors():
             model = WorkerModel(spec, dtype, Mesh.single(ParallelConfig(world=1)), None)
-            model.make_resident(())
+            model.make_resident(room=0)
         return model
 
     def forward(self, model: Any, tokens: int) -> Any:
@@ -209,7 +209,7 @@ class Run:
 
         def resident() -> None:
             with normal_tensors():
-                model.make_resident(())
+                model.make_resident(room=0)
 
         leaving = self.seconds(offload, after=resident)
         offload()
@@ -265,7 +265,7 @@ class Run:
             count = next(turn)
             with normal_tensors():
                 model.patch(f"set {count}", sets[count % 2 if number is None else number], {}, force_cast=False)
-                model.make_resident(())
+                model.make_resident(room=0)
 
         seconds = self.seconds(switch)
         switch(0)

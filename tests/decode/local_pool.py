@@ -35,13 +35,14 @@ class LocalPool(Pool):
     ) -> None:
         parallel = ParallelConfig(world=world, ulysses=world, ring=1, cfg=1)
         self.config = PoolConfig(parallel=parallel)
-        self.notes: dict[int, Any] = {}
-        self._launch = SimpleNamespace(
+        self.notes = {}
+        launch: Any = SimpleNamespace(
             ready=lambda references: references[0] is not None,
             kill=self._kill,
             ray_ended=lambda ask: "",
             why_ended=lambda serving: "it was killed",
         )
+        self._launch = launch
         self._interrupted = interrupted
         self._serving: list[Any] = []
         self._closed = False

@@ -312,8 +312,9 @@ def smooth(results: Results, folder: Path) -> None:
 
 def kept(results: Results, folder: Path) -> None:
     """A kept VAE is loaded once by each worker; a released one and a changed file anew."""
-    from comfy_raylight.workers import vaes
+    from comfy_raylight.workers import vaes as module
 
+    vaes: Any = module
     notes, file = folder / "loads", folder / "changing.safetensors"
 
     def count(runner: Any) -> None:

@@ -90,7 +90,7 @@ class Grid:
         layout = Layout(segments=segments, rank=sequence.rank, size=sequence.size)
         return layout, tuple(segment.name for segment in segments)
 
-    def attention(self, layout: Layout, order: tuple[str, ...], **options: Any) -> SequenceAttention:
+    def attention(self, layout: Layout, order: tuple[str, ...], **options: Any) -> Any:
         mesh = copy.copy(self.mesh)
         switches = {name: options.pop(name) for name in ("sync_ulysses", "overlap") if name in options}
         mesh.parallel = dataclasses.replace(mesh.parallel, **switches)

@@ -107,7 +107,7 @@ class ComfyClient:
         """End the connection."""
         self._closing = True
         # Wakes the listening thread, which a plain close() would not
-        self._socket.shutdown()  # type: ignore[no-untyped-call]
+        self._socket.shutdown()
         self._thread.join(5)
 
     def __enter__(self) -> Self:

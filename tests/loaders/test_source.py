@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def test_an_upload_that_is_given_up_leaves_its_buffers(path: str, monkeypatch: p
     large = source.tensors["large"]
     pieces = [Piece(large, source.offset(large), large.dtype)] * 50
     for _ in range(3):
-        copies = upload(source, pieces, engine)
+        copies: Any = upload(source, pieces, engine)
         assert torch.equal(next(copies), large)
         copies.close()
     assert all(torch.equal(copy, large) for copy in upload(source, pieces[:3], engine))

@@ -154,9 +154,14 @@ def run(model: WorkerModel) -> torch.Tensor:
 
     with model.agreed(), normal_tensors():
         model.make_resident(room=model.activations(inputs()[0]))
-    assert model._blocks is not None
-    with model._blocks.rotation.call("forward"):
+    with blocks_of(model).rotation.call("forward"):
         return forward(model.patcher.model)
+
+
+def blocks_of(model: WorkerModel) -> Any:
+    """What is divided of it."""
+    assert model._blocks is not None
+    return model._blocks
 
 
 class Rank:
@@ -181,13 +186,13 @@ class Rank:
         self.sizes(model)
         model.offload()
         must(all(home.at_home for home in model._homes.values()), "not every parameter is at home after an offload")
-        must(model._blocks.bytes == 0, "something is held after an offload")
+        must(blocks_of(model).bytes == 0, "something is held after an offload")
         must(bool((run(model) == wanted).all()), "after an offload the result is another one")
         model.close()
 
     def sizes(self, model: WorkerModel) -> None:
         """Storages that are held are the computed sum."""
-        blocks = model._blocks
+        blocks = blocks_of(model)
         held = {}
         for key in blocks.inside:
             for tensor in (model._homes[key].parameter.data,):
@@ -264,7 +269,7 @@ class Rank:
         me = [os.getpid()]
         before = private(me)
         run(model)
-        needed, deadline = model._blocks.footprint(0).total, time.monotonic() + SETTLED_S
+        needed, deadline = blocks_of(model).footprint(0).total, time.monotonic() + SETTLED_S
         while True:  # gloo's threads drop their copies of the last blocks after they have said that these are there
             memory.give_back()
             grown = private(me) - before
@@ -283,9 +288,9 @@ def error_of_one_rank(rank: Rank) -> None:
         raise OSError(5, "Input/output error")
 
     model = rank.model("fp32")
-    read, before = model._blocks._read, rank.mesh.collectives
+    read, before = blocks_of(model)._read, rank.mesh.collectives
     if rank.mesh.rank == 1:
-        model._blocks._read = fails
+        blocks_of(model)._read = fails
     try:
         run(model)
     except LoadError as error:
@@ -295,8 +300,8 @@ def error_of_one_rank(rank: Rank) -> None:
     else:
         raise AssertionError("no error")
     must(rank.mesh.collectives == before, "a rank has entered a collective")
-    must(rank.mesh.rank != 1 or model._blocks.bytes == 0, "what could not be opened holds something")
-    model._blocks._read = read
+    must(rank.mesh.rank != 1 or blocks_of(model).bytes == 0, "what could not be opened holds something")
+    blocks_of(model)._read = read
     must(bool((run(model) == rank.story.whole["fp32", 0]).all()), "after that the result is another one")
     model.close()
 

@@ -13,6 +13,8 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +84,15 @@ def main() -> None:
                 setting = f"{family}:{workers}"
                 faulthandler.dump_traceback_later(CHECK_LIMIT_S, exit=True)
                 bench = Bench(family, file, workers, Path(tempfile.mkdtemp(dir=folder)))
-                for name, entry in [*CHECKS.items(), *FACTS.items()]:
-                    if setting not in entry[1] or options.only not in name:
+                chosen: dict[str, Callable[[], dict[str, Any]]] = {
+                    **{name: partial(run, bench, check) for name, (check, on, _) in CHECKS.items() if setting in on},
+                    **{name: partial(state, bench, fact) for name, (fact, on) in FACTS.items() if setting in on},
+                }
+                for name, judge in chosen.items():
+                    if options.only not in name:
                         continue
                     faulthandler.dump_traceback_later(CHECK_LIMIT_S, exit=True)
-                    result = run(bench, entry[0]) if name in CHECKS else state(bench, entry[0])
+                    result = judge()
                     result["afterwards"] = difference(bench.picture(bench.far), bench.first)
                     sys.stderr.write(f"{setting} {name}: {result}\n")
                     results[f"{setting} {name}"] = result

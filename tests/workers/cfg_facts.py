@@ -206,7 +206,7 @@ def interrupt_between_the_conditions(bench: Bench) -> None:
     """Both conditions wait for their answers when ComfyUI's flag is set; all of its code unwinds."""
     from comfy import model_management
 
-    link = bench.far.link
+    link: Any = bench.far.link
     usual, ended = link.answer, []
 
     def answer(calls: Any, **more: Any) -> Any:

@@ -138,7 +138,7 @@ def node(module: str, name: str, *arguments: Any, channels: int = 32) -> dict[st
     import comfy.model_sampling
 
     base = torch.nn.Module()
-    base.model_config = type("Config", (), {"unet_config": {"model_channels": channels}})()  # type: ignore[assignment]
+    base.model_config = type("Config", (), {"unet_config": {"model_channels": channels}})()
     base.model_sampling = comfy.model_sampling.ModelSamplingDiscrete()
     patcher = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
     cls = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
@@ -263,7 +263,7 @@ class Centred(torch.nn.Module):
 def centred() -> torch.nn.Module:
     model: Any = small()
     model.input_blocks[1].insert(0, Centred())
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def turned(on: bool) -> Inputs:

@@ -27,14 +27,14 @@ def model_of(name: str, size: Mapping[str, int]) -> torch.nn.Module:
     import comfy.taesd.taesd
 
     if name == "taesd3":
-        return comfy.taesd.taesd.TAESD(latent_channels=16)  # type: ignore[no-any-return]
+        return comfy.taesd.taesd.TAESD(latent_channels=16)
     config = _config(SCHEMES[name], size)
     arguments: dict[str, Any] = {"operations": comfy.ops.disable_weight_init, **config}
     if name == "control_flux":
-        return comfy.ldm.flux.controlnet.ControlNetFlux(**arguments)  # type: ignore[no-any-return]
+        return comfy.ldm.flux.controlnet.ControlNetFlux(**arguments)
     if name == "control_unet":
-        return comfy.cldm.cldm.ControlNet(hint_channels=3, **arguments)  # type: ignore[no-any-return]
-    return comfy.cldm.mmdit.ControlNet(num_blocks=2, control_latent_channels=16, **arguments)  # type: ignore[no-any-return]
+        return comfy.cldm.cldm.ControlNet(hint_channels=3, **arguments)
+    return comfy.cldm.mmdit.ControlNet(num_blocks=2, control_latent_channels=16, **arguments)
 
 
 def keys_of(name: str, state: State) -> State:
