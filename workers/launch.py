@@ -125,7 +125,8 @@ def stop_ray() -> None:
     """
     RayWatch.stop()
     with _no_collection():
-        gc.collect()
+        if ray.is_initialized():  # or it is only one of those that were left before
+            gc.collect()
         ray.shutdown()
 
 
