@@ -73,6 +73,7 @@ def sdxl(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
 
 
 MODELS: Mapping[str, Model] = {
+    "small": Model("wan", 4, lambda n: {"dim": 256, "ffn": 512, "layers": n}, (5, 64, 64), wan),
     "wan14b": Model("wan", 40, lambda n: {"dim": 5120, "ffn": 13824, "layers": n}, (81, 480, 832), wan),
     "wan1.3b": Model("wan", 30, lambda n: {"dim": 1536, "ffn": 8960, "layers": n}, (81, 480, 832), wan),
     "flux": Model("flux", 19, lambda n: {"dim": 3072, "double": n, "single": 2 * n}, (1, 1024, 1024), flux),
@@ -81,7 +82,8 @@ MODELS: Mapping[str, Model] = {
     "sdxl": Model("sdxl_base", 1, lambda n: {}, (1, 1024, 1024), sdxl),
     "ltx2": Model("ltx2", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltx2),
 }
-"""Flux.1 dev's layers are its double blocks; it has twice as many single ones. SDXL has no number of layers."""
+"""Flux.1 dev's layers are its double blocks; it has twice as many single ones. SDXL has no number of layers. The
+small one is for trying the scripts."""
 GGUF = ("Q8_0", "Q4_K")
 
 

@@ -1,9 +1,9 @@
 """The pool itself on GPUs, Ray included, against plain ComfyUI on one: steps, overhead, load, memory, kill and cancel.
 
-    python benchmarks/gpu/pool.py --comfy ROOT [--layers 40] [--steps 3] [--rounds 5] [--gpus 2,4]
+    python benchmarks/gpu/pool.py --comfy ROOT [--model wan14b:40] [--steps 3] [--rounds 5] [--gpus 2,4]
 
-Run it with a Python that has ComfyUI's packages, gguf and Ray; it installs nothing. The checkpoint has the shape of Wan
-14B with random weights, in bf16, its pages in the page cache. Both sides sample with comfy.sample; plain's weights are
+Run it with a Python that has ComfyUI's packages, gguf and Ray; it installs nothing. The checkpoint has the shape of a
+Wan with random weights, its pages in the page cache. Both sides sample with comfy.sample; plain's weights are
 off the device before a pool starts. Load is what a first run takes longer than later ones. Overhead is a step's time
 outside of the workers. Host memory is what the worker processes occupy together (Pss) beyond what they did before the
 model was loaded, over the file. Then a worker is killed in the middle of a run, and a run is cancelled; the next run
@@ -36,7 +36,7 @@ def main() -> int:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
-    parser.add_argument("--layers", type=int, default=40, help="one has 0.7 GB")
+    parser.add_argument("--model", default="wan14b:40", help="name[:layers[:kind]]; a layer of wan14b has 0.7 GB")
     add_video(parser)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="runs to take the median of")
@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="for the checkpoint (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        choice = Choice("wan14b", options.layers, "bf16")
+        choice = Choice.parse(options.model)
         file = choice.file(options.comfy.resolve(), options.folder or Path(temporary))
         enter(str(options.comfy.resolve()))
         import torch

@@ -86,20 +86,25 @@ def mesh_of(parallel: Any, rank: int, store: str) -> Any:
 
 
 def timed(run: Callable[[], Any], rounds: int, mesh: Any) -> tuple[float, int]:
-    """Median of seconds after a first run, all ranks starting together, and bytes given out at most."""
+    """Median of seconds after a first run, all ranks starting together, and bytes given out at most; 0 of a CPU."""
     import torch
+    from comfy import model_management
+    from comfy_raylight.workers.links import finish
 
+    device = model_management.get_torch_device()
     run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    finish(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
     seconds = []
     for _ in range(rounds):
         mesh.control.all_reduce(torch.zeros(1))
         start = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        finish(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated()
+    peak = 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_allocated(device)
+    return statistics.median(seconds), int(peak)
 
 
 def add_video(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Everything that GPUs have to show, in one command: correctness, then speed, into a report.
 
     python benchmarks/gpu/run.py --comfy ROOT --out FOLDER [--wheels FOLDER] [--gpus 2,4] [--layers 40] [--only ...]
+        [--try]
 
 Nothing is fetched. What the machine's Python lacks (Ray, gguf, what ComfyUI needs) comes from a folder of wheels and is
 unpacked into FOLDER. Parts run one after another, each in a process of its own and within --limit seconds: families
@@ -8,7 +9,8 @@ unpacked into FOLDER. Parts run one after another, each in a process of its own 
 and kinds of files), pool (Ray and the driver included, kill and cancel), vae, weights (load, reload, LoRA and GGUF on
 one GPU). Every speed is a ratio to plain ComfyUI on one GPU in the same run, a median after a first run. FOLDER gets
 report.md, a JSON file per table, the output of each part, and speedup.png where matplotlib is installed. Exit status 1
-if a part failed; the others run all the same.
+if a part failed; the others run all the same. With --try all of it is done with small models and once, on CPUs as well:
+whether the scripts work, before a machine with GPUs is paid for.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ sys.path.insert(0, str(HERE))
 from tables import FOLDER  # noqa: E402
 
 MODELS = "wan1.3b;flux:5;zimage:10;sdxl;ltxv:12;ltx2:8;wan14b:8:fp8;wan14b:8:scaled;wan14b:8:Q8_0;wan14b:8:Q4_K"
+TRIAL_FAMILIES = ("--only", "wan*")
+TRIAL_VIDEO = ("--frames", "5", "--height", "64", "--width", "64")
+TRIAL_WEIGHTS = ("--model", "small", "--tokens", "1024")
 SCRIPTS = {"models": "sampling.py"}
 """Of parts that have none of their own."""
 DESCRIBE = """
@@ -51,6 +56,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="to take the median of")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each part")
     parser.add_argument("--only", nargs="+", metavar="PART")
+    parser.add_argument("--try", action="store_true", dest="trial", help="small models, once, on whatever is there")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     files = given.out / "checkpoints"
@@ -59,15 +65,17 @@ def main() -> int:
     if given.wheels:
         site = unpacked(given.wheels, given.out / "site")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
-    gpus, rounds = ["--gpus", given.gpus], ["--rounds", str(given.rounds)]
-    folder = ["--folder", str(files)]
+    gpus, rounds = ["--gpus", given.gpus], ["--rounds", str(1 if given.trial else given.rounds)]
+    model, models = ("small", "small:4:fp8;small:4:Q8_0") if given.trial else (f"wan14b:{given.layers}", MODELS)
+    modes = ["--table", "models", "--modes", "ulysses;recorded"]
+    common = [*rounds, "--folder", str(files)]
     parts: Mapping[str, Sequence[str]] = {
-        "families": gpus,
-        "sampling": [*gpus, *rounds, *folder, "--models", f"wan14b:{given.layers}"],
-        "models": [*gpus, *rounds, *folder, "--models", MODELS, "--modes", "ulysses;recorded", "--table", "models"],
-        "pool": [*gpus, *rounds, *folder, "--layers", str(given.layers)],
-        "vae": ["--gpus", f"1,{given.gpus}", *rounds],
-        "weights": [*rounds, *folder],
+        "families": [*gpus, *(TRIAL_FAMILIES if given.trial else ())],
+        "sampling": [*gpus, *common, "--models", model],
+        "models": [*gpus, *common, "--models", models, *modes],
+        "pool": [*gpus, *common, "--model", model, *(TRIAL_VIDEO if given.trial else ())],
+        "vae": ["--gpus", f"1,{given.gpus}", *rounds, *(TRIAL_VIDEO if given.trial else ())],
+        "weights": [*common, *(TRIAL_WEIGHTS if given.trial else ())],
     }
     unknown = set(given.only or ()) - parts.keys()
     if unknown:

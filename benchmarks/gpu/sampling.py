@@ -132,6 +132,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
     from comfy_raylight.raylight.kernels import chosen
     from comfy_raylight.workers import ghost
+    from comfy_raylight.workers.links import finish
     from comfy_raylight.workers.loading import normal_tensors
     from comfy_raylight.workers.model import WorkerModel
     from torch.profiler import ProfilerActivity, profile
@@ -151,7 +152,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
         model = WorkerModel(spec, dtype, mesh, chosen(parallel, device=device))
         model.settle(settings)
         model.make_resident(room=0)
-    torch.cuda.synchronize()
+    finish(device)
     load = time.perf_counter() - began
     generator = torch.Generator(device).manual_seed(0)
     compute = model.patcher.model.manual_cast_dtype or model.patcher.model.get_dtype()
@@ -169,7 +170,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
         seconds, peak = timed(call, options.rounds, mesh)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
-            torch.cuda.synchronize()
+            finish(device)
     averages = profiler.key_averages()
     nccl, alone = collective_seconds(profiler)
     if options.trace:

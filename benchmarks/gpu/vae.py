@@ -66,7 +66,7 @@ def main() -> int:
             peak = max(rank["ways"][way]["peak"] for rank in ranks) / 1e9
             wrong = max(rank["ways"][way]["difference"] for rank in ranks)
             plain = plain or {"seconds": seconds, "peak": peak}
-            ratios = plain["seconds"] / seconds, peak, peak / plain["peak"]
+            ratios = plain["seconds"] / seconds, peak, peak / plain["peak"] if peak else 0.0
             table.row(size, way, seconds, *ratios, wrong, ranks[0]["rounding"])
     return 0
 

@@ -1,6 +1,6 @@
 """Mapped weights on an accelerator against plain ComfyUI: load, hot reload, LoRA switch, GGUF, memory.
 
-    python benchmarks/gpu/weights.py --comfy ROOT [--layers 8] [--rounds 5] [--folder DIR]
+    python benchmarks/gpu/weights.py --comfy ROOT [--model wan14b:8] [--rounds 5] [--folder DIR]
 
 Run it with a Python that has ComfyUI's packages and gguf; it installs nothing. The checkpoint has the shape of Wan
 14B with fewer layers and random weights, in bf16, and its pages are in the page cache. One process, one device; the
@@ -15,17 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from models import Choice
+from ranks import enter
 from tables import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKENS = (4096, 16384)
 MB = 1 << 20
 
 
@@ -33,25 +32,22 @@ def main() -> int:
     """Measure and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
-    parser.add_argument("--layers", type=int, default=8, help="of 40; one has 0.7 GB")
+    parser.add_argument("--model", default="wan14b:8", help="name[:layers]; a layer of wan14b has 0.7 GB")
+    parser.add_argument("--tokens", default="4096,16384", help="of forwards, thousands of 1024, comma-separated")
     parser.add_argument("--rounds", type=int, default=5, help="to take the median of")
     parser.add_argument("--folder", type=Path, help="for the files (default: a temporary one)")
     options = parser.parse_args()
-    sys.argv = sys.argv[:1]
-    sys.path[:0] = [str(options.comfy.resolve())]
-    sys.path.append(str(ROOT / "workers" / "import_root"))
+    enter(str(options.comfy.resolve()))
     import torch
     from comfy import model_management
 
     device = model_management.get_torch_device()
-    if device.type == "cpu":
-        print("This machine has no accelerator that PyTorch sees", file=sys.stderr)
-        return 1
     with tempfile.TemporaryDirectory() as temporary:
         folder, comfy = options.folder or Path(temporary), options.comfy.resolve()
-        run = Run(comfy, folder, device, layers=options.layers, rounds=options.rounds)
+        tokens = [int(count) for count in options.tokens.split(",")]
+        run = Run(comfy, folder, device, choice=Choice.parse(options.model), tokens=tokens, rounds=options.rounds)
         print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, torch {torch.__version__}")
-        print(f"checkpoint: {run.size / 1e9:.2f} GB bf16, {options.layers} layers, median of {options.rounds}\n")
+        print(f"checkpoint: {run.size / 1e9:.2f} GB, {run.choice}, median of {options.rounds}\n")
         run.loading()
         run.loras()
         run.gguf()
@@ -61,9 +57,11 @@ def main() -> int:
 class Run:
     """The files, and one table per method."""
 
-    def __init__(self, comfy: Path, folder: Path, device: Any, *, layers: int, rounds: int) -> None:
+    def __init__(
+        self, comfy: Path, folder: Path, device: Any, *, choice: Choice, tokens: Sequence[int], rounds: int
+    ) -> None:
         self.comfy, self.folder, self.device, self.rounds = comfy, folder, device, rounds
-        self.choice = Choice("wan14b", layers, "bf16")
+        self.choice, self.tokens = choice, tokens
         self.file = self.choice.file(comfy, folder)
         self.size = self.file.stat().st_size
 
@@ -136,13 +134,15 @@ class Run:
     def idle(self) -> None:
         import torch
 
-        torch.get_device_module(self.device).synchronize(self.device)
+        torch.get_device_module(self.device).synchronize()
 
     def allocated(self) -> int:
-        """Bytes of tensors on the device."""
+        """Bytes of tensors on the device; 0 of a CPU, on which this script can be tried."""
         import torch
 
         gc.collect()
+        if self.device.type == "cpu":
+            return 0
         return int(torch.get_device_module(self.device).memory_allocated(self.device))
 
     def free(self) -> None:
@@ -157,7 +157,7 @@ class Run:
         """GB/s from page-locked memory to the device: what no load can beat."""
         import torch
 
-        host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+        host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
         target = torch.empty(1 << 30, dtype=torch.uint8, device=self.device)
         return (1 << 30) / 1e9 / self.seconds(lambda: target.copy_(host, non_blocking=True))
 
@@ -184,7 +184,7 @@ class Run:
         load = self.seconds(self.plain, after=self.free)
         patcher = self.plain()
         held = anonymous_bytes() - anonymous
-        expected = self.forward(patcher.model, TOKENS[0]).cpu()
+        expected = self.forward(patcher.model, self.tokens[0]).cpu()
 
         def again() -> None:
             with torch.inference_mode():
@@ -201,7 +201,7 @@ class Run:
         before, anonymous = self.allocated(), anonymous_bytes()
         load = self.seconds(lambda: self.mapped(self.file), after=self.free)
         model = self.mapped(self.file)
-        outputs = [self.forward(model.patcher.model, TOKENS[0]).cpu()]
+        outputs = [self.forward(model.patcher.model, self.tokens[0]).cpu()]
 
         def offload() -> None:
             with normal_tensors():
@@ -216,7 +216,7 @@ class Run:
         left, held = self.allocated() - before, anonymous_bytes() - anonymous
         reload = self.seconds(resident, after=offload)
         resident()
-        outputs.append(self.forward(model.patcher.model, TOKENS[0]).cpu())
+        outputs.append(self.forward(model.patcher.model, self.tokens[0]).cpu())
         return load, reload, leaving, held, left, all(torch.equal(output, expected) for output in outputs)
 
     def loras(self) -> None:
@@ -253,7 +253,7 @@ class Run:
 
         seconds = self.seconds(switch)
         switch(0)
-        return [one.patches for one in sets], seconds, self.forward(sets[0].model, TOKENS[0]).cpu()
+        return [one.patches for one in sets], seconds, self.forward(sets[0].model, self.tokens[0]).cpu()
 
     def _mapped_switch(self, sets: list[dict[str, Any]]) -> tuple[float, Any]:
         from comfy_raylight.workers.loading import normal_tensors
@@ -269,7 +269,7 @@ class Run:
 
         seconds = self.seconds(switch)
         switch(0)
-        return seconds, self.forward(model.patcher.model, TOKENS[0]).cpu()
+        return seconds, self.forward(model.patcher.model, self.tokens[0]).cpu()
 
     def gguf(self) -> None:
         """Seconds of a forward from blocks against one in bf16."""
@@ -287,7 +287,7 @@ class Run:
         for kind in ("Q8_0", "Q4_K"):
             path = replace(self.choice, kind=kind).file(self.comfy, self.folder)
             taken, held = self._forwards(path)
-            for tokens in TOKENS:
+            for tokens in self.tokens:
                 a, b = whole[tokens], taken[tokens]
                 table.row(kind, tokens, a, b, a / b, held / 1e9, size / 1e9)
 
@@ -297,7 +297,7 @@ class Run:
         before = self.allocated()
         model = self.mapped(path)
         held = self.allocated() - before
-        taken = {tokens: self.seconds(partial(self.forward, model.patcher.model, tokens)) for tokens in TOKENS}
+        taken = {tokens: self.seconds(partial(self.forward, model.patcher.model, tokens)) for tokens in self.tokens}
         return taken, held
 
 
