@@ -14,11 +14,10 @@ from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import LoadError, UnsupportedError
 from . import deferred, ghost
 from .deferred import Evaluation
+from .lending import borrows
 from .link import ModelLink, interruptible
 from .remote import RemotePatcher, refer
 
-BORROWING = frozenset({"ControlLora", "ControlNetSD35"})
-"""Classes that take weights of the model they control, which are on the workers."""
 STOCK = "Use ComfyUI's Load ControlNet Model: it runs in ComfyUI's process and works with models on the pool"
 
 
@@ -113,7 +112,7 @@ def _built(spec: ModelSpec) -> Any:
             "its tensor names fit none",
             "Choose a ControlNet file (models that patch the model's blocks have loaders of their own)",
         )
-    if type(control).__name__ in BORROWING:
+    if borrows(control):
         _refuse(name, "it takes over weights of the model it controls, which are on the workers")
     if not isinstance(control, comfy.controlnet.ControlNet):
         _refuse(name, f"a {type(control).__name__} runs once per picture, not at every step")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_base
@@ -20,7 +21,7 @@ from comfy import model_management
 from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
-from . import conds, ghost, refusals
+from . import conds, ghost, lending, refusals
 from .comfy_host import describe
 from .link import PREFIX, SETTINGS, ModelLink, interruptible, settings_of
 from .pool import Pool, acquire, close_all, shut_down
@@ -68,7 +69,9 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
 
 def _patcher(base: Any, shadow: torch.nn.Module, link: ModelLink, dtype: torch.dtype) -> RemotePatcher:
     base.diffusion_model = remote_module(shadow, link, base, dtype)
-    return RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
+    patcher = RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
+    patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, lending.__name__, lending.lend)
+    return patcher
 
 
 def _twin(base: Any) -> Any:
@@ -169,6 +172,16 @@ class _RemoteModule(torch.nn.Module):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The ghost's: LoRA key maps and add_patches look keys up here. Values have no data."""
         return self._ghost.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    @contextlib.contextmanager
+    def answering_from(self, model: torch.nn.Module) -> Iterator[None]:
+        """Have attributes, and the values of state_dict, come from another model than the ghost meanwhile."""
+        usual = self._ghost
+        self.__dict__["_ghost"] = model
+        try:
+            yield
+        finally:
+            self.__dict__["_ghost"] = usual
 
 
 def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: torch.dtype) -> torch.nn.Module:

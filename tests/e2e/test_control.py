@@ -19,6 +19,7 @@ from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
+from comfy_raylight.tests.weights.adapters import write_adapter
 from safetensors.torch import save_file
 
 from .conftest import SLOW
@@ -27,7 +28,9 @@ from .test_sampling import FP32, latent
 
 SD3 = Case(file="control-sd3.safetensors", inputs=families.FAMILIES["sd3"].inputs, seed=5)
 FLUX = Case(file="control-flux.safetensors", inputs=families.FAMILIES["flux"].inputs, seed=5)
+SD35 = Case(file="control-sd35.safetensors", inputs=dataclasses.replace(SD3.inputs, pooled=2048), seed=5)
 UNET = Case(file="control-unet.safetensors", inputs=families.FAMILIES["unet"].inputs, seed=5)
+LORA = ("LoraLoaderModelOnly", {"lora_name": "control-unet.safetensors", "strength_model": 0.8})
 SENT = "its residuals"
 
 
@@ -53,6 +56,10 @@ def files(server: ComfyServer, comfy_root: Path) -> Iterator[Path]:
         Job(family="control_sd3", path=folder / "sd3-bf16.safetensors", seed=4, dtype="bfloat16"),
         Job(family="unet", path=server.models / UNET.file, seed=1),
         Job(family="control_unet", path=folder / "unet.safetensors", seed=2),
+        Job(family="control_lora", path=folder / "lora.safetensors", seed=2),
+        Job(family="sd3", path=server.models / SD35.file, seed=1, size={"pooled": 2048}),
+        Job(family="control_sd35", path=folder / "sd35.safetensors", seed=2),
+        Job(family="control_sd35_large", path=folder / "sd35-large.safetensors", seed=2),
         Job(family="taesd3", path=server.base / "models" / "vae" / "taesd3.safetensors"),
     ]
     if version_of(comfy_root) != "0.3.75" or LARGE:
@@ -61,7 +68,7 @@ def files(server: ComfyServer, comfy_root: Path) -> Iterator[Path]:
             Job(family="control_flux", path=folder / "flux.safetensors", seed=2, size=size),
         ]
     write(jobs, comfy_root=comfy_root, python=python)
-    save_file({"lora_controlnet": torch.zeros(1)}, folder / "lora.safetensors")
+    write_adapter(server.models / UNET.file, server.models.parent / "loras" / UNET.file, "lora", part="attn")
     save_file({"some.weight": torch.zeros(4, 4)}, folder / "other.safetensors")
     (folder / "text.safetensors").write_text("this is a text file\n" * 100)
     yield folder
@@ -212,6 +219,36 @@ def test_what_is_refused(server: ComfyServer, client: ComfyClient, file: str, sa
     with pytest.raises(PromptError, match=says) as caught:
         client.run(prompt)
     assert caught.value.node == "control0"
+
+
+BORROWING = {
+    "Control-LoRA": (UNET, "lora"),
+    "Control-LoRA, a LoRA in what it borrows": (dataclasses.replace(UNET, model_nodes=(LORA,)), "lora"),
+    "SD3.5, its x_embedder": (SD35, "sd35"),
+    "SD3.5, its y_embedder": (SD35, "sd35-large"),
+}
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("name", BORROWING)
+def test_what_borrows_weights_of_the_model(server: ComfyServer, client: ComfyClient, name: str) -> None:
+    """Loaded by ComfyUI's own node, and run in its process."""
+    sampling, file = BORROWING[name]
+    control = Control(file=f"{file}.safetensors", stock=True, vae=sampling is SD35)
+    difference, effect = compared(server, client, sampling, PoolCase(workers=2, through_model=True), control)
+    assert difference <= FP32 and effect > 1e-2
+
+
+@pytest.mark.usefixtures("files")
+def test_a_merged_model_has_no_weights_to_lend(server: ComfyServer, client: ComfyClient) -> None:
+    control = Control(file="lora.safetensors", stock=True, vae=False)
+    prompt = controlled(pool(UNET, PoolCase(through_model=True)), (control,), on_pool=True)
+    model = prompt[SAMPLER]["inputs"]["model"]
+    prompt["merged"] = _node("ModelMergeAdd", {"model1": model, "model2": model})
+    prompt[SAMPLER]["inputs"]["model"] = ["merged", 0]
+    with pytest.raises(PromptError, match="(?s)Control-LoRA, SD3.5.*merged") as caught:
+        client.run(prompt)
+    assert caught.value.node == SAMPLER
 
 
 def _node(class_type: str, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
     Fill = Callable[[torch.nn.Module], State]
 
-SCHEMES: Mapping[str, str] = {"control_sd3": "sd3", "control_flux": "flux", "control_unet": "unet", "taesd3": ""}
+SCHEMES: Mapping[str, str] = {
+    "control_sd3": "sd3",
+    "control_sd35": "sd3",
+    "control_sd35_large": "sd3",
+    "control_flux": "flux",
+    "control_unet": "unet",
+    "control_lora": "unet",
+    "taesd3": "",
+}
 """What can be written, with the family whose sizes it has."""
 
 
@@ -28,11 +36,13 @@ def model_of(name: str, size: Mapping[str, int]) -> torch.nn.Module:
 
     if name == "taesd3":
         return comfy.taesd.taesd.TAESD(latent_channels=16)
+    if name.startswith("control_sd35"):
+        return _sd35(double=name == "control_sd35_large", operations=comfy.ops.disable_weight_init)
     config = _config(SCHEMES[name], size)
     arguments: dict[str, Any] = {"operations": comfy.ops.disable_weight_init, **config}
     if name == "control_flux":
         return comfy.ldm.flux.controlnet.ControlNetFlux(**arguments)
-    if name == "control_unet":
+    if name in ("control_unet", "control_lora"):
         return comfy.cldm.cldm.ControlNet(hint_channels=3, **arguments)
     return comfy.cldm.mmdit.ControlNet(num_blocks=2, control_latent_channels=16, **arguments)
 
@@ -44,6 +54,11 @@ def keys_of(name: str, state: State) -> State:
     if name == "control_flux":
         # the name that ComfyUI knows such files by; versions differ in what their class calls it
         return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", key): value for key, value in state.items()}
+    if name == "control_lora":
+        return _low_rank(state)
+    if name.startswith("control_sd35"):
+        borrowed = "orig_y_embedder" if name == "control_sd35_large" else "x_embedder"
+        return {key: value for key, value in state.items() if not key.startswith(borrowed)}
     if name != "control_sd3":
         return state
     depth = state["x_embedder.proj.weight"].shape[0] // 64
@@ -57,6 +72,43 @@ def keys_of(name: str, state: State) -> State:
             renamed[key] = state[target[0]].narrow(dim, start, length).clone()
             left.pop(target[0], None)
     return {**renamed, **left}
+
+
+def _sd35(*, double: bool, operations: Any) -> torch.nn.Module:
+    """With the sizes of the small SD3: 4 heads of 64. `double` borrows the model's y_embedder, else its x_embedder."""
+    import comfy.cldm.dit_embedder
+    import torch
+
+    return comfy.cldm.dit_embedder.ControlNetEmbedder(
+        img_size=None,
+        patch_size=2,
+        in_chans=16,
+        num_layers=2,
+        main_model_double=4,
+        double_y_emb=double,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        adm_in_channels=2048,
+        device=None,
+        dtype=torch.float32,
+        operations=operations,
+    )
+
+
+def _low_rank(state: State) -> State:
+    """A Control-LoRA: what the model does not have is whole, a part of the rest a difference of rank 2."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    found = {"lora_controlnet": torch.zeros(1)}
+    for key, value in state.items():
+        if key.startswith(("input_hint_block", "zero_convs", "middle_block_out")):
+            found[key] = value
+        elif key.startswith("input_blocks") and key.endswith("weight") and value.ndim > 1:
+            stem, rows, columns = key.removesuffix(".weight"), value.shape[0], value[0].numel()
+            found[f"{stem}.up"] = torch.randn(rows, 2, generator=generator) * 0.3
+            found[f"{stem}.down"] = torch.randn(2, columns, generator=generator) * columns**-0.5
+    return found
 
 
 def _config(family: str, size: Mapping[str, int]) -> dict[str, Any]:
