@@ -20,6 +20,7 @@ from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.adapters import write_adapter
+from comfy_raylight.tests.weights.files import write_gguf
 from safetensors.torch import save_file
 
 from .conftest import SLOW
@@ -240,13 +241,21 @@ def test_what_borrows_weights_of_the_model(server: ComfyServer, client: ComfyCli
 
 
 @pytest.mark.usefixtures("files")
-def test_a_merged_model_has_no_weights_to_lend(server: ComfyServer, client: ComfyClient) -> None:
-    control = Control(file="lora.safetensors", stock=True, vae=False)
-    prompt = controlled(pool(UNET, PoolCase(through_model=True)), (control,), on_pool=True)
-    model = prompt[SAMPLER]["inputs"]["model"]
-    prompt["merged"] = _node("ModelMergeAdd", {"model1": model, "model2": model})
-    prompt[SAMPLER]["inputs"]["model"] = ["merged", 0]
-    with pytest.raises(PromptError, match="(?s)Control-LoRA, SD3.5.*merged") as caught:
+@pytest.mark.parametrize("what", ["merged", "quantised"])
+def test_what_has_no_weights_to_lend(server: ComfyServer, client: ComfyClient, what: str) -> None:
+    control = Control(file="sd35.safetensors", stock=True)
+    prompt = controlled(pool(SD35, PoolCase(through_model=True)), (control,), on_pool=True)
+    if what == "merged":
+        model = prompt[SAMPLER]["inputs"]["model"]
+        prompt["merged"] = _node("ModelMergeAdd", {"model1": model, "model2": model})
+        prompt[SAMPLER]["inputs"]["model"] = ["merged", 0]
+    else:
+        path = server.models / "control-sd35.gguf"
+        write_gguf(server.models / SD35.file, path, "Q8_0", quantised=lambda name, _: "joint_blocks.1" in name)
+        kinds = {"dequant_dtype": "default", "patch_dtype": "default"}
+        initializer = prompt[LOADER]["inputs"]["ray_actors_init"]
+        prompt[LOADER] = _node("RayGGUFLoader", {"unet_name": path.name, **kinds, "ray_actors_init": initializer})
+    with pytest.raises(PromptError, match=f"(?s)Control-LoRA, SD3.5.*{what}") as caught:
         client.run(prompt)
     assert caught.value.node == SAMPLER
 
