@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from comfy_raylight.tests.host.large import LARGE, WHY
 
 VARIABLE = "RAYLIGHT_TEST_COMFY"
+SLOW = pytest.mark.skipif(not LARGE, reason=WHY)
 
 
 def comfy_roots() -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_raylight.tests.host.large import LARGE, WHY
+from comfy_raylight.tests.conftest import SLOW
 
 RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu" / "run.py"
 TIMEOUT_S = 900
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 @pytest.mark.timeout(TIMEOUT_S + 60)
-@pytest.mark.skipif(not LARGE, reason=WHY)
+@SLOW
 def test_every_part_runs(comfy_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(RUN), "--comfy", str(comfy_root), "--out", str(tmp_path), "--try"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_raylight.tests.host.large import LARGE, WHY
+from comfy_raylight.tests.conftest import SLOW
 
 from .pooled import LATENTS
 
@@ -37,7 +37,7 @@ def test_encode_equals_vae_encode(found: Found, comfy_root: Path, name: str) -> 
     assert found(comfy_root)[f"encode, {name}"] <= CLOSE
 
 
-@pytest.mark.skipif(not LARGE, reason=WHY)
+@SLOW
 @pytest.mark.parametrize("mode", ("auto", "tiles"))
 def test_sound_is_decoded_on_one_rank(found: Found, comfy_root: Path, mode: str) -> None:
     assert found(comfy_root)[f"sound, {mode}"]

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient
-from comfy_raylight.tests.host.large import LARGE, WHY
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.server import ComfyServer
 
-SLOW = pytest.mark.skipif(not LARGE, reason=WHY)
 FAMILIES = ("wan", "flux", "unet", *(("zimage",) if LARGE else ()))
 """Flux has 1.1 GB and Z-Image 1.8 GB of bf16, which a CPU casts at every call: seconds for a step."""
 

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.prompts import FAMILIES, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
-from .conftest import SLOW
 from .test_sampling import FP32, latent
 
 GROUPS = PoolCase(workers=2, cfg=2)

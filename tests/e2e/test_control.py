@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_raylight.tests.conftest import version_of
+from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
@@ -23,7 +23,6 @@ from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.files import write_gguf
 from safetensors.torch import save_file
 
-from .conftest import SLOW
 from .test_data_parallel import SEEDS, Bench, parallel, same
 from .test_sampling import FP32, latent
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host import processes
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, SAMPLER, SAVE, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
-from .conftest import SLOW
 from .test_sampling import FP32, latent
 
 TWO = PoolCase(workers=2, ulysses=0, ring=0, cfg=0)

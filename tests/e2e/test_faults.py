@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.faults import FAULTS, Stage, suffer, zombies
 from comfy_raylight.tests.host.server import ComfyServer
-
-from .conftest import SLOW
 
 BY_DEFAULT = ("rank 1", "raylet", "exception", "memory", "truncated", "cancel", "cancel in a step")
 NAMES = [pytest.param(name, marks=() if name in BY_DEFAULT else SLOW) for name in FAULTS]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host import processes
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
 from comfy_raylight.tests.host.faults import Stage
@@ -18,8 +19,6 @@ from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import INIT, LOADER, SAMPLER, SAVE
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.memory import private
-
-from .conftest import SLOW
 
 SECONDS = 600.0 if LARGE else 20.0
 ACTIONS_AT_LEAST = 3

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.decode.files import write as write_vae
 from comfy_raylight.tests.e2e import test_vae as vae
 from comfy_raylight.tests.host import machines, processes
@@ -17,8 +18,6 @@ from comfy_raylight.tests.host.client import ComfyClient, PromptError
 from comfy_raylight.tests.host.faults import Stage
 from comfy_raylight.tests.host.prompts import INIT, LOADER
 from comfy_raylight.tests.host.server import ComfyServer, free_port
-
-from .conftest import SLOW
 
 pytestmark = pytest.mark.skipif(not machines.possible(), reason="needs namespaces: Linux, and root")
 

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host import machines, processes
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.faults import Stage
 from comfy_raylight.tests.host.prompts import INIT, LOADER
 from comfy_raylight.tests.host.server import ComfyServer, free_port
-
-from .conftest import SLOW
 
 GONE_S = 10.0
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, Result
 from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, SAMPLER, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
-
-from .conftest import SLOW
 
 FP32 = 1e-5
 BF16 = 2e-2

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.decode.files import write
 from comfy_raylight.tests.host import processes
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, Case, PoolCase, pool
 from comfy_raylight.tests.host.server import ComfyServer
 from safetensors.torch import load_file
-
-from .conftest import SLOW
 
 CLOSE = 1e-5
 NODE = "decoder"

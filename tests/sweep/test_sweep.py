@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_raylight.tests.conftest import version_of
+from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.host.reports import reporter
@@ -109,7 +109,7 @@ def test_known_limits_are_refused(sweep: Any, comfy_root: Path) -> None:
 
 
 @pytest.mark.timeout(len(WORKERS) * TIMEOUT_S)
-@pytest.mark.skipif(not LARGE, reason=WHY)
+@SLOW
 def test_table_is_written(sweep: Any, comfy_root: Path) -> None:
     reports = [sweep(comfy_root, family) for family in families(comfy_root)]
     version, section = reports[0]["comfy"], _section(reports)

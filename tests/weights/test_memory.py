@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_raylight.raylight.config import ModelSpec
-from comfy_raylight.tests.conftest import comfy_roots
+from comfy_raylight.tests.conftest import SLOW, comfy_roots
 from comfy_raylight.tests.host.checkpoints import Job, write
-from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.weights.memory import Pooled, Watch, private, proportional
 from comfy_raylight.tests.workers import conftest as workers
 from comfy_raylight.workers import pool as pools
@@ -40,7 +39,7 @@ CASES = [
     ("float32", 1),
     ("float32", 4),
     ("float32", 2),
-    pytest.param("bfloat16", 2, marks=pytest.mark.skipif(not LARGE, reason=WHY)),
+    pytest.param("bfloat16", 2, marks=SLOW),
 ]
 """Dtype of the file, and workers."""
 ALLOWED = 1.05

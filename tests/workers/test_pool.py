@@ -16,8 +16,8 @@ import pytest
 import torch
 from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
+from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.checkpoints import Job, write
-from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers, times_compiled_graphs
 from comfy_raylight.workers import links
 from comfy_raylight.workers import pool as pools
@@ -137,9 +137,6 @@ def test_worker_killed_between_calls(acquire: Acquire, model: Model) -> None:
     with pytest.raises(WorkerError, match="Worker 1 .*died"):
         model.forward()
     assert torch.equal(Model(acquire(), Path(model.spec.path)).forward(), before)
-
-
-SLOW = pytest.mark.skipif(not LARGE, reason=WHY)
 
 
 @pytest.mark.parametrize(
