@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_raylight.tests.conftest import SLOW
+from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.decode.files import write
 from comfy_raylight.tests.host import processes
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
@@ -114,10 +114,13 @@ def vaes(server: ComfyServer, comfy_root: Path) -> Path:
 
 
 @pytest.fixture
-def clean() -> Any:
+def clean(server: ComfyServer) -> Any:
     before = shared_memory_files()
     yield
     assert shared_memory_files() == before
+    for name in ("stock", "ray"):  # of a test that does not look at them
+        for path in server.output.glob(f"{name}-*.safetensors"):
+            path.unlink()
 
 
 CASES = [
@@ -140,6 +143,8 @@ CASES = [
 def test_equals_comfyui(  # noqa: PLR0917, fixtures and parameters
     server: ComfyServer, client: ComfyClient, latent: Latent, workers: int, widgets: dict[str, Any], way: str
 ) -> None:
+    if latent is LTXV and version_of(server.comfy) == "0.3.75":
+        pytest.skip("its VAELoader does not look at the sizes that a file names")
     tiled = way == "tiles"
     client.run(stock(latent, tiled=tiled))
     before = len(server.log())
