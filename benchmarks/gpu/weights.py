@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
     parser.add_argument("--model", default="wan14b:8", help="name[:layers]; a layer of wan14b has 0.7 GB")
-    parser.add_argument("--tokens", default="4096,16384", help="of forwards, thousands of 1024, comma-separated")
+    parser.add_argument("--tokens", default="4096,16384", help="of forwards, multiples of 1024, comma-separated")
     parser.add_argument("--rounds", type=int, default=5, help="to take the median of")
     parser.add_argument("--folder", type=Path, help="for the files (default: a temporary one)")
     options = parser.parse_args()
