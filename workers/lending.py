@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -27,15 +28,10 @@ def lend(executor: Any, *args: Any, **kwargs: Any) -> Any:
         UnsupportedError: the model's file has none that ComfyUI's layers could use.
     """
     guider = executor.class_obj
-    controls = {
-        id(control): control
-        for conditions in guider.conds.values()
-        for condition in conditions
-        for control in _chain(condition.get("control"))
-    }
-    with contextlib.ExitStack() as stack:
-        if any(map(borrows, controls.values())):
-            stack.enter_context(_weights(guider.model_patcher))
+    conditions = itertools.chain.from_iterable(guider.conds.values())
+    if not any(borrows(control) for condition in conditions for control in _chain(condition.get("control"))):
+        return executor(*args, **kwargs)
+    with _weights(guider.model_patcher):
         return executor(*args, **kwargs)
 
 

@@ -32,9 +32,17 @@ sys.path.insert(0, str(HERE))
 from tables import FOLDER  # noqa: E402
 
 MODELS = "wan1.3b;flux:5;zimage:10;sdxl;ltxv:12;ltx2:8;wan14b:8:fp8;wan14b:8:scaled;wan14b:8:Q8_0;wan14b:8:Q4_K"
-TRIAL_FAMILIES = ("--only", "wan*")
-TRIAL_VIDEO = ("--frames", "5", "--height", "64", "--width", "64")
-TRIAL_WEIGHTS = ("--model", "small", "--tokens", "1024")
+ONCE = ("--rounds", "1")
+SMALL_VIDEO = ("--frames", "5", "--height", "64", "--width", "64")
+TRIAL: Mapping[str, Sequence[str]] = {
+    "families": ("--only", "wan*"),
+    "sampling": (*ONCE, "--models", "small"),
+    "models": (*ONCE, "--models", "small:4:fp8;small:4:Q8_0"),
+    "pool": (*ONCE, *SMALL_VIDEO, "--model", "small"),
+    "vae": (*ONCE, *SMALL_VIDEO),
+    "weights": (*ONCE, "--model", "small", "--tokens", "1024"),
+}
+"""What --try has come after the other arguments of a part, and so in their place."""
 SCRIPTS = {"models": "sampling.py"}
 """Of parts that have none of their own."""
 DESCRIBE = """
@@ -65,17 +73,15 @@ def main() -> int:
     if given.wheels:
         site = unpacked(given.wheels, given.out / "site")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
-    gpus, rounds = ["--gpus", given.gpus], ["--rounds", str(1 if given.trial else given.rounds)]
-    model, models = ("small", "small:4:fp8;small:4:Q8_0") if given.trial else (f"wan14b:{given.layers}", MODELS)
-    modes = ["--table", "models", "--modes", "ulysses;recorded"]
-    common = [*rounds, "--folder", str(files)]
+    gpus, rounds = ["--gpus", given.gpus], ["--rounds", str(given.rounds)]
+    folder = ["--folder", str(files)]
     parts: Mapping[str, Sequence[str]] = {
-        "families": [*gpus, *(TRIAL_FAMILIES if given.trial else ())],
-        "sampling": [*gpus, *common, "--models", model],
-        "models": [*gpus, *common, "--models", models, *modes],
-        "pool": [*gpus, *common, "--model", model, *(TRIAL_VIDEO if given.trial else ())],
-        "vae": ["--gpus", f"1,{given.gpus}", *rounds, *(TRIAL_VIDEO if given.trial else ())],
-        "weights": [*common, *(TRIAL_WEIGHTS if given.trial else ())],
+        "families": gpus,
+        "sampling": [*gpus, *rounds, *folder, "--models", f"wan14b:{given.layers}"],
+        "models": [*gpus, *rounds, *folder, "--models", MODELS, "--modes", "ulysses;recorded", "--table", "models"],
+        "pool": [*gpus, *rounds, *folder, "--model", f"wan14b:{given.layers}"],
+        "vae": ["--gpus", f"1,{given.gpus}", *rounds],
+        "weights": [*rounds, *folder],
     }
     unknown = set(given.only or ()) - parts.keys()
     if unknown:
@@ -86,6 +92,7 @@ def main() -> int:
     for name in given.only or parts:
         script = SCRIPTS.get(name, f"{name}.py")
         command = [sys.executable, str(HERE / script), "--comfy", str(given.comfy), *parts[name]]
+        command += TRIAL[name] if given.trial else ()
         began = time.monotonic()
         print(f"== {name}", flush=True)
         code, text = run(command, given.out / f"{name}.log", environment, given.limit)

@@ -132,9 +132,9 @@ class Run:
         return statistics.median(found[1:])
 
     def idle(self) -> None:
-        import torch
+        from comfy_raylight.workers.links import finish
 
-        torch.get_device_module(self.device).synchronize()
+        finish(self.device)
 
     def allocated(self) -> int:
         """Bytes of tensors on the device; 0 of a CPU, on which this script can be tried."""

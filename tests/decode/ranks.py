@@ -156,7 +156,7 @@ def watching(mesh: Mesh, total: int, told: list[int]) -> Watch:
 def tiled(one: Prepared) -> tuple[torch.Tensor, dict[str, Any]]:
     """A latent of several tiles, and the grid."""
     family = one.family
-    grid: dict[str, Any] = {"out_channels": one.whole("decode", family.latent(4)).shape[1]}
+    grid: dict[str, Any] = {"out_channels": next(iter(one.decoded.values())).shape[1]}
     if not family.frames:
         return family.latent(9, batch=2), {**grid, "tile": (4, 4), "overlap": 2, "upscale_amount": family.scale}
     # what two and three frames become says it for all numbers

@@ -44,7 +44,7 @@ EQUAL, SAME_ERROR, REFUSED, NOT_TRIED = "equal", "same error", "refused", "not t
 UNSETTLED = "equal (unsettled)"
 """Further apart than TOLERANCE, but no further than plain pictures whose noise differs in the last digit."""
 DIFFERENT, ONE_SIDED, LEAK, POOL_LOST = "different", "only one side failed", "leak", "pool lost"
-FINE = frozenset({EQUAL, SAME_ERROR, REFUSED, NOT_TRIED})
+FINE = frozenset({EQUAL, UNSETTLED, SAME_ERROR, REFUSED, NOT_TRIED})
 
 
 @dataclass(frozen=True)

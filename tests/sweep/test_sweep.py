@@ -14,11 +14,11 @@ from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.host.reports import reporter
+from comfy_raylight.tests.sweep.sweep import FINE
 
 PACK = Path(__file__).resolve().parents[2]
 SCRIPT = PACK / "tests" / "sweep" / "sweep.py"
 TABLE = PACK / "docs" / "core-nodes.md"
-FINE = ("equal", "equal (unsettled)", "same error", "refused", "not tried")
 TIMEOUT_S = 900
 """For one family, which takes one or two minutes on two cores."""
 """Whether to sweep all families, and write the table, which has all of them; by default wan alone."""
