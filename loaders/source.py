@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..raylight.config import READERS
+from ..raylight.config import READERS, ModelSpec
 from ..raylight.errors import ConfigError, LoadError
 from .header import Entry, Header, read_header
 
@@ -80,6 +80,17 @@ class Source:
             whole = self._map() if reader == "map" else self._read_private()
             self.tensors = {name: _view(whole, entry) for name, entry in self.header.entries.items()}
         self.check()
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Source:
+        """The file that a spec names.
+
+        Raises:
+            LoadError: as above, or another file is there by now.
+        """
+        if spec.now() != spec:
+            raise changed(spec.path, "it is not the file that was chosen any more")
+        return cls(spec.path, reader=spec.reader)
 
     @property
     def fd(self) -> int:

@@ -25,6 +25,7 @@ def lend(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """A wrapper of ComfyUI's sampling: where a ControlNet borrows, the MODEL has weights to lend meanwhile.
 
     Raises:
+        LoadError: another file is in the place of the model's.
         UnsupportedError: the model's file has none that ComfyUI's layers could use.
     """
     guider = executor.class_obj
@@ -46,7 +47,7 @@ def _weights(patcher: Any) -> Iterator[None]:
     """Have the model's stand-in answer from a model with weights: the file's memory, and copies of what is patched."""
     stand_in = patcher.model.diffusion_model
     spec = stand_in.link.spec
-    source = Source(spec.path, reader=spec.reader)
+    source = Source.of(spec)
     if source.header.format == "gguf":
         _refuse(f"those of {os.path.basename(spec.path)} are quantised blocks")
     with normal_tensors():

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from comfy import model_management
 
-from ..loaders.source import Source, changed
+from ..loaders.source import Source
 from ..patches.ffn import ChunkedFeedForward
 from ..patches.registry import plan_for
 from ..raylight import cost
@@ -55,9 +55,7 @@ class WorkerModel:
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, mesh: Mesh, kernel: LocalKernel | None) -> None:
-        if spec.now() != spec:
-            raise changed(spec.path, "it is not the file that was chosen any more")
-        self.source = Source(spec.path, reader=spec.reader)
+        self.source = Source.of(spec)
         adopted = self._adopted(spec, dtype)
         self._mesh = mesh
         self._homes = adopted.homes

@@ -9,7 +9,7 @@ import comfy.ops
 import comfy.sd
 import torch
 
-from ..loaders.source import Source, changed
+from ..loaders.source import Source
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
 from .adopt import Adopting, homes_of, on_cpu
@@ -28,9 +28,7 @@ def load_vae(spec: ModelSpec) -> tuple[Any, Source]:
     Raises:
         LoadError: the file changed since the driver looked at it, or ComfyUI finds no VAE in it.
     """
-    if spec.now() != spec:
-        raise changed(spec.path, "it is not the file that was chosen any more")
-    source = Source(spec.path, reader=spec.reader)
+    source = Source.of(spec)
     metadata = dict(source.header.metadata) or None
     # on a CPU only what is in the file as ComfyUI computes with it stays the file's memory
     mode = Adopting(source, convert=not on_cpu())
