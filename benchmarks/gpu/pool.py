@@ -1,12 +1,14 @@
 """The pool itself on GPUs, Ray included, against plain ComfyUI on one: steps, overhead, load, memory, kill and cancel.
 
     python benchmarks/gpu/pool.py --comfy ROOT [--model wan14b:40] [--steps 3] [--rounds 5] [--gpus 2,4]
+        [--compile cudagraphs]
 
 Run it with a Python that has ComfyUI's packages, gguf and Ray; it installs nothing. The checkpoint has the shape of a
 Wan with random weights, its pages in the page cache. Both sides sample with comfy.sample; plain's weights are
 off the device before a pool starts. Load is what a first run takes longer than later ones. Overhead is a step's time
 outside of the workers. Host memory is what the worker processes occupy together (Pss) beyond what they did before the
-model was loaded, over the file. Then a worker is killed in the middle of a run, and a run is cancelled; the next run
+model was loaded, over the file. A run's own time is what it takes beside its steps, from runs of one and of all steps.
+Then a worker is killed in the middle of a run, and a run is cancelled; the next run
 must give the bits of the first.
 """
 
@@ -41,6 +43,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="runs to take the median of")
     parser.add_argument("--gpus", default="2", help="how many, comma-separated; 2cfg are two that share the conditions")
+    parser.add_argument("--compile", default="", help="backend of Torch Compile Model (Ray), as cudagraphs")
     parser.add_argument("--profile", action="store_true", help="print where this process spends a run")
     parser.add_argument("--folder", type=Path, help="for the checkpoint (default: a temporary one)")
     options = parser.parse_args()
@@ -68,25 +71,31 @@ class Bench:
         self.text = [[[torch.randn(1, 512, 4096, generator=generator), {}]] for _ in range(2)]
         self.plain: dict[float, tuple[float, Any]] = {}
 
-    def sample(self, model: Any, scale: float) -> Any:
-        """One run."""
+    def sample(self, model: Any, scale: float, steps: int = 0) -> Any:
+        """One run, of so many steps, or as many as are asked for."""
         import comfy.sample
         import torch
 
         positive, negative = self.text
         return comfy.sample.sample(
-            model, self.noise, self.options.steps, scale, "euler", "simple", positive, negative,
+            model, self.noise, steps or self.options.steps, scale, "euler", "simple", positive, negative,
             torch.zeros_like(self.noise), disable_pbar=True, seed=1,
         )  # fmt: skip
 
-    def timed(self, model: Any, scale: float) -> tuple[list[float], Any]:
-        """Seconds per step of every run after a first one, and the samples."""
+    def timed(self, model: Any, scale: float) -> tuple[float, float, Any]:
+        """Medians over runs after a first one, and the samples: seconds per step, and of a run beside its steps."""
+        whole, samples = self._runs(model, scale, self.options.steps)
+        once, _ = self._runs(model, scale, 1)
+        step = (whole - once) / max(1, self.options.steps - 1)
+        return whole / self.options.steps, once - step, samples
+
+    def _runs(self, model: Any, scale: float, steps: int) -> tuple[float, Any]:
         found = []
         for _ in range(self.options.rounds + 1):
             began = time.perf_counter()
-            samples = self.sample(model, scale)
-            found.append((time.perf_counter() - began) / self.options.steps)
-        return found[1:], samples
+            samples = self.sample(model, scale, steps)
+            found.append(time.perf_counter() - began)
+        return statistics.median(found[1:]), samples
 
     def run(self) -> None:
         """Plain, then every pool."""
@@ -104,14 +113,14 @@ class Bench:
         load = time.perf_counter() - began
         table = Table(
             "pool",
-            ["GPUs", "cfg", "start s", "load s", "GB/s in total", "s per step", "speed-up", "overhead ms per call",
-             "host memory of the file", "difference"],
+            ["GPUs", "cfg", "start s", "load s", "GB/s in total", "s per step", "speed-up", "own s of a run",
+             "overhead ms per call", "host memory of the file", "difference"],
             difference=".1e", overhead=".2f", start=".1f",
         )  # fmt: skip
         for scale in scales:
-            seconds, samples = self.timed(model, scale)
-            self.plain[scale] = statistics.median(seconds), samples
-            table.row("plain", scale, 0.0, load, size / load / 1e9, self.plain[scale][0], 1.0, 0.0, "", 0.0)
+            seconds, own, samples = self.timed(model, scale)
+            self.plain[scale] = seconds, samples
+            table.row("plain", scale, 0.0, load, size / load / 1e9, seconds, 1.0, own, 0.0, "", 0.0)
         del model
         model_management.unload_all_models()
         gc.collect()
@@ -127,9 +136,16 @@ class Bench:
         cfg = 2 if name.endswith("cfg") else 1
         return PoolConfig(parallel=ParallelConfig(world=world, ulysses=world // cfg, ring=1, cfg=cfg))
 
+    def load(self, config: Any) -> Any:
+        """The model on a pool, as a user's nodes make it."""
+        from comfy_raylight.raylight.config import ModelSpec
+        from comfy_raylight.workers import remote
+
+        model = remote.load_model(config, ModelSpec.of(self.file))
+        return remote.with_settings(model, compile=self.options.compile) if self.options.compile else model
+
     def pool(self, table: Table, name: str, world: int, size: int) -> None:
         """One row."""
-        from comfy_raylight.raylight.config import ModelSpec
         from comfy_raylight.tests.weights.memory import proportional
         from comfy_raylight.workers import pool as pools
         from comfy_raylight.workers import remote
@@ -141,35 +157,32 @@ class Bench:
         start = time.perf_counter() - began
         before = proportional(pids)
         began = time.perf_counter()
-        model = remote.load_model(config, ModelSpec.of(self.file))
+        model = self.load(config)
         self.sample(model, scale)
         first = time.perf_counter() - began
         held = (proportional(pids) - before) / size
         if self.options.profile:
             profiled(lambda: self.sample(model, scale))
         traffic = dataclasses.replace(model.link.traffic())  # it goes on counting
-        seconds, samples = self.timed(model, scale)
+        seconds, own, samples = self.timed(model, scale)
         spent = model.link.traffic().since(traffic)
         plain, expected = self.plain[scale]
         difference = float((samples - expected).abs().max() / expected.abs().max())
-        median = statistics.median(seconds)
-        load = first - median * self.options.steps
+        load = first - seconds * self.options.steps
         overhead = (spent.seconds - spent.worker_seconds) / spent.calls * 1e3
         print(f"a call: {spent.seconds / spent.calls:.4f} s, in the workers {spent.worker_seconds / spent.calls:.4f} s")
-        table.row(
-            name, scale, start, load, world * size / load / 1e9, median, plain / median, overhead, held, difference
-        )
+        speeds = seconds, plain / seconds, own
+        table.row(name, scale, start, load, world * size / load / 1e9, *speeds, overhead, held, difference)
         pools.close_all()
 
     def faults(self, world: int) -> None:
         """Cancel, then kill; what a user sees, how soon, and whether the next run is as the first."""
         import torch
         from comfy import model_management
-        from comfy_raylight.raylight.config import ModelSpec
         from comfy_raylight.workers import remote
 
         config = self.config("", world)
-        model = remote.load_model(config, ModelSpec.of(self.file))
+        model = self.load(config)
         expected = self.sample(model, 1.0)
         step = self.plain[1.0][0] / world
 
