@@ -1,7 +1,7 @@
 """Model calls on 1, 2, ... GPUs against one: load, seconds, memory, difference, and what collectives take.
 
     python benchmarks/gpu/sampling.py --comfy ROOT [--models "wan14b:8;flux:5:Q8_0"] [--rounds 5] [--gpus 2]
-        [--modes ...]
+        [--modes ...] [--turns 2]
 
 Run it with a Python that has ComfyUI's packages and gguf; it installs nothing. A checkpoint has the shape of its model,
 with as many layers as are asked for, and random weights, its pages in the page cache, and each process is a worker's
@@ -50,6 +50,7 @@ class Options:
         mode: key of MODES, "" for plain.
         reference: a file for plain's output.
         extent: frames, height and width in pixels.
+        turns: in which Ulysses exchanges, where the mode does not say; 0 chooses.
         trace: how the names of files with profiles begin, "" for none.
     """
 
@@ -61,6 +62,7 @@ class Options:
     mode: str
     extent: tuple[int, int, int]
     rounds: int
+    turns: int
     trace: str
 
 
@@ -75,6 +77,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="to take the median of")
     parser.add_argument("--gpus", default="2", help="how many besides one, comma-separated")
     parser.add_argument("--modes", default=";".join(MODES), help="separated by semicolons")
+    parser.add_argument("--turns", type=int, default=0, help="in which Ulysses exchanges heads (default: as the pool)")
     parser.add_argument("--table", default="sampling", help="name of its JSON file")
     parser.add_argument("--folder", type=Path, help="for the checkpoints (default: a temporary one)")
     parser.add_argument(
@@ -101,6 +104,7 @@ def main() -> int:
                 mode="",
                 extent=(frames, height, width),
                 rounds=given.rounds,
+                turns=given.turns,
                 trace=given.trace,
             )
             measure(table, options, [int(size) for size in given.gpus.split(",")], given.modes.split(";"))
@@ -137,7 +141,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     from comfy_raylight.workers.model import WorkerModel
     from torch.profiler import ProfilerActivity, profile
 
-    mode = dict(MODES.get(options.mode, {}))
+    mode = {"overlap": options.turns, **MODES.get(options.mode, {})}
     ring = options.size if mode.pop("ring", False) else 1
     settings = WorkerSettings(compile=mode.pop("compile", ""))
     parallel = ParallelConfig(world=options.size, ulysses=options.size // ring, ring=ring, cfg=1, **mode)
