@@ -17,6 +17,7 @@ COLOURS = {
     "weights on the device": (86, 156, 255),
     "other memory": (122, 128, 150),
     "computing": (98, 196, 130),
+    "workers": (98, 196, 130),
     "exchanging": (255, 176, 64),
     "driver": (190, 130, 240),
     "seen": (98, 196, 130),
@@ -71,14 +72,19 @@ def _sections(report: PoolReport) -> list[tuple[str, list[Bar]]]:
             memory.append(Bar(f"worker {worker.rank}", parts, f"{mib(weights)} + {mib(other)}"))
         sections.append(("Memory of each worker", memory))
     if (run := report.run) is not None:
-        parts = (("computing", run.computing), ("exchanging", run.exchanging), ("driver", run.driver))
+        parts = (("workers", run.computing), ("driver", run.driver))
+        if run.exchanging is not None:
+            parts = (("computing", run.computing), ("exchanging", run.exchanging), ("driver", run.driver))
         sections.append(
             (f"A step of the last run ({run.steps} steps)", [Bar("seconds", parts, f"{run.step:.3f} s per step")])
         )
-        gains = [Bar("seen", (("seen", run.seen),), f"{run.seen:.2f}")]
-        if run.predicted:
-            gains.append(Bar("predicted", (("predicted", run.predicted),), f"{run.predicted:.2f}"))
-        sections.append(("Speed-up over one worker", gains))
+        gains = [
+            Bar(name, ((name, gain),), f"{gain:.2f}")
+            for name, gain in (("seen", run.seen), ("predicted", run.predicted))
+            if gain
+        ]
+        if gains:
+            sections.append(("Speed-up over one worker", gains))
     return sections
 
 

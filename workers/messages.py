@@ -117,6 +117,7 @@ class WorkerReport:
     Attributes:
         host_bytes: memory of its process that no other process shares.
         device_bytes: what its process has taken of its accelerator.
+        timed: whether exchanges were told apart from computing; an accelerator has both queued, and does them at once.
         predicted: speed-up over one worker that raylight.cost predicts for the last call; 0 where it cannot say.
     """
 
@@ -125,6 +126,7 @@ class WorkerReport:
     host_bytes: int
     device_bytes: int
     models: tuple[ModelReport, ...]
+    timed: bool
     predicted: float
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..raylight.config import WorkerSettings
-from .link import ModelLink
 from .messages import ModelReport, WorkerReport
 from .replica import Run
+
+if TYPE_CHECKING:
+    from .link import ModelLink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +22,17 @@ class LastRun:
     Attributes:
         steps: how many there were.
         computing: of a step, in the workers beside exchanges with each other.
-        exchanging: of a step, in collectives, waiting for each other included.
+        exchanging: of a step, in collectives, waiting for each other included; None where that is not known, and part
+            of `computing`.
         driver: of a step, between ComfyUI's process and the workers.
-        seen: speed-up: what all workers computed, one after another, over what the model calls took.
+        seen: speed-up: what all workers computed, one after another, over what the model calls took; 0 where
+            computing is not known.
         predicted: speed-up by raylight.cost; 0 where it cannot say.
     """
 
     steps: int
     computing: float
-    exchanging: float
+    exchanging: float | None
     driver: float
     seen: float
     predicted: float
@@ -35,7 +40,7 @@ class LastRun:
     @property
     def step(self) -> float:
         """Seconds of a step in model calls."""
-        return self.computing + self.exchanging + self.driver
+        return self.computing + (self.exchanging or 0.0) + self.driver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,30 +71,31 @@ def collect(link: ModelLink) -> PoolReport:
         tested=pool.links,
         places=tuple(f"process {member.place.pid} on {member.place.host}" for member in pool.members),
         workers=workers,
-        run=last_run(link.last_runs(), parallel.sequence, workers[0].predicted),
+        run=last_run(link.last_runs(), parallel.sequence, workers[0]),
     )
 
 
-def last_run(runs: Sequence[Run], sequence: int, predicted: float) -> LastRun | None:
+def last_run(runs: Sequence[Run], sequence: int, worker: WorkerReport) -> LastRun | None:
     """The run as one: its cfg groups worked at the same time.
 
     Args:
         sequence: workers of each group.
-        predicted: speed-up of one group.
+        worker: one of them.
     """
     busy = [run.traffic for run in runs if run.traffic.calls]
     steps = max((run.steps for run in runs), default=0)
     if not busy or not steps:
         return None
     longest = max(busy, key=lambda traffic: traffic.seconds)
+    exchanged = longest.collective_seconds if worker.timed else None
     computed = sum(traffic.worker_seconds - traffic.collective_seconds for traffic in busy) * sequence
     return LastRun(
         steps=steps,
-        computing=(longest.worker_seconds - longest.collective_seconds) / steps,
-        exchanging=longest.collective_seconds / steps,
+        computing=(longest.worker_seconds - (exchanged or 0.0)) / steps,
+        exchanging=None if exchanged is None else exchanged / steps,
         driver=(longest.seconds - longest.worker_seconds) / steps,
-        seen=computed / longest.seconds,
-        predicted=predicted * len(busy),
+        seen=computed / longest.seconds if worker.timed else 0.0,
+        predicted=worker.predicted * len(busy),
     )
 
 
@@ -112,14 +118,17 @@ def lines(report: PoolReport) -> list[str]:
     run = report.run
     if run is None:
         return [*found, "", "Last run: none yet"]
-    share = run.exchanging / run.step
+    exchanges = "exchanges between workers are not timed on this device"
+    if run.exchanging is not None:
+        exchanges = f"{run.exchanging / run.step:.0%} of it in exchanges between workers"
+    seen = f"{run.seen:.2f} seen, " if run.seen else ""
     predicted = f"{run.predicted:.2f} predicted" if run.predicted else "no prediction for this model or device"
     return [
         *found,
         "",
         f"Last run: {run.steps} steps, {run.step:.3f} s per step in the model",
-        f"  {share:.0%} of it in exchanges between workers, {run.driver / run.step:.0%} between ComfyUI and workers",
-        f"  speed-up over one worker: {run.seen:.2f} seen, {predicted}",
+        f"  {exchanges}, {run.driver / run.step:.0%} between ComfyUI and workers",
+        f"  speed-up over one worker: {seen}{predicted}",
     ]
 
 

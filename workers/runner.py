@@ -278,6 +278,7 @@ class Runner:
             host_bytes=memory.private_bytes(),
             device_bytes=memory.device_bytes(device),
             models=tuple(model.report() for model in self._models.values()),
+            timed=device.type == "cpu",
             predicted=last.predicted() if last else 0.0,
         )
 
