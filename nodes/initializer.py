@@ -104,7 +104,11 @@ OPTIONAL: dict[str, Any] = {
     ),
     "skip_comm_test": (
         "BOOLEAN",
-        {"default": True, "tooltip": "Off: test every link once after the start and log its bandwidth."},
+        {
+            "default": True,
+            "tooltip": "Off: test every link once after the start, log its bandwidth, and predict by it whether "
+            "sharing pays.",
+        },
     ),
     "pack_qkv": (
         "BOOLEAN",

@@ -88,19 +88,31 @@ def described(links: Mapping[str, Link]) -> str:
     return "; ".join(parts) or "none, one worker"
 
 
+def machine(links: Mapping[str, Link], device_type: str) -> cost.Machine | None:
+    """The rates assumed of a type of device, with the slowest of these links; None where nothing is assumed of it."""
+    assumed = cost.RATES.get(device_type)
+    found = _of_sequence(links)
+    if assumed is None or not found:
+        return assumed
+    slowest = min(found, key=lambda link: link.exchange)
+    return replace(assumed, link=slowest.exchange * 1e9, latency=slowest.latency)
+
+
+def _of_sequence(links: Mapping[str, Link]) -> list[Link]:
+    """Those between workers that share a sequence."""
+    return [links[axis] for axis in ("ulysses", "ring") if axis in links]
+
+
 def warning(links: Mapping[str, Link], parallel: ParallelConfig, device_type: str) -> str:
     """What to tell the user where these links make sharing a sequence pointless; "" where they do not."""
-    machine, degrees = cost.RATES.get(device_type), parallel.degrees
-    found = [links[axis] for axis in ("ulysses", "ring") if axis in links]
-    if machine is None or not found:
+    seen, degrees = machine(links, device_type), parallel.degrees
+    if seen is None or not _of_sequence(links):
         return ""
-    slowest = min(found, key=lambda link: link.exchange)
-    seen = replace(machine, link=slowest.exchange * 1e9, latency=slowest.latency)
     gain = cost.speedup([VIDEO], seen, ulysses=degrees["ulysses"], ring=degrees["ring"])
     if gain >= cost.PAYS:
         return ""
     return (
-        f"the links between these {parallel.sequence} workers carry {slowest.exchange:.2f} GB/s: even a long video is "
+        f"the links between these {parallel.sequence} workers carry {seen.link / 1e9:.2f} GB/s: even a long video is "
         f"predicted to run at {gain:.1f}x the speed of one worker. Use cfg_degree or data parallel, whose workers send "
         "each other next to nothing, or fewer workers"
     )

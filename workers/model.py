@@ -331,13 +331,17 @@ class WorkerModel:
             recorded=self._recordings.count if self._recordings is not None else 0,
         )
 
-    def predicted(self) -> float:
-        """Predicted speed-up of the last call over one worker; 0 where nothing is known of it or of the device."""
-        return self._by_cost(cost.speedup) or 0.0
+    def predicted(self, machine: cost.Machine | None) -> float:
+        """Predicted speed-up of the last call over one worker; 0 where nothing is known of it.
 
-    def advice(self) -> str:
+        Args:
+            machine: rates of the device and its links; None where they are not known.
+        """
+        return self._by_cost(cost.speedup, machine) or 0.0
+
+    def advice(self, machine: cost.Machine | None) -> str:
         """What the last call showed that the user should know: "" for nothing."""
-        return self._lacking or self._advice_on_cost() or self._waits.advice
+        return self._lacking or self._advice_on_cost(machine) or self._waits.advice
 
     def note(self, queued: float, took: float, args: Any) -> None:
         """How long the last call took, see Waits.note."""
@@ -345,17 +349,17 @@ class WorkerModel:
         if parallel.sequence > 1 and not parallel.sync_ulysses and self._blocks is None and not self._settings.compile:
             self._waits.note(queued, took, args)
 
-    def _advice_on_cost(self) -> str:
+    def _advice_on_cost(self, machine: cost.Machine | None) -> str:
         if isinstance(self._installation, RowInstallation):
             return self._installation.advice
-        return self._by_cost(cost.advice) or ""
+        return self._by_cost(cost.advice, machine) or ""
 
-    def _by_cost(self, ask: Callable[..., T]) -> T | None:
+    def _by_cost(self, ask: Callable[..., T], machine: cost.Machine | None) -> T | None:
         """What raylight.cost says of the last call; None where nothing is known of it or of the device."""
-        machine = cost.RATES.get(model_management.get_torch_device().type)
         works = list(self._installation.works.values()) if self._installation is not None else []
         if machine is None or not works:
             return None
+        machine = machine.repeating() if self._recordings is not None else machine
         degrees = self._mesh.parallel.degrees
         return ask(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
 

@@ -17,7 +17,7 @@ from torch import distributed
 from ..loaders.content import content_key
 from ..loaders.prefetch import prefetch
 from ..loaders.source import OpenFiles
-from ..raylight import cfg, kernels
+from ..raylight import cfg, cost, kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
@@ -71,6 +71,7 @@ class Runner:
         self._mesh: Mesh | None = None
         self._readers = (0, 1)
         self._kernel: kernels.LocalKernel | None = None
+        self._machine: cost.Machine | None = None  # rates that predictions go by
         self._models: OrderedDict[ModelSpec, WorkerModel] = OrderedDict()  # the least recently used first
         self._ready: dict[ModelSpec, _Ready] = {}
         self._functions: dict[int, Callable[..., Any]] = {}
@@ -126,6 +127,7 @@ class Runner:
         # before anything is loaded, so that RayInitializer says it
         self._kernel = kernels.chosen(parallel, device=device)
         self._readers = request.readers
+        self._machine = cost.RATES.get(device.type)
         if model_management.is_device_cpu(device):
             torch.set_num_threads(request.threads)
         meet = request.rendezvous
@@ -162,12 +164,15 @@ class Runner:
         return ""
 
     def check_links(self) -> dict[str, links.Link]:
-        """Time collectives on every axis.
+        """Time collectives on every axis; what is predicted of later calls goes by them.
 
         Raises:
             WorkerError: a result is wrong, so a link does not carry what it is given.
         """
-        return links.measure(self.mesh, model_management.get_torch_device())
+        device = model_management.get_torch_device()
+        found = links.measure(self.mesh, device)
+        self._machine = links.machine(found, device.type)
+        return found
 
     def load(self, request: LoadRequest) -> ModelFacts:
         """Load a model, or say what is known of it where it is already here."""
@@ -230,7 +235,7 @@ class Runner:
             random=random_states.take() if request.random is not None and self._speaks else None,
             seconds=took + computed.seconds,
             waiting=waited,
-            advice=model.advice() if self._speaks else "",
+            advice=model.advice(self._machine) if self._speaks else "",
         )
 
     def outline(self, spec: ModelSpec, arguments: Parcel) -> Any:
@@ -279,7 +284,7 @@ class Runner:
             device_bytes=memory.device_bytes(device),
             models=tuple(model.report() for model in self._models.values()),
             timed=device.type == "cpu",
-            predicted=last.predicted() if last else 0.0,
+            predicted=last.predicted(self._machine) if last else 0.0,
         )
 
     def offload(self, spec: ModelSpec) -> None:

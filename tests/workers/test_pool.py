@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_raylight.raylight import cost
 from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
 from comfy_raylight.tests.conftest import SLOW
@@ -261,6 +262,38 @@ def test_link_test(acquire: Acquire, caplog: pytest.LogCaptureFixture) -> None:
     assert "all-to-all" in told and "GB/s" in told and "share the host's memory" in told
 
 
+def test_predictions_go_by_the_links_that_were_tested(model: Model) -> None:
+    def predicted() -> float:
+        return float(model.pool.call("report")[0].predicted)
+
+    model.forward()
+    assumed = predicted()
+    model.pool.call("check_links")
+    assert predicted() not in (0.0, assumed)
+
+
+def test_predictions_know_what_is_recorded(model: Model) -> None:
+    """Where Python keeps a device waiting, sharing costs; not where calls are repeated."""
+    import ray
+
+    def predict(worker: Any) -> float:
+        from comfy_raylight.raylight.cost import Machine
+
+        (known,) = worker._runner._models.values()
+        rates = {"linear": 1e15, "attention": 1e15, "link": 1e15, "latency": 0.0, "call": 0.0}
+        return float(known.predicted(Machine(**rates, launch=1.0, launch_shared=2.0)))
+
+    def ask() -> float:
+        actor = model.pool.members[0].actor
+        found = actor.__ray_call__.options(concurrency_group="control").remote(predict)
+        return float(ray.get(found, timeout=120))
+
+    model.forward()
+    assert ask() == 0.5
+    model.forward(settings=WorkerSettings(compile="cudagraphs"))
+    assert 1.9 < ask() <= 2
+
+
 def test_link_test_is_bounded(acquire: Acquire, monkeypatch: pytest.MonkeyPatch) -> None:
     pools.close_all()
     monkeypatch.setattr(links, "LIMIT_S", 0.0)
@@ -279,6 +312,8 @@ def test_slow_links_are_told() -> None:
     assert warning(6.0) == ""
     assert "carry 0.05 GB/s" in warning(0.05) and "cfg_degree" in warning(0.05)
     assert links.warning({}, parallel, "cuda") == ""
+    assert links.machine({}, "cuda") == cost.RATES["cuda"]
+    assert links.machine({}, "abacus") is None
 
 
 def test_everything_is_the_same_pack_in_a_worker(acquire: Acquire, comfy_root: Path) -> None:
