@@ -1,11 +1,12 @@
 """Every family's parity cases on GPUs: the tests' models and inputs, fp32 and bf16, N processes against one.
 
-    python benchmarks/gpu/families.py --comfy ROOT [--gpus 2,4] [--only PATTERN]
+    python benchmarks/gpu/families.py --comfy ROOT [--gpus 2,4] [--only PATTERN] [--recorded]
 
 Run it with a Python that has ComfyUI's packages; it installs nothing. The cases are those of tests/engine that ask for
 equality. Each process computes the plain output on its own GPU as well. An error is the largest difference over the
 largest value. fp32 must stay within 1e-5; bf16 within twice what bf16 does to the plain model, or 1 % where that is
-less.
+less. With --recorded a case is called with other values first, as often as it takes to be recorded, and then repeated
+with its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tables import Table
 TOLERANCE = 1e-5
 LEAST = 1e-2
 """What is allowed in bf16 where its own noise is smaller."""
+CALLS = 4
+"""Until a call is recorded: the first ones may take long, and three that do are given up."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Options:
     comfy: str
     size: int
     only: str
+    recorded: bool
 
 
 def main() -> int:
@@ -42,6 +46,8 @@ def main() -> int:
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
     parser.add_argument("--gpus", default="2", help="how many, comma-separated")
     parser.add_argument("--only", default="*", help="cases whose names match")
+    parser.add_argument("--recorded", action="store_true", help="repeat recorded calls")
+    parser.add_argument("--table", default="families", help="name of its JSON file")
     given = parser.parse_args()
     columns = [
         "GPUs",
@@ -53,12 +59,13 @@ def main() -> int:
         "in bf16",
         "worst bf16",
         "where in bf16",
+        "recorded",
         "failed",
     ]
-    table = Table("families", columns, worst=".1e")
+    table = Table(given.table, columns, worst=".1e")
     failed: list[str] = []
     for size in map(int, given.gpus.split(",")):
-        ranks = spawn(size, on_rank, Options(str(given.comfy.resolve()), size, given.only))
+        ranks = spawn(size, on_rank, Options(str(given.comfy.resolve()), size, given.only, given.recorded))
         for mesh in ranks[0]:
             found: dict[str, dict[str, Any]] = {}
             for rank in ranks:
@@ -75,7 +82,8 @@ def main() -> int:
             equal = sum(result["fp32"] == 0 for result in found.values())
             half = sum(result["half"] for result in found.values())
             cells = [(found[worst[key]][key], worst[key]) for key in ("fp32", "bf16")]
-            table.row(size, mesh, len(found), equal, *cells[0], half, *cells[1], len(wrong))
+            recorded = sum(result["recorded"] for result in found.values())
+            table.row(size, mesh, len(found), equal, *cells[0], half, *cells[1], recorded, len(wrong))
             failed += [f"{size} {mesh}: {text}" for text in wrong]
     print("\n".join(failed))
     return int(bool(failed))
@@ -109,7 +117,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
             parallel = ParallelConfig(world=world, ulysses=ulysses, ring=ring, cfg=1)
             mesh = mesh_of(parallel, rank, f"{store}-{name}")
             found[name] = {
-                case.name: errors(plain, mesh, device)
+                case.name: errors(plain, mesh, device, recorded=options.recorded)
                 for case, plain in prepared
                 if ring == 1 or not (case.ring_raises or (case.meshes and "r" not in "".join(case.meshes)))
             }
@@ -146,22 +154,45 @@ def inputs(case: Any, device: Any) -> Any:
     return mapped(case.inputs(), lambda item: item.to(device) if hasattr(item, "to") else item)
 
 
-def errors(plain: list[tuple[Any, Any, Any]], mesh: Any, device: Any) -> dict[str, Any]:
-    """Differences to the plain outputs; `over` is bf16's over what is allowed."""
+def other(given: Any) -> Any:
+    """The same shapes with other values, where those are numbers and not indices."""
+    import torch
+    from comfy_raylight.raylight.cfg import mapped
+
+    def changed(item: Any) -> Any:
+        return item * 0.75 if isinstance(item, torch.Tensor) and item.is_floating_point() else item
+
+    return mapped(given, changed)
+
+
+def errors(plain: list[tuple[Any, Any, Any]], mesh: Any, device: Any, *, recorded: bool) -> dict[str, Any]:
+    """Differences to the plain outputs; `over` is bf16's over what is allowed, `recorded` of the calls were."""
     from comfy_raylight.raylight import kernels
     from comfy_raylight.raylight.hooks import install
     from comfy_raylight.tests.engine.ranks import difference, forward_of
+    from comfy_raylight.workers.recorded import Recordings
 
     result: dict[str, Any] = {"fp32": 0.0, "bf16": 0.0, "over": 0.0, "problem": "", "half": len(plain) > 1}
+    result["recorded"] = 0
     for case, model, reference in plain:
         installation = install(model, case.plan(model), mesh, kernel=kernels.chosen(mesh.parallel, device=device))
+        recordings = Recordings(device, mesh.sequence, mesh.control_of(mesh.sequence))
+
+        def call(*args: Any, model: Any = model, installation: Any = installation, **kwargs: Any) -> Any:
+            return installation.wrapper(forward_of(model), *args, **kwargs)
+
         try:
+            for _ in range(CALLS if recorded else 0):
+                args, kwargs = other(inputs(case, device))
+                recordings.run(call, call, args, kwargs, state=None)
             args, kwargs = inputs(case, device)
-            output = installation.wrapper(forward_of(model), *args, **kwargs)
+            output = recordings.run(call, call, args, kwargs, state=None) if recorded else call(*args, **kwargs)
             result["bf16" if case.half else "fp32"] = difference(output, reference)
+            result["recorded"] += recordings.count
         except Exception as error:
             result["problem"] = f"{type(error).__name__}: {error} {traceback.format_exc(limit=-2)}"
         finally:
+            recordings.clear()
             installation.remove()
     if result["half"]:
         (_, _, exact), (_, _, rounded) = plain

@@ -8,8 +8,7 @@ Wan with random weights, its pages in the page cache. Both sides sample with com
 off the device before a pool starts. Load is what a first run takes longer than later ones. Overhead is a step's time
 outside of the workers. Host memory is what the worker processes occupy together (Pss) beyond what they did before the
 model was loaded, over the file. A run's own time is what it takes beside its steps, from runs of one and of all steps.
-Then a worker is killed in the middle of a run, and a run is cancelled; the next run
-must give the bits of the first.
+Then a run is cancelled, and a worker is killed in the middle of another; the next run must give the bits of the first.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
 
 Nothing is fetched. What the machine's Python lacks (Ray, gguf, what ComfyUI needs) comes from a folder of wheels and is
 unpacked into FOLDER. Parts run one after another, each in a process of its own and within --limit seconds: families
-(parity of every family's cases), sampling (the engine, one process per GPU, no Ray), models (the same for other models
-and kinds of files), pool (Ray and the driver included, kill and cancel), vae, weights (load, reload, LoRA and GGUF on
-one GPU). Every speed is a ratio to plain ComfyUI on one GPU in the same run, a median after a first run. FOLDER gets
-report.md, a JSON file per table, the output of each part, and speedup.png where matplotlib is installed. Exit status 1
-if a part failed; the others run all the same. With --try all of it is done with small models and once, on CPUs as well:
-whether the scripts work, before a machine with GPUs is paid for.
+(parity of every family's cases), recorded (the same, of repeated calls), sampling (the engine, one process per GPU, no
+Ray), models (the same for other models and kinds of files), pool (Ray and the driver included, kill and cancel), vae,
+weights (load, reload, LoRA and GGUF on one GPU). Every speed is a ratio to plain ComfyUI on one GPU in the same run, a
+median after a first run. FOLDER gets report.md, a JSON file per table, the output of each part, and speedup.png where
+matplotlib is installed. Exit status 1 if a part failed; the others run all the same. With --try all of it is done with
+small models and once, on CPUs as well: whether the scripts work, before a machine with GPUs is paid for.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ONCE = ("--rounds", "1")
 SMALL_VIDEO = ("--frames", "5", "--height", "64", "--width", "64")
 TRIAL: Mapping[str, Sequence[str]] = {
     "families": ("--only", "wan*"),
+    "recorded": ("--only", "wan*"),
     "sampling": (*ONCE, "--models", "small"),
     "models": (*ONCE, "--models", "small:4:fp8;small:4:Q8_0"),
     "pool": (*ONCE, *SMALL_VIDEO, "--model", "small"),
@@ -43,7 +44,7 @@ TRIAL: Mapping[str, Sequence[str]] = {
     "weights": (*ONCE, "--model", "small", "--tokens", "1024"),
 }
 """What --try has come after the other arguments of a part, and so in their place."""
-SCRIPTS = {"models": "sampling.py"}
+SCRIPTS = {"models": "sampling.py", "recorded": "families.py"}
 """Of parts that have none of their own."""
 DESCRIBE = """
 import platform, torch
@@ -77,6 +78,7 @@ def main() -> int:
     folder = ["--folder", str(files)]
     parts: Mapping[str, Sequence[str]] = {
         "families": gpus,
+        "recorded": [*gpus, "--recorded", "--table", "recorded"],
         "sampling": [*gpus, *rounds, *folder, "--models", f"wan14b:{given.layers}"],
         "models": [*gpus, *rounds, *folder, "--models", MODELS, "--modes", "ulysses;recorded", "--table", "models"],
         "pool": [*gpus, *rounds, *folder, "--model", f"wan14b:{given.layers}"],
