@@ -126,8 +126,8 @@ def without_weights(ghost: Any, state: dict[str, torch.Tensor], dtype: torch.dty
     config = type(found)(dict(found.unet_config))
     config.set_inference_dtype(dtype, cast)
     for name in ("custom_operations", "scaled_fp8", "quant_config", "layer_quant_config"):
-        if getattr(found, name, None) is not None:
-            setattr(config, name, getattr(found, name))
+        if vars(found).get(name) is not None:  # ComfyUI warns of a setting that its version does not have
+            setattr(config, name, vars(found)[name])
     config.optimizations = dict(found.optimizations)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     stripped = comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True)

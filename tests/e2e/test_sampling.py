@@ -155,6 +155,14 @@ def test_bf16(comfy_root: Path, tmp_path: Path) -> None:
     assert "model weight dtype torch.bfloat16" in log
 
 
+def test_comfyui_warns_of_nothing(server: ComfyServer, client: ComfyClient) -> None:
+    """As it does, for example, where a setting is read that its version does not have."""
+    before = len(server.log())
+    client.run(pool(dataclasses.replace(WAN, seed=7, name="quiet"), PoolCase(more={"mmap_cache_size": 3})))
+    log = server.log()[before:]
+    assert "WARNING" not in log, log
+
+
 def test_different_seeds_differ(server: ComfyServer, client: ComfyClient) -> None:
     """A comparison that cannot fail would also pass here."""
     for name, seed in (("one", 1), ("two", 2)):
