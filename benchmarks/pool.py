@@ -109,19 +109,24 @@ SDXL = Subject(
 
 
 def start(options: argparse.Namespace) -> None:
-    """Cold: no Ray, no workers. Then with Ray running, as after a failure."""
+    """Cold: no Ray, no workers. Then with Ray running, as after a failure; with other settings, which takes over."""
     from comfy_raylight.workers import pool, remote
+
+    usual = config(options.workers)
+    other = dataclasses.replace(usual, parallel=dataclasses.replace(usual.parallel, sync_ulysses=True))
 
     print(f"| pool of {options.workers} | total s | Ray s | workers s (spawn, import torch and ComfyUI) | groups s |")
     print("|---|---|---|---|---|")
-    for name in ("cold", "Ray running"):
+    for name, wanted in (("cold", usual), ("Ray running", usual), ("other settings, workers running", other)):
+        if name == "Ray running":
+            pool.close_all()
         began = time.perf_counter()
-        laps = remote.start_pool(config(options.workers)).laps
+        laps = remote.start_pool(wanted).laps
         total = time.perf_counter() - began
         print(
             f"| {name} | {total:.1f} | {laps['ray']:.1f} | {laps['workers']:.1f} | {laps['groups']:.2f} |", flush=True
         )
-        pool.close_all()
+    pool.close_all()
 
 
 def again(options: argparse.Namespace) -> None:

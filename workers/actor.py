@@ -32,6 +32,7 @@ class Worker:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._runner: Any = None
+        self._follows = False
 
     def start(self, environment: bytes, comfy_root: str, variables: dict[str, str]) -> WorkerPlace:
         """Set the process up and import what the work needs. Runs on all ranks at once.
@@ -51,11 +52,10 @@ class Worker:
             apply(pickle.loads(environment))
             from comfy import model_management
 
-            from .runner import Runner
+            from . import runner, serve  # noqa: F401
         finally:
             gc.enable()
             gc.freeze()
-        self._runner = Runner()
         from .messages import WorkerPlace
 
         return WorkerPlace(
@@ -84,8 +84,9 @@ class Worker:
         Args:
             helpers: processes by number and start time: after a kill -9 of the driver some outlive their raylet.
         """
-        if not hasattr(os, "pidfd_open"):
+        if self._follows or not hasattr(os, "pidfd_open"):
             return
+        self._follows = True
 
         def follow() -> None:
             try:
@@ -99,14 +100,21 @@ class Worker:
         threading.Thread(target=follow, name="raylight-follow-driver", daemon=True).start()
 
     def serve(self, address: Any, key: bytes) -> None:
-        """Answer the driver's requests until it hangs up."""
+        """Answer a pool's requests until it hangs up. What was held for it is given up then: another may follow."""
         from multiprocessing.connection import Client
 
+        from . import memory
+        from .runner import Runner
         from .serve import serve
 
+        self._runner = Runner()
         connection = Client(address, authkey=key)
         connection.send_bytes(pickle.dumps(self._rank))
         serve(connection, self._runner)
+        connection.close()
+        self._runner = None
+        gc.collect()
+        memory.give_back()
 
     @ray.method(concurrency_group="control")
     def status(self) -> int:

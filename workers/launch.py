@@ -27,6 +27,8 @@ from . import actor, cluster, devices
 from .messages import HostEnvironment
 from .ray_watch import RayWatch, knock
 
+log = logging.getLogger(__name__)
+
 IMPORT_ROOT = Path(__file__).resolve().parent / "import_root"
 LOCAL = "local"
 OBJECT_STORE_BYTES = 256 << 20
@@ -142,8 +144,10 @@ def seats(config: PoolConfig, environment: HostEnvironment, interrupted: Callabl
     return cluster.seats(config, environment, gather, interrupted)
 
 
-def make_actors(config: PoolConfig, environment: HostEnvironment, seats: Sequence[cluster.Seat]) -> list[Any]:
-    """Create one actor per seat. Nothing is awaited: they start side by side."""
+def make_actors(
+    config: PoolConfig, environment: HostEnvironment, seats: Sequence[cluster.Seat], *, first: int
+) -> list[Any]:
+    """Create one actor per seat, from that of rank `first` on. Nothing is awaited: they start side by side."""
     options: dict[str, Any] = {
         "num_cpus": 0,
         "max_restarts": 0,
@@ -153,7 +157,8 @@ def make_actors(config: PoolConfig, environment: HostEnvironment, seats: Sequenc
     if config.address != LOCAL and environment.device_type == "cuda":
         options["num_gpus"] = 1  # a shared cluster counts its GPUs; our own does not have to
     remote: Any = ray.remote(concurrency_groups={"control": 1})(actor.Worker)  # type: ignore[call-overload]
-    return [remote.options(**options, **cluster.options(seat.node)).remote(rank) for rank, seat in enumerate(seats)]
+    new = list(enumerate(seats))[first:]
+    return [remote.options(**options, **cluster.options(seat.node)).remote(rank) for rank, seat in new]
 
 
 def worker_variables(config: PoolConfig, environment: HostEnvironment) -> list[dict[str, str]]:
@@ -225,6 +230,22 @@ def ready(references: list[Any]) -> list[Any]:
     if not ray.is_initialized():  # ray.wait would silently start a new Ray
         return list(references)
     return ray.wait(references, num_returns=len(references), timeout=0)[0]
+
+
+def have_ended(references: list[Any], timeout: float) -> bool:
+    """Whether these calls end in time, each without an error."""
+    if not ray.is_initialized():
+        return False
+    ended = ray.wait(references, num_returns=len(references), timeout=timeout)[0]
+    if len(ended) < len(references):
+        return False
+    try:
+        ray.get(ended)
+    except ray.exceptions.RayError as error:
+        traceback.clear_frames(error.__traceback__)  # they have the references
+        log.info("a worker cannot be used again: %s", error)
+        return False
+    return True
 
 
 def why_ended(serving: Any) -> str:

@@ -46,6 +46,8 @@ SILENCE_S = 60.0
 GRACE_S = 0.5
 """After a first failure the others' are collected: the first one seen is often a victim's."""
 CLOSE_GRACE_S = 0.5
+RETIRE_S = 10.0
+"""How long the workers of a pool may take to give up what they hold, before they are ended instead."""
 
 CANCELLABLE = frozenset({"load", "forward", "outline", "decode", "encode"})
 """Verbs that workers end together when they are told to."""
@@ -84,6 +86,28 @@ class Member:
         return self.local and not processes.running(self.place.pid)
 
 
+@dataclass(frozen=True)
+class Crew:
+    """Workers that a pool has left: processes that have imported everything and hold nothing.
+
+    Attributes:
+        actors, places, variables: by rank; the variables are those of the environment that they were started with.
+        environment: what they know of this process.
+    """
+
+    actors: list[Any]
+    places: list[WorkerPlace]
+    variables: list[dict[str, str]]
+    environment: HostEnvironment
+
+    def fitting(self, variables: Sequence[dict[str, str]], environment: HostEnvironment) -> int:
+        """How many of them, from rank 0 on, are as workers with these variables would be."""
+        if environment != self.environment:
+            return 0
+        alike = [mine == wanted for mine, wanted in zip(self.variables, variables, strict=False)]
+        return alike.index(False) if False in alike else len(alike)
+
+
 @dataclass
 class Exchange:
     """A request on its way to groups of ranks, and what has come back.
@@ -113,8 +137,8 @@ class Exchange:
 
 
 def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> Pool:
-    """The running pool of this config, or a new one. Pools of other configs are closed first: their
-    devices are needed.
+    """The running pool of this config, or a new one. One of another config is closed first: its devices are needed. The
+    new one takes over what workers it can.
 
     Args:
         interrupted: ComfyUI's cancel flag, read while the driver waits.
@@ -124,8 +148,8 @@ def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Calla
         pool = REGISTRY.get(config)
         if pool is not None and pool.alive():
             return pool
-        close_all()
-        pool = Pool(config, environment, interrupted)
+        old = next(iter(REGISTRY.values()), None)
+        pool = Pool(config, environment, interrupted, old.retire() if old is not None else None)
         REGISTRY[config] = pool
         return pool
 
@@ -171,17 +195,25 @@ class Pool:
     remember while it lives.
     """
 
-    def __init__(self, config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: PoolConfig,
+        environment: HostEnvironment,
+        interrupted: Callable[[], bool],
+        crew: Crew | None = None,
+    ) -> None:
         from . import launch
 
         self.config = config
+        self._environment = environment
+        self._variables: list[dict[str, str]] = []
         self.members: list[Member] = []
         self.laps: dict[str, float] = {}
         self.links = ""
         self.notes: dict[Hashable, Any] = {}
         self._launch = launch
         self._interrupted = interrupted
-        self._actors: list[Any] = []
+        self._actors: list[Any] = list(crew.actors) if crew else []
         self._serving: list[Any] = []
         self._closed = False
         self._lost = ""
@@ -189,7 +221,7 @@ class Pool:
         self._agreed: set[ModelSpec] = set()
         self._next_id = 0
         try:
-            self._start(environment)
+            self._start(crew)
         except BaseException:
             self.close()
             raise
@@ -329,6 +361,27 @@ class Pool:
         if not self._lost:  # nobody answers, and what asks starts a new Ray
             self._launch.kill(self._actors)
         processes.end((member.place.pid for member in self.members if member.local), grace=CLOSE_GRACE_S)
+        self._forget_members()
+
+    def retire(self) -> Crew | None:
+        """Close, and have the workers give up what they hold. None where they cannot be used again: they are ended."""
+        local = self._single and self.config.address == self._launch.LOCAL
+        if not self.alive() or not local or not self.idle(range(len(self.members))):
+            self.close()
+            return None
+        self._closed = True
+        REGISTRY.pop(self.config, None)
+        for member in self.members:
+            member.connection.close()
+        if not self._launch.have_ended(self._serving, RETIRE_S):
+            self.close()
+            return None
+        places = [member.place for member in self.members]
+        crew = Crew(list(self._actors), places, self._variables, self._environment)
+        self._forget_members()
+        return crew
+
+    def _forget_members(self) -> None:
         for member in self.members:
             # an error keeps frames that have the members, and must not keep what is Ray's
             member.actor = member.serving = member.heartbeat = None
@@ -338,26 +391,28 @@ class Pool:
 
     # ---- start ---------------------------------------------------------------------------------
 
-    def _start(self, environment: HostEnvironment) -> None:
+    def _start(self, crew: Crew | None) -> None:
         begun = time.monotonic()
-        launch, config = self._launch, self.config
+        launch, config, environment = self._launch, self.config, self._environment
         world = config.parallel.world
         # what cannot be is refused before anything starts
-        variables = launch.worker_variables(config, environment)
+        variables = self._variables = launch.worker_variables(config, environment)
+        kept = crew.fitting(variables, environment) if crew and config.address == launch.LOCAL else 0
+        launch.kill(self._actors[kept:])
+        del self._actors[kept:]
         launch.ensure_ray(config, _ray_lost)
         seats = launch.seats(config, environment, self._interrupted)
         if environment.device_type == "cpu":
             variables = [{**own, "OMP_NUM_THREADS": str(s.threads)} for own, s in zip(variables, seats, strict=True)]
         self._lap("ray", begun)
-        self._actors = launch.make_actors(config, environment, seats)
+        self._actors += launch.make_actors(config, environment, seats, first=kept)
         packed = pickle.dumps(environment)
         starting = [
             actor.start.remote(packed, environment.comfy_root, own)
-            for actor, own in zip(self._actors, variables, strict=True)
+            for actor, own in zip(self._actors[kept:], variables[kept:], strict=True)
         ]
-        places: list[WorkerPlace] = launch.gather(
-            starting, timeout=START_TIMEOUT_S, what="start", interrupted=self._interrupted
-        )
+        places: list[WorkerPlace] = crew.places[:kept] if crew else []
+        places += launch.gather(starting, timeout=START_TIMEOUT_S, what="start", interrupted=self._interrupted)
         begun = self._lap("workers", begun + self.laps["ray"])
         here = launch.node_id()
         single = self._single = all(place.node == here for place in places)

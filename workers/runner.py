@@ -306,9 +306,11 @@ class Runner:
             memory.give_back()
 
     def close(self) -> None:
-        """Leave the process groups. Every rank must be on its way here, or be killed."""
+        """Leave the process groups and forget everything. Every rank must be on its way here, or be killed."""
         self._forget_recordings()  # NCCL waits for graphs that have collectives in them
-        self._models.clear()
+        for spec in list(self._models):
+            self.release(spec)
+        self._vaes.close()
         if self._mesh is not None:
             self._mesh.close()
             self._mesh = None

@@ -142,6 +142,11 @@ class WorkerVAEs:
             model_management.cleanup_models_gc()
             memory.give_back()
 
+    def close(self) -> None:
+        """Forget all of them."""
+        for spec in list(self._loaded):
+            self.release(spec)
+
     def _vae(self, spec: ModelSpec) -> Any:
         if spec not in self._loaded:
             self._loaded[spec] = load_vae(self._here(spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import signal
@@ -15,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.raylight import cost
-from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
+from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, PoolConfig, WorkerSettings
 from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers, times_compiled_graphs
 from comfy_raylight.workers import links
 from comfy_raylight.workers import pool as pools
-from comfy_raylight.workers.messages import LoadRequest, PatchRequest
+from comfy_raylight.workers.messages import HostEnvironment, LoadRequest, PatchRequest
 from comfy_raylight.workers.replica import Call, Patches, Replica
 
 Acquire = Callable[..., pools.Pool]
@@ -112,11 +113,56 @@ def test_equal_config_is_the_running_pool(acquire: Acquire, model: Model) -> Non
     assert acquire().members[0].place.pid in pids(model.pool)
 
 
-def test_another_config_closes_the_old_pool_first(acquire: Acquire, model: Model) -> None:
+def test_another_config_takes_over_the_workers(acquire: Acquire, model: Model) -> None:
+    """What they held is gone; surplus ones end, and those that lack are started."""
+    before, old = model.forward(), pids(model.pool)
+    for world, kept in ((1, 1), (3, 1), (2, 2)):
+        new = acquire(world)
+        assert not model.pool.alive() and {new.config: new} == pools.REGISTRY
+        assert pids(new)[:kept] == old[:kept] and len(pids(new)) == world and all_gone(old[kept:])
+        assert [report.models for report in new.call("report")] == [()] * world
+        old, model = pids(new), Model(new, Path(model.spec.path))
+        assert torch.allclose(model.forward(), before, rtol=0, atol=1e-6 * float(before.abs().max()))
+
+
+def test_each_way_of_sharing_follows_each_other(environment: HostEnvironment, model: Model) -> None:
+    before, old = model.forward(), pids(model.pool)
+    settings = WorkerSettings(compile="cudagraphs")
+    assert torch.equal(model.forward(settings=settings), before)
+    for change in ({"ring": 2}, {"cfg": 2}, {"ulysses": 2, "sync_ulysses": True}, {"ulysses": 2}):
+        parallel = ParallelConfig(**{"world": 2, "ulysses": 1, "ring": 1, "cfg": 1, **change})  # type: ignore[arg-type]
+        pool = pools.acquire(PoolConfig(parallel=parallel), environment, lambda: False)
+        other = Model(pool, Path(model.spec.path))
+        assert pids(other.pool) == old
+        found = other.forward()
+        assert torch.allclose(found, before, rtol=0, atol=1e-5 * float(before.abs().max()))
+    assert torch.equal(found, before)
+
+
+def test_workers_that_do_not_leave_in_time_are_ended(
+    acquire: Acquire, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = pids(model.pool)
+    monkeypatch.setattr(pools, "RETIRE_S", 0.0)
     new = acquire(1)
-    assert not model.pool.alive() and all_gone(old)
-    assert new.alive() and {new.config: new} == pools.REGISTRY
+    assert all_gone(old) and not set(pids(new)) & set(old)
+
+
+def test_workers_of_another_environment_are_ended(acquire: Acquire, model: Model) -> None:
+    old = model.pool
+    processes = pids(old)
+    crew = old.retire()
+    assert crew is not None
+    assert crew.fitting([{}, {}, {}], crew.environment) == 0
+    assert crew.fitting(crew.variables, crew.environment) == crew.fitting([*crew.variables, {}], crew.environment) == 2
+    assert crew.fitting([crew.variables[0], {}], crew.environment) == 1
+    other = dataclasses.replace(crew.environment, folders=b"")
+    assert crew.fitting(crew.variables, other) == 0
+    new = pools.Pool(old.config, crew.environment, lambda: False, dataclasses.replace(crew, environment=other))
+    try:
+        assert all_gone(processes) and new.alive()
+    finally:
+        new.close()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
