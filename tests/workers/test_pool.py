@@ -139,6 +139,36 @@ def test_each_way_of_sharing_follows_each_other(environment: HostEnvironment, mo
     assert torch.equal(found, before)
 
 
+@pytest.mark.parametrize("compiler", ["", "cudagraphs", pytest.param("inductor", marks=SLOW)])
+def test_nothing_of_a_model_stays_with_the_workers(acquire: Acquire, model: Model, compiler: str) -> None:
+    import ray
+
+    def count(worker: Any) -> list[str]:
+        import gc
+
+        from comfy.model_base import BaseModel
+        from comfy_raylight.loaders.source import Source
+        from comfy_raylight.raylight.mesh import Mesh
+        from comfy_raylight.workers.model import WorkerModel
+
+        gc.collect()
+        return [
+            type(found).__name__
+            for found in gc.get_objects()
+            if isinstance(found, WorkerModel | BaseModel | Source | Mesh)
+        ]
+
+    def held(pool: pools.Pool) -> list[str]:
+        asked = pool.members[0].actor.__ray_call__.options(concurrency_group="control").remote(count)
+        return sorted(ray.get(asked, timeout=120))
+
+    for _ in range(2):
+        model.forward(settings=WorkerSettings(compile=compiler))
+    model.forward(on_rank(7, fail))
+    assert {"WorkerModel", "WAN21", "Source"} <= set(held(model.pool))
+    assert held(acquire(1)) == ["Mesh"]
+
+
 def test_workers_that_do_not_leave_in_time_are_ended(
     acquire: Acquire, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
