@@ -214,6 +214,7 @@ class Pool:
         self._launch = launch
         self._interrupted = interrupted
         self._actors: list[Any] = list(crew.actors) if crew else []
+        self._pids: list[int] = [place.pid for place in crew.places] if crew else []  # of this machine
         self._serving: list[Any] = []
         self._closed = False
         self._lost = ""
@@ -348,7 +349,7 @@ class Pool:
     def lose(self, process: str) -> None:
         """A process of Ray has ended: end the workers, and the pool then closes itself. May be called at any time."""
         self._lost = process
-        processes.end([member.place.pid for member in self.members if member.local], grace=0)
+        processes.end(self._pids, grace=0)
 
     def close(self) -> None:
         """End all workers, whatever state they are in."""
@@ -360,7 +361,7 @@ class Pool:
             member.connection.close()
         if not self._lost:  # nobody answers, and what asks starts a new Ray
             self._launch.kill(self._actors)
-        processes.end((member.place.pid for member in self.members if member.local), grace=CLOSE_GRACE_S)
+        processes.end(self._pids, grace=CLOSE_GRACE_S)
         self._forget_members()
 
     def retire(self) -> Crew | None:
@@ -387,7 +388,7 @@ class Pool:
             member.actor = member.serving = member.heartbeat = None
         self._actors.clear()
         self._serving.clear()
-        self.members = []
+        self.members, self._pids = [], []
 
     # ---- start ---------------------------------------------------------------------------------
 
@@ -399,7 +400,8 @@ class Pool:
         variables = self._variables = launch.worker_variables(config, environment)
         kept = crew.fitting(variables, environment) if crew and config.address == launch.LOCAL else 0
         launch.kill(self._actors[kept:])
-        del self._actors[kept:]
+        processes.end(self._pids[kept:], grace=CLOSE_GRACE_S)
+        del self._actors[kept:], self._pids[kept:]
         launch.ensure_ray(config, _ray_lost)
         seats = launch.seats(config, environment, self._interrupted)
         if environment.device_type == "cpu":
@@ -415,6 +417,7 @@ class Pool:
         places += launch.gather(starting, timeout=START_TIMEOUT_S, what="start", interrupted=self._interrupted)
         begun = self._lap("workers", begun + self.laps["ray"])
         here = launch.node_id()
+        self._pids = [place.pid for place in places if place.node == here]
         single = self._single = all(place.node == here for place in places)
         self._connect(places, here, single)
         store_host, store_port = self._store_address(places[0], single)
@@ -458,15 +461,15 @@ class Pool:
         where: dict[str, Any] = {"family": "AF_UNIX"} if private else {"address": (self._driver_host(single), 0)}
         with Listener(backlog=len(places), authkey=key, **where) as listener:
             self._serving = [actor.serve.remote(listener.address, key) for actor in self._actors]
-            listener._listener._socket.settimeout(START_TIMEOUT_S)  # type: ignore[attr-defined]
+            listener._listener._socket.settimeout(POLL_S)  # type: ignore[attr-defined]
             connections: dict[int, Connection] = {}
+            deadline = time.monotonic() + START_TIMEOUT_S
             while len(connections) < len(places):
                 try:
                     connection = listener.accept()
-                except TimeoutError as error:
-                    raise WorkerError(
-                        f"A worker did not connect within {START_TIMEOUT_S:.0f} s", "", "Queue the prompt again"
-                    ) from error
+                except TimeoutError:
+                    self._check_connecting(deadline)
+                    continue
                 _bound_sending(connection)
                 connections[pickle.loads(connection.recv_bytes())] = connection
         self.members = [
@@ -484,6 +487,16 @@ class Pool:
         for member in self.members:
             if member.local:
                 member.actor.follow.options(concurrency_group="control").remote(os.getpid(), helpers)
+
+    def _check_connecting(self, deadline: float) -> None:
+        if self._interrupted():
+            raise WorkerError("Cancelled while the workers should connect")
+        if ended := self._launch.ready(self._serving):
+            raise WorkerError(
+                "A worker ended while it should connect", self._launch.why_ended(ended[0]), "Queue the prompt again"
+            )
+        if time.monotonic() > deadline:
+            raise WorkerError(f"A worker did not connect within {START_TIMEOUT_S:.0f} s", "", "Queue the prompt again")
 
     def _readers(self, places: list[WorkerPlace], rank: int) -> tuple[int, int]:
         """A rank's index among the ranks of its replica on its host, and their number."""

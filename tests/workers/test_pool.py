@@ -178,6 +178,20 @@ def test_workers_that_do_not_leave_in_time_are_ended(
     assert all_gone(old) and not set(pids(new)) & set(old)
 
 
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_worker_that_ends_before_it_connects(model: Model, cancel: bool) -> None:
+    """Killed, or stopped and the user cancels: no wait for the time that a start may take."""
+    old = model.pool
+    crew = old.retire()
+    assert crew is not None
+    os.kill(crew.places[1].pid, signal.SIGSTOP if cancel else signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="Cancelled while" if cancel else "ended while it should connect"):
+        pools.Pool(old.config, crew.environment, lambda: cancel, crew)
+    assert time.monotonic() - began < 20
+    assert all_gone([place.pid for place in crew.places])
+
+
 def test_workers_of_another_environment_are_ended(acquire: Acquire, model: Model) -> None:
     old = model.pool
     processes = pids(old)
