@@ -161,9 +161,9 @@ def video(height: int, width: int) -> Callable[[Stage], Prompt]:
     return build
 
 
-def one_worker(stage: Stage) -> Prompt:
-    """A workflow for which the pool at hand has to be replaced."""
-    return pool(stage.case(), PoolCase(workers=1))
+def one_more(stage: Stage) -> Prompt:
+    """A workflow for which a worker has to be started beside those at hand."""
+    return pool(stage.case(), PoolCase(workers=len(stage.workers()) + 1))
 
 
 def cancel_when_starting(stage: Stage) -> None:
@@ -221,7 +221,7 @@ FAULTS: Mapping[str, Fault] = {
         keeps=True,
     ),
     "cancel at start": Fault(
-        "Cancel while a pool starts", cancel_when_starting, "interrupted", prompt=one_worker, waits=False
+        "Cancel while a pool starts", cancel_when_starting, "interrupted", prompt=one_more, waits=False
     ),
     "cancel": Fault("Cancel while sampling", lambda s: s.client.interrupt(), "interrupted", keeps=True),
     "cancel in a step": Fault(
