@@ -251,7 +251,8 @@ class Runner:
 
     def tiled_shape(self, spec: ModelSpec, shape: tuple[int, ...], tiles: TileSizes) -> tuple[int, ...]:
         """Shape of what a tiled decode of a latent of this shape makes."""
-        return self._vaes.tiled_shape(spec, shape, tiles)
+        with torch.inference_mode():
+            return self._vaes.tiled_shape(spec, shape, tiles)
 
     def decode(self, request: DecodeRequest) -> PartReply:
         """Decode this rank's part of a latent."""
