@@ -59,6 +59,7 @@ class LocalPool(Pool):
         ]
         for process in self._actors:
             process.start()
+        self._pids = [process.pid for process in self._actors]
         actor = SimpleNamespace(status=SimpleNamespace(remote=lambda: "alive"))
         self.members = [
             Member(
