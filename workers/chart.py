@@ -72,9 +72,10 @@ def _sections(report: PoolReport) -> list[tuple[str, list[Bar]]]:
             memory.append(Bar(f"worker {worker.rank}", parts, f"{mib(weights)} + {mib(other)}"))
         sections.append(("Memory of each worker", memory))
     if (run := report.run) is not None:
-        parts = (("workers", run.computing), ("driver", run.driver))
+        parts = (("workers", run.computing),)
         if run.exchanging is not None:
-            parts = (("computing", run.computing), ("exchanging", run.exchanging), ("driver", run.driver))
+            parts = (("computing", run.computing), ("exchanging", run.exchanging))
+        parts = (*parts, ("driver", run.driver))
         sections.append(
             (f"A step of the last run ({run.steps} steps)", [Bar("seconds", parts, f"{run.step:.3f} s per step")])
         )

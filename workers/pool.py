@@ -359,9 +359,7 @@ class Pool:
         REGISTRY.pop(self.config, None)
         for member in self.members:
             member.connection.close()
-        if not self._lost:  # nobody answers, and what asks starts a new Ray
-            self._launch.kill(self._actors)
-        processes.end(self._pids, grace=CLOSE_GRACE_S)
+        self._end_workers(0)
         self._forget_members()
 
     def retire(self) -> Crew | None:
@@ -382,6 +380,13 @@ class Pool:
         self._forget_members()
         return crew
 
+    def _end_workers(self, first: int) -> None:
+        """End those from rank `first` on."""
+        if not self._lost:  # nobody answers, and what asks starts a new Ray
+            self._launch.kill(self._actors[first:])
+        processes.end(self._pids[first:], grace=CLOSE_GRACE_S)
+        del self._actors[first:], self._pids[first:]
+
     def _forget_members(self) -> None:
         for member in self.members:
             # an error keeps frames that have the members, and must not keep what is Ray's
@@ -399,9 +404,7 @@ class Pool:
         # what cannot be is refused before anything starts
         variables = self._variables = launch.worker_variables(config, environment)
         kept = crew.fitting(variables, environment) if crew and config.address == launch.LOCAL else 0
-        launch.kill(self._actors[kept:])
-        processes.end(self._pids[kept:], grace=CLOSE_GRACE_S)
-        del self._actors[kept:], self._pids[kept:]
+        self._end_workers(kept)
         launch.ensure_ray(config, _ray_lost)
         seats = launch.seats(config, environment, self._interrupted)
         if environment.device_type == "cpu":

@@ -308,9 +308,8 @@ class Runner:
 
     def close(self) -> None:
         """Leave the process groups and forget everything. Every rank must be on its way here, or be killed."""
-        self._forget_recordings()  # NCCL waits for graphs that have collectives in them
         for spec in list(self._models):
-            self.release(spec)
+            self.release(spec)  # before the groups: NCCL waits for graphs that have collectives in them
         self._vaes.close()
         if self._mesh is not None:
             self._mesh.close()

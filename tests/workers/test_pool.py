@@ -47,6 +47,14 @@ def all_gone(processes: list[int]) -> bool:
     return not any(map(running, processes))
 
 
+def in_worker(pool: pools.Pool, look: Callable[[Any], Any]) -> Any:
+    """What a function finds in the process of rank 0, which it gets the actor of."""
+    import ray
+
+    asked = pool.members[0].actor.__ray_call__.options(concurrency_group="control").remote(look)
+    return ray.get(asked, timeout=120)
+
+
 PLAIN = WorkerSettings()
 
 
@@ -141,8 +149,6 @@ def test_each_way_of_sharing_follows_each_other(environment: HostEnvironment, mo
 
 @pytest.mark.parametrize("compiler", ["", "cudagraphs", pytest.param("inductor", marks=SLOW)])
 def test_nothing_of_a_model_stays_with_the_workers(acquire: Acquire, model: Model, compiler: str) -> None:
-    import ray
-
     def count(worker: Any) -> list[str]:
         import gc
 
@@ -158,15 +164,11 @@ def test_nothing_of_a_model_stays_with_the_workers(acquire: Acquire, model: Mode
             if isinstance(found, WorkerModel | BaseModel | Source | Mesh)
         ]
 
-    def held(pool: pools.Pool) -> list[str]:
-        asked = pool.members[0].actor.__ray_call__.options(concurrency_group="control").remote(count)
-        return sorted(ray.get(asked, timeout=120))
-
     for _ in range(2):
         model.forward(settings=WorkerSettings(compile=compiler))
     model.forward(on_rank(7, fail))
-    assert {"WorkerModel", "WAN21", "Source"} <= set(held(model.pool))
-    assert held(acquire(1)) == ["Mesh"]
+    assert {"WorkerModel", "WAN21", "Source"} <= set(in_worker(model.pool, count))
+    assert in_worker(acquire(1), count) == ["Mesh"]
 
 
 def test_workers_that_do_not_leave_in_time_are_ended(
@@ -364,7 +366,6 @@ def test_predictions_go_by_the_links_that_were_tested(model: Model) -> None:
 
 def test_predictions_know_what_is_recorded(model: Model) -> None:
     """Where Python keeps a device waiting, sharing costs; not where calls are repeated."""
-    import ray
 
     def predict(worker: Any) -> float:
         from comfy_raylight.raylight.cost import Machine
@@ -373,15 +374,10 @@ def test_predictions_know_what_is_recorded(model: Model) -> None:
         rates = {"linear": 1e15, "attention": 1e15, "link": 1e15, "latency": 0.0, "call": 0.0}
         return float(known.predicted(Machine(**rates, launch=1.0, launch_shared=2.0)))
 
-    def ask() -> float:
-        actor = model.pool.members[0].actor
-        found = actor.__ray_call__.options(concurrency_group="control").remote(predict)
-        return float(ray.get(found, timeout=120))
-
     model.forward()
-    assert ask() == 0.5
+    assert in_worker(model.pool, predict) == 0.5
     model.forward(settings=WorkerSettings(compile="cudagraphs"))
-    assert 1.9 < ask() <= 2
+    assert 1.9 < in_worker(model.pool, predict) <= 2
 
 
 def test_link_test_is_bounded(acquire: Acquire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,8 +404,6 @@ def test_slow_links_are_told() -> None:
 
 def test_everything_is_the_same_pack_in_a_worker(acquire: Acquire, comfy_root: Path) -> None:
     """Classes, results and exceptions round-trip, and `nodes` is ComfyUI's in a worker too."""
-    import ray
-
     pool = acquire()
 
     def look(worker: Any) -> dict[str, Any]:
@@ -423,8 +417,7 @@ def test_everything_is_the_same_pack_in_a_worker(acquire: Acquire, comfy_root: P
             "ours": [name for name in sys.modules if "raylight" in name and ("/" in name or "\\" in name)],
         }
 
-    actor = pool.members[0].actor
-    found = ray.get(actor.__ray_call__.options(concurrency_group="control").remote(look), timeout=120)
+    found = in_worker(pool, look)
     assert found["class"] == "comfy_raylight.workers.actor"
     assert Path(found["nodes"]).parent == comfy_root
     assert found["ours"] == []
