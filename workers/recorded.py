@@ -318,7 +318,7 @@ def described(value: Any, inputs: list[torch.Tensor], device: torch.device) -> H
         Unrecordable: there is something that is neither a tensor nor a plain value.
     """
     if isinstance(value, torch.Tensor):
-        if value.device == device:
+        if value.device.type == device.type:  # as torch.device("cuda") has no index, and tensors have
             found = [number for number, tensor in enumerate(inputs) if tensor is value]
             if not found:
                 inputs.append(value)

@@ -167,6 +167,7 @@ def other(given: Any) -> Any:
 
 def errors(plain: list[tuple[Any, Any, Any]], mesh: Any, device: Any, *, recorded: bool) -> dict[str, Any]:
     """Differences to the plain outputs; `over` is bf16's over what is allowed, `recorded` of the calls were."""
+    import torch
     from comfy_raylight.raylight import kernels
     from comfy_raylight.raylight.hooks import install
     from comfy_raylight.tests.engine.ranks import difference, forward_of
@@ -189,6 +190,8 @@ def errors(plain: list[tuple[Any, Any, Any]], mesh: Any, device: Any, *, recorde
             output = recordings.run(call, call, args, kwargs, state=None) if recorded else call(*args, **kwargs)
             result["bf16" if case.half else "fp32"] = difference(output, reference)
             result["recorded"] += recordings.count
+        except torch.AcceleratorError as error:
+            raise RuntimeError(f"{case.name} has lost the device") from error  # as it is for all that follows
         except Exception as error:
             result["problem"] = f"{type(error).__name__}: {error} {traceback.format_exc(limit=-2)}"
         finally:
