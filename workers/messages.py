@@ -164,7 +164,8 @@ class ForwardReply:
     """A worker's answer: `output` is None on all ranks but the first of those that share a sequence.
 
     `seconds` is the model's own time in the call, `waiting` the part of it inside collectives; on an
-    accelerator, the time to queue its work. `advice` is what the user should know of it, "" for nothing.
+    accelerator, the time to queue its work. `advice` is what the user should know of it, "" for nothing. `waits`
+    says that its device waits for Python, which a recorded call would not.
     """
 
     output: Parcel | None
@@ -172,6 +173,7 @@ class ForwardReply:
     seconds: float
     waiting: float
     advice: str = ""
+    waits: bool = False
 
 
 @dataclass(frozen=True)

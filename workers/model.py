@@ -33,7 +33,7 @@ from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes
 from .messages import ModelFacts, ModelReport
-from .recorded import Recordings, Waits
+from .recorded import Recordings, Waits, by_itself, recordable
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ class WorkerModel:
         self._objects: dict[str, Any] = {}
         self._compiled: dict[str, Any] = {}
         self._recordings: Recordings | None = None
-        self._waits = Waits(model_management.get_torch_device())
+        self._waits = Waits()
+        self._recordable = False  # whether the last call could have been recorded, and was not
         self._chunked: ChunkedFeedForward | None = None
         self._kernel = kernel
         self._plan = self._planned() if mesh.parallel.needs_plan else None
@@ -341,13 +342,26 @@ class WorkerModel:
 
     def advice(self, machine: cost.Machine | None) -> str:
         """What the last call showed that the user should know: "" for nothing."""
-        return self._lacking or self._advice_on_cost(machine) or self._waits.advice
+        return self._lacking or self._advice_on_cost(machine)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the device waits for Python, and the calls would not if they were recorded."""
+        return self._recordable and self._waits.seen
 
     def note(self, queued: float, took: float, args: Any) -> None:
         """How long the last call took, see Waits.note."""
-        parallel = self._mesh.parallel
-        if parallel.sequence > 1 and not parallel.sync_ulysses and self._blocks is None and not self._settings.compile:
-            self._waits.note(queued, took, args)
+        device, parallel = model_management.get_torch_device(), self._mesh.parallel
+        self._recordable = (
+            by_itself(device)
+            and parallel.sequence > 1
+            and not parallel.sync_ulysses
+            and self._blocks is None
+            and not self._settings.compile
+            and recordable(args, device)
+        )
+        if self._recordable:
+            self._waits.note(queued, took)
 
     def _advice_on_cost(self, machine: cost.Machine | None) -> str:
         if isinstance(self._installation, RowInstallation):
@@ -359,7 +373,7 @@ class WorkerModel:
         works = list(self._installation.works.values()) if self._installation is not None else []
         if machine is None or not works:
             return None
-        machine = machine.repeating() if self._recordings is not None else machine
+        machine = machine.repeating() if self._recordings is not None or self._recordable else machine
         degrees = self._mesh.parallel.degrees
         return ask(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
 

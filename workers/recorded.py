@@ -123,11 +123,23 @@ def tape_for(device: torch.device) -> type[Graph] | type[Again]:
     """
     if device.type == "cpu":
         return Again
-    if not hasattr(torch.get_device_module(device), "CUDAGraph"):
+    if not _has_graphs(device):
         raise ConfigError(
             "The compiler cudagraphs needs an NVIDIA GPU", f"the workers' device is {device}", "Choose another backend"
         )
     return Graph
+
+
+def by_itself(device: torch.device) -> bool:
+    """Whether calls are recorded there without being asked for where Python is what they wait for.
+
+    Not on AMD's devices, where graphs with collectives in them have never been tried.
+    """
+    return device.type != "cpu" and _has_graphs(device) and torch.version.hip is None
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return hasattr(torch.get_device_module(device), "CUDAGraph")
 
 
 @dataclass
@@ -264,35 +276,27 @@ class Waits:
     """Whether a device waits for the Python that starts its kernels, from how long calls take.
 
     Attributes:
-        advice: what the user can do about it; "" where it does not, or nothing can be done.
+        seen: whether it does.
     """
 
     CALLS = 3
     """That are alike in it; the first one also loads kernels."""
     SHARE = 0.9
 
-    def __init__(self, device: torch.device) -> None:
-        self.advice = ""
-        self._device = device
+    def __init__(self) -> None:
+        self.seen = False
         self._calls = 0
 
-    def note(self, queued: float, took: float, args: Any) -> None:
+    def note(self, queued: float, took: float) -> None:
         """A call that was not recorded.
 
         Args:
             queued: seconds until all its kernels were started.
             took: seconds until they were done.
-            args: its arguments.
         """
-        waits = self._device.type != "cpu" and queued > self.SHARE * took and took < LONG_S
+        waits = queued > self.SHARE * took and took < LONG_S
         self._calls = self._calls + 1 if waits else 0
-        self.advice = ""
-        if self._calls >= self.CALLS and recordable(args, self._device):
-            self.advice = (
-                "The GPUs wait for Python, which starts the kernels of a model call one by one. Torch Compile Model "
-                "(Ray) with the backend cudagraphs has calls recorded and repeated at once, with the same result "
-                "(docs/scaling.md)"
-            )
+        self.seen = self._calls >= self.CALLS
 
 
 def recordable(args: Any, device: torch.device) -> bool:

@@ -127,6 +127,7 @@ class Replica:
         self._functions: dict[int, tuple[int, Callable[..., Any]]] = {}
         self._next_function = 0
         self._told: set[str] = set()
+        self._recorded: set[ModelSpec] = set()  # whose calls are, without the user having asked for it
         self._models_kept = models_kept
 
     def load(self, request: LoadRequest, holder: object) -> list[ModelFacts]:
@@ -223,7 +224,10 @@ class Replica:
         if len(args) > 1 and isinstance(args[1], torch.Tensor):
             self._levels.add(float(args[1].flatten()[0]))
         parcel = self._encoder.encode((args, kwargs), fresh=call.fresh)
-        request = Forward(spec=call.spec, method=call.method, call=parcel, random=call.random, settings=call.settings)
+        settings = call.settings
+        if call.spec in self._recorded and not settings.compile:
+            settings = replace(settings, compile="cudagraphs")
+        request = Forward(spec=call.spec, method=call.method, call=parcel, random=call.random, settings=settings)
         replies: list[ForwardReply] = self._call("forward", request)
         first = replies[0]
         if first.output is not None and first.output.inline:
@@ -239,6 +243,12 @@ class Replica:
         if first.advice and self._ranks[0] == 0 and first.advice not in self._told:
             self._told.add(first.advice)
             log.warning("%s", first.advice)
+        if first.waits and call.spec not in self._recorded:
+            self._recorded.add(call.spec)
+            log.info(
+                "The GPUs wait for Python, which starts the kernels of a model call one by one: calls of this model "
+                "are recorded from now on and repeated at once, with the same result (docs/scaling.md)"
+            )
         return output, first.random
 
     def outline(self, spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:
@@ -257,6 +267,7 @@ class Replica:
     def _release(self, spec: ModelSpec) -> None:
         del self._facts[spec], self._states[spec], self._holders[spec]
         self.resident.discard(spec)
+        self._recorded.discard(spec)
         self._call("release", spec)
 
     def _call(self, verb: str, *arguments: Any) -> list[Any]:

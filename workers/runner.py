@@ -236,6 +236,7 @@ class Runner:
             seconds=took + computed.seconds,
             waiting=waited,
             advice=model.advice(self._machine) if self._speaks else "",
+            waits=model.waits,
         )
 
     def outline(self, spec: ModelSpec, arguments: Parcel) -> Any:

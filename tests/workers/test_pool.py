@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import os
 import signal
 import sys
@@ -469,6 +470,23 @@ def test_calls_are_recorded(model: Model) -> None:
     assert torch.equal(model.forward(times_compiled_graphs, recorded), probed)
     assert model.recorded() == [1, 1]
     assert torch.equal(model.forward(), plain)
+
+
+def test_a_model_that_waits_for_python_is_recorded_by_itself(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """A CPU never waits so: that it does is put into the worker."""
+
+    def wait(worker: Any) -> None:
+        (known,) = worker._runner._models.values()
+        known._recordable = known._waits.seen = True
+        known.note = lambda queued, took, args: None
+
+    caplog.set_level(logging.INFO)
+    plain = model.forward()
+    in_worker(model.pool, wait)
+    for count in (0, 0, 1, 1):
+        assert torch.equal(model.forward(), plain)
+        assert model.recorded() == [count, count]
+    assert caplog.text.count("wait for Python") == 1
 
 
 def test_a_call_that_needs_more_memory_has_room_made(model: Model) -> None:

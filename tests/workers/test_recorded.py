@@ -151,14 +151,15 @@ def test_a_tensor_of_another_device_counts_by_its_values() -> None:
         described(torch.zeros(recorded.SMALL + 1), [], torch.device("meta"))
 
 
-def test_a_device_that_waits_for_python_is_told() -> None:
-    waits = Waits(torch.device("meta"))
-    args: tuple[Any, ...] = ((torch.ones(1),), {"transformer_options": {}})
-    for took, told in ((0.100, False), (0.100, False), (0.101, True), (0.2, False), (0.1, False)):
-        waits.note(0.099, took, args)
-        assert bool(waits.advice) is told
-    for device, seconds, given in (("cpu", 0.1, args), ("meta", 2.0, args), ("meta", 0.1, print)):
-        other = Waits(torch.device(device))
-        for _ in range(Waits.CALLS + 1):
-            other.note(seconds, seconds, given)
-        assert not other.advice
+def test_a_device_waits_for_python_where_all_of_a_call_is_spent_on_starting_it() -> None:
+    waits = Waits()
+    for took, seen in ((0.100, False), (0.100, False), (0.101, True), (0.2, False), (0.1, False)):
+        waits.note(0.099, took)
+        assert waits.seen is seen
+    for _ in range(Waits.CALLS + 1):
+        waits.note(2.0, 2.0)
+    assert not waits.seen, "long calls wait for computing"
+
+
+def test_no_cpu_records_by_itself() -> None:
+    assert not recorded.by_itself(CPU)
