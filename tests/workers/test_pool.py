@@ -480,12 +480,20 @@ def test_a_model_that_waits_for_python_is_recorded_by_itself(model: Model, caplo
         known._recordable = known._waits.seen = True
         known.note = lambda queued, took, args: None
 
+    def stop(worker: Any) -> None:
+        (known,) = worker._runner._models.values()
+        del known.note
+        known._recordable = known._waits.seen = False
+
     caplog.set_level(logging.INFO)
     plain = model.forward()
     in_worker(model.pool, wait)
-    for count in (0, 0, 1, 1):
-        assert torch.equal(model.forward(), plain)
-        assert model.recorded() == [count, count]
+    try:
+        for count in (0, 0, 1, 1):
+            assert torch.equal(model.forward(), plain)
+            assert model.recorded() == [count, count]
+    finally:
+        in_worker(model.pool, stop)
     assert caplog.text.count("wait for Python") == 1
 
 
