@@ -239,16 +239,17 @@ class Replica:
         traffic.worker_seconds += max(reply.seconds for reply in replies)
         traffic.collective_seconds += max(reply.waiting for reply in replies)
         traffic.bytes_sent, traffic.bytes_held = self._encoder.bytes_sent, self._encoder.bytes_held
-        # every cfg group has the same tokens: one of them says it
-        if first.advice and self._ranks[0] == 0 and first.advice not in self._told:
+        says = self._ranks[0] == 0  # every cfg group has the same tokens: one of them says it
+        if first.advice and says and first.advice not in self._told:
             self._told.add(first.advice)
             log.warning("%s", first.advice)
         if first.waits and call.spec not in self._recorded:
             self._recorded.add(call.spec)
-            log.info(
-                "The GPUs wait for Python, which starts the kernels of a model call one by one: calls of this model "
-                "are recorded from now on and repeated at once, with the same result (docs/scaling.md)"
-            )
+            if says:
+                log.info(
+                    "The GPUs wait for Python, which starts the kernels of a model call one by one: calls of this "
+                    "model are recorded from now on and repeated at once, with the same result (docs/scaling.md)"
+                )
         return output, first.random
 
     def outline(self, spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:

@@ -151,6 +151,12 @@ def test_a_tensor_of_another_device_counts_by_its_values() -> None:
         described(torch.zeros(recorded.SMALL + 1), [], torch.device("meta"))
 
 
+def test_a_device_without_a_number_is_that_of_tensors_with_one() -> None:
+    inputs: list[torch.Tensor] = []
+    described(torch.zeros(2, device="meta"), inputs, torch.device("meta", 0))
+    assert len(inputs) == 1
+
+
 def test_a_device_waits_for_python_where_all_of_a_call_is_spent_on_starting_it() -> None:
     waits = Waits()
     for took, seen in ((0.100, False), (0.100, False), (0.101, True), (0.2, False), (0.1, False)):
