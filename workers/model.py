@@ -366,6 +366,8 @@ class WorkerModel:
     def _advice_on_cost(self, machine: cost.Machine | None) -> str:
         if isinstance(self._installation, RowInstallation):
             return self._installation.advice
+        if self._recordings is not None or (self._recordable and self._waits.open):
+            return ""  # a device that waits for Python is a faster one than the rates are of
         return self._by_cost(cost.advice, machine) or ""
 
     def _by_cost(self, ask: Callable[..., T], machine: cost.Machine | None) -> T | None:

@@ -277,6 +277,7 @@ class Waits:
 
     Attributes:
         seen: whether it does.
+        open: whether that may yet be seen.
     """
 
     CALLS = 3
@@ -285,6 +286,8 @@ class Waits:
 
     def __init__(self) -> None:
         self.seen = False
+        self.open = True
+        self._first = True
         self._calls = 0
 
     def note(self, queued: float, took: float) -> None:
@@ -297,6 +300,8 @@ class Waits:
         waits = queued > self.SHARE * took and took < LONG_S
         self._calls = self._calls + 1 if waits else 0
         self.seen = self._calls >= self.CALLS
+        self.open = waits or self._first
+        self._first = False
 
 
 def recordable(args: Any, device: torch.device) -> bool:

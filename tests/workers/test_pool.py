@@ -510,7 +510,14 @@ def test_a_call_that_needs_more_memory_has_room_made(model: Model) -> None:
 
 
 def test_short_sequences_are_told(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Not of recorded calls: a device on which they pay is faster than what the prediction goes by."""
+
+    def told() -> list[str]:
+        return [record.message for record in caplog.records if "tokens are few for 2 workers" in record.message]
+
+    for _ in range(3):
+        model.forward(settings=WorkerSettings(compile="cudagraphs"), frames=1)
+    assert all(model.recorded()) and not told()
     for _ in range(2):
-        model.forward()
-    told = [record.message for record in caplog.records if "tokens are few for 2 workers" in record.message]
-    assert len(told) == 1 and "docs/scaling.md" in told[0]
+        model.forward(frames=1)
+    assert len(told()) == 1 and "docs/scaling.md" in told()[0]

@@ -159,9 +159,11 @@ def test_a_device_without_a_number_is_that_of_tensors_with_one() -> None:
 
 def test_a_device_waits_for_python_where_all_of_a_call_is_spent_on_starting_it() -> None:
     waits = Waits()
-    for took, seen in ((0.100, False), (0.100, False), (0.101, True), (0.2, False), (0.1, False)):
+    assert waits.open
+    known = ((0.2, (False, True)), (0.1, (False, True)), (0.1, (False, True)), (0.101, (True, True)))
+    for took, expected in (*known, (0.2, (False, False)), (0.1, (False, True))):
         waits.note(0.099, took)
-        assert waits.seen is seen
+        assert (waits.seen, waits.open) == expected
     for _ in range(Waits.CALLS + 1):
         waits.note(2.0, 2.0)
     assert not waits.seen, "long calls wait for computing"
