@@ -351,11 +351,10 @@ class WorkerModel:
 
     def note(self, queued: float, took: float, args: Any) -> None:
         """How long the last call took, see Waits.note."""
-        device, parallel = model_management.get_torch_device(), self._mesh.parallel
+        device = model_management.get_torch_device()
         self._recordable = (
             by_itself(device)
-            and parallel.sequence > 1
-            and not parallel.sync_ulysses
+            and not self._mesh.parallel.sync_ulysses
             and self._blocks is None
             and not self._settings.compile
             and recordable(args, device)

@@ -24,7 +24,9 @@ class Model:
         layers: how many it has.
         size: the recipe's sizes for so many layers.
         extent: frames, height and width of a usual video or picture, in pixels.
-        inputs: arguments of a call, from a function that draws tensors, frames, height and width.
+        inputs: arguments of a call, from a function that draws tensors, frames, height and width: the latent, a
+            timestep, a text, and others.
+        condition: what a sampler's conditioning has beside the text.
     """
 
     recipe: str
@@ -32,6 +34,7 @@ class Model:
     size: Callable[[int], Mapping[str, int]]
     extent: tuple[int, int, int]
     inputs: Callable[[Draw, int, int, int], tuple[Any, ...]]
+    condition: Callable[[Draw], Mapping[str, Any]] = lambda draw: {}
 
 
 def constant(draw: Draw, value: float) -> Any:
@@ -72,14 +75,20 @@ def sdxl(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
     return draw(2, 4, height // 8, width // 8), constant(draw, 500.0).repeat(2), draw(2, 77, 2048), draw(2, 2816)
 
 
+def pooled(width: int) -> Callable[[Draw], Mapping[str, Any]]:
+    return lambda draw: {"pooled_output": draw(1, width)}
+
+
 MODELS: Mapping[str, Model] = {
     "small": Model("wan", 4, lambda n: {"dim": 256, "ffn": 512, "layers": n}, (5, 64, 64), wan),
     "wan14b": Model("wan", 40, lambda n: {"dim": 5120, "ffn": 13824, "layers": n}, (81, 480, 832), wan),
     "wan1.3b": Model("wan", 30, lambda n: {"dim": 1536, "ffn": 8960, "layers": n}, (81, 480, 832), wan),
-    "flux": Model("flux", 19, lambda n: {"dim": 3072, "double": n, "single": 2 * n}, (1, 1024, 1024), flux),
+    "flux": Model(
+        "flux", 19, lambda n: {"dim": 3072, "double": n, "single": 2 * n}, (1, 1024, 1024), flux, pooled(768)
+    ),
     "zimage": Model("zimage", 30, lambda n: {"layers": n, "context": 2560}, (1, 1024, 1024), zimage),
     "ltxv": Model("ltxv", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltxv),
-    "sdxl": Model("sdxl_base", 1, lambda n: {}, (1, 1024, 1024), sdxl),
+    "sdxl": Model("sdxl_base", 1, lambda n: {}, (1, 1024, 1024), sdxl, pooled(1280)),
     "ltx2": Model("ltx2", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltx2),
 }
 """Flux.1 dev's layers are its double blocks; it has twice as many single ones. SDXL has no number of layers. The

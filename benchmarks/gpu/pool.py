@@ -3,12 +3,13 @@
     python benchmarks/gpu/pool.py --comfy ROOT [--model wan14b:40] [--steps 3] [--rounds 5] [--gpus 2,4]
         [--compile cudagraphs]
 
-Run it with a Python that has ComfyUI's packages, gguf and Ray; it installs nothing. The checkpoint has the shape of a
-Wan with random weights, its pages in the page cache. Both sides sample with comfy.sample; plain's weights are
-off the device before a pool starts. Load is what a first run takes longer than later ones. Overhead is a step's time
-outside of the workers. Host memory is what the worker processes occupy together (Pss) beyond what they did before the
-model was loaded, over the file. A run's own time is what it takes beside its steps, from runs of one and of all steps.
-Then a run is cancelled, and a worker is killed in the middle of another; the next run must give the bits of the first.
+Run it with a Python that has ComfyUI's packages, gguf and Ray; it installs nothing. The checkpoint has the shape of its
+model (one of a single latent: not LTX-2) with random weights, its pages in the page cache. Both sides sample with
+comfy.sample; plain's weights are off the device before a pool starts. Load is what a first run takes longer than later
+ones. Overhead is a step's time outside of the workers. Host memory is what the worker processes occupy together (Pss)
+beyond what they did before the model was loaded, over the file. A run's own time is what it takes beside its steps,
+from runs of one and of all steps. Then a run is cancelled, and a worker is killed in the middle of another; the next
+run must give the bits of the first.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from models import Choice
+from models import Choice, Model
 from ranks import add_video, enter
 from tables import Table
 
@@ -39,6 +41,7 @@ def main() -> int:
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
     parser.add_argument("--model", default="wan14b:40", help="name[:layers[:kind]]; a layer of wan14b has 0.7 GB")
     add_video(parser)
+    parser.set_defaults(frames=0, height=0, width=0)  # the model's own
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="runs to take the median of")
     parser.add_argument("--gpus", default="2", help="how many, comma-separated; 2cfg are two that share the conditions")
@@ -48,26 +51,28 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         choice = Choice.parse(options.model)
+        for name, usual in zip(("frames", "height", "width"), choice.model.extent, strict=True):
+            setattr(options, name, getattr(options, name) or usual)
         file = choice.file(options.comfy.resolve(), options.folder or Path(temporary))
         enter(str(options.comfy.resolve()))
         import torch
 
         with torch.inference_mode():
-            Bench(options, file).run()
+            Bench(options, choice.model, file).run()
     return 0
 
 
 class Bench:
     """The inputs, what plain ComfyUI makes of them, and the tables."""
 
-    def __init__(self, options: argparse.Namespace, file: Path) -> None:
+    def __init__(self, options: argparse.Namespace, model: Model, file: Path) -> None:
         import torch
 
         self.options, self.file = options, file
-        generator = torch.Generator().manual_seed(1)
-        shape = (1, 16, (options.frames + 3) // 4, options.height // 8, options.width // 8)
-        self.noise = torch.randn(*shape, generator=generator)
-        self.text = [[[torch.randn(1, 512, 4096, generator=generator), {}]] for _ in range(2)]
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
+        latent, _, text, *_ = model.inputs(draw, options.frames, options.height, options.width)
+        self.noise = latent[:1]
+        self.text = [[[draw(1, *text.shape[1:]), {**model.condition(draw)}]] for _ in range(2)]
         self.plain: dict[float, tuple[float, Any]] = {}
 
     def sample(self, model: Any, scale: float, steps: int = 0) -> Any:
@@ -113,13 +118,13 @@ class Bench:
         table = Table(
             "pool",
             ["GPUs", "cfg", "start s", "load s", "GB/s in total", "s per step", "speed-up", "own s of a run",
-             "overhead ms per call", "host memory of the file", "difference"],
+             "overhead ms per call", "recorded calls", "host memory of the file", "difference"],
             difference=".1e", overhead=".2f", start=".1f",
         )  # fmt: skip
         for scale in scales:
             seconds, own, samples = self.timed(model, scale)
             self.plain[scale] = seconds, samples
-            table.row("plain", scale, 0.0, load, size / load / 1e9, seconds, 1.0, own, 0.0, "", 0.0)
+            table.row("plain", scale, 0.0, load, size / load / 1e9, seconds, 1.0, own, 0.0, 0, "", 0.0)
         del model
         model_management.unload_all_models()
         gc.collect()
@@ -147,7 +152,7 @@ class Bench:
         """One row."""
         from comfy_raylight.tests.weights.memory import proportional
         from comfy_raylight.workers import pool as pools
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers import remote, report
 
         scale = 4.0 if name.endswith("cfg") else 1.0
         began = time.perf_counter()
@@ -168,10 +173,11 @@ class Bench:
         plain, expected = self.plain[scale]
         difference = float((samples - expected).abs().max() / expected.abs().max())
         load = first - seconds * self.options.steps
+        recorded = sum(known.recorded for known in report.collect(model.link).workers[0].models)
         overhead = (spent.seconds - spent.worker_seconds) / spent.calls * 1e3
         print(f"a call: {spent.seconds / spent.calls:.4f} s, in the workers {spent.worker_seconds / spent.calls:.4f} s")
         speeds = seconds, plain / seconds, own
-        table.row(name, scale, start, load, world * size / load / 1e9, *speeds, overhead, held, difference)
+        table.row(name, scale, start, load, world * size / load / 1e9, *speeds, overhead, recorded, held, difference)
         pools.close_all()
 
     def faults(self, world: int) -> None:

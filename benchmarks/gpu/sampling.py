@@ -38,8 +38,10 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "sharded": {"residency": "sharded"},
     "sharded, no prefetch": {"residency": "sharded", "prefetch": "off"},
     "streamed": {"residency": "streamed"},
+    "each alone": {"alone": True},
 }
-"""Of several GPUs; compiled and recorded run with Ulysses, on one GPU too."""
+"""Of several GPUs; compiled and recorded run with Ulysses, on one GPU too. Each alone is plain on all of them at once:
+GPUs differ, and those that share a call go with the slowest."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     mode = {"overlap": options.turns, **MODES.get(options.mode, {})}
+    if mode.pop("alone", False):
+        return on_rank(0, f"{store}-{rank}", dataclasses.replace(options, size=1, mode="plain"))
     ring = options.size if mode.pop("ring", False) else 1
     settings = WorkerSettings(compile=mode.pop("compile", ""))
     parallel = ParallelConfig(world=options.size, ulysses=options.size // ring, ring=ring, cfg=1, **mode)
