@@ -25,6 +25,8 @@ TRIES = 3
 """Calls of which one has to be shorter than that: the first one also loads kernels."""
 KEPT = 4
 """Recordings at most, each with the memory of a call's activations."""
+WORTH = 3
+"""Repeats that a recording has to serve: one that makes room for others before that took longer than it saved."""
 SEEN = 64
 """Kinds of calls at most of which something is known."""
 SMALL = 4096
@@ -150,14 +152,16 @@ class _Known:
         calls: that ran as they are.
         short: whether the last one took less than LONG_S here.
         tape, inputs: the recording and the tensors that it reads; None where there is none.
+        repeats: of that recording.
         counted, sent: what the recorded call did with other ranks.
-        refused: it cannot be recorded.
+        refused: it cannot be recorded, or not with profit.
     """
 
     calls: int = 0
     short: bool = False
     tape: Tape | None = None
     inputs: tuple[torch.Tensor, ...] = ()
+    repeats: int = 0
     counted: int = 0
     sent: Counter[str] = field(default_factory=Counter)
     refused: bool = False
@@ -227,6 +231,7 @@ class Recordings:
         for kept, given in zip(known.inputs, inputs, strict=True):
             kept.copy_(given)
         known.tape.play()
+        known.repeats += 1
         self._comm.meter.repeat(known.counted, known.sent)
         return mapped(known.tape.output, lambda item: item.clone() if isinstance(item, torch.Tensor) else item)
 
@@ -245,11 +250,11 @@ class Recordings:
         self, known: _Known, bare: Call, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[torch.Tensor]
     ) -> None:
         """Try to; all ranks have a recording afterwards, or none."""
-        known.tape = None
+        known.tape, known.repeats = None, 0
         kept = [entry for entry in self._known.values() if entry.tape is not None]
         while len(kept) >= KEPT:
             oldest = kept.pop(0)
-            oldest.tape, oldest.inputs = None, ()
+            oldest.tape, oldest.inputs, oldest.refused = None, (), oldest.repeats < WORTH
         # the memory of tapes that are gone is no pool any more
         pool = kept[0].tape.pool if kept and kept[0].tape else None
         meter = self._comm.meter

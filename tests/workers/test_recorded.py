@@ -135,6 +135,22 @@ def test_few_recordings_are_kept() -> None:
     assert model.recordings.count == recorded.KEPT
 
 
+@pytest.mark.parametrize("steps", [2, 1 + recorded.WORTH])
+def test_more_kinds_of_calls_than_are_kept_do_not_push_each_other_out(steps: int) -> None:
+    """As many regions of a picture do, a call each in every step; pictures of other sizes one after another may."""
+    model, kinds = Counting(), range(1, recorded.KEPT + 2)
+    regions = [torch.ones(length) for _ in range(6) for length in kinds]
+    pictures = [torch.ones(length) for _ in range(2) for length in kinds for _ in range(steps)]
+    for x in regions:
+        model.run(x)
+    refused = [known.refused for known in model.recordings._known.values()]
+    assert sum(refused) == 1 and model.recordings.count == recorded.KEPT
+    model.recordings.clear()
+    for x in pictures:
+        model.run(x)
+    assert sum(known.refused for known in model.recordings._known.values()) == (0 if steps > recorded.WORTH else 1)
+
+
 def test_a_tensor_that_comes_twice_is_one_input() -> None:
     x, inputs = torch.ones(2), []  # type: ignore[var-annotated]
     same = described(([x, x], {"a": x}), inputs, CPU)
