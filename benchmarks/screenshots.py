@@ -49,7 +49,7 @@ def main() -> int:
             page = canvas.page
             page.get_by_role("button", name="Run", exact=True).click()
             sampler = "app.graph.nodes.find(node => node.type === 'XFuserKSamplerAdvanced')"
-            page.wait_for_function(f"() => {sampler}.progress > 0.5", timeout=LIMIT_MS, polling=20)
+            page.wait_for_function(f"() => {sampler}.progress > 0", timeout=LIMIT_MS, polling=20)
             keep(canvas, "2-running")
             done = "Object.values(app.nodeOutputs ?? {}).some(output => output.animated)"
             page.wait_for_function(f"() => {done} && !app.runningNodeId", timeout=LIMIT_MS)

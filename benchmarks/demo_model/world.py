@@ -1,8 +1,8 @@
-"""Videos of one coloured shape that moves over a plain ground and bounces off the border."""
+"""Videos of one coloured shape that moves over a plain ground, from side to side or off and on between the borders."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ FRAMES, SIDE = 17, 64
 """Of the videos that the model learns; the VAE takes others as well."""
 RADIUS = 15.0
 SPEED = 3.0
-"""Pixels per frame."""
+"""Pixels per frame, where the scene says no other."""
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
 
@@ -40,23 +40,36 @@ WORDS = (*NIGHT.colours, *SHAPES, *DIRECTIONS)
 @dataclass(frozen=True)
 class Scenes:
     """A batch of scenes: per scene the numbers of its three words, and where the shape starts, in
-    pixels (y, x)."""
+    pixels (y, x); all shapes move at one speed, in pixels per frame, and bounce off the border."""
 
     colour: Tensor
     shape: Tensor
     direction: Tensor
     start: Tensor
     side: int = SIDE
+    speed: float = SPEED
 
     @staticmethod
     def draw(count: int, generator: torch.Generator, *, side: int = SIDE) -> Scenes:
-        """Scenes drawn evenly, of pictures of `side` pixels."""
+        """Scenes drawn evenly, of pictures of `side` pixels; shapes start anywhere."""
 
         def number(below: int) -> Tensor:
             return torch.randint(below, (count,), generator=generator)
 
         start = RADIUS + torch.rand(count, 2, generator=generator) * (side - 2 * RADIUS)
         return Scenes(number(len(NIGHT.colours)), number(len(SHAPES)), number(len(DIRECTIONS)), start, side)
+
+    def across(self) -> Scenes:
+        """The same where shapes start at the side they come from, and end at the other one with the last frame.
+
+        So each frame shows which way: with shapes that start anywhere, only what changes does, which takes a small
+        model long to learn.
+        """
+        velocity = torch.tensor(list(DIRECTIONS.values()))[self.direction]
+        low, high = RADIUS, self.side - RADIUS
+        side = torch.where(velocity > 0, low, high)
+        start = torch.where(velocity == 0, self.start, side)
+        return replace(self, start=start, speed=(high - low) / (FRAMES - 1))
 
     def words(self) -> Tensor:
         """Numbers of each scene's words in `WORDS`, (scenes, 3)."""
@@ -66,7 +79,7 @@ class Scenes:
 
 def cover(scenes: Scenes, frames: int = FRAMES) -> Tensor:
     """How much of each pixel the shape covers, from 0 to 1: (scenes, frames, side, side)."""
-    velocity = torch.tensor(list(DIRECTIONS.values()))[scenes.direction] * SPEED
+    velocity = torch.tensor(list(DIRECTIONS.values()))[scenes.direction] * scenes.speed
     at = scenes.start[:, None] + velocity[:, None] * torch.arange(frames)[None, :, None]
     low, span = RADIUS, scenes.side - 2 * RADIUS
     at = low + span - ((at - low) % (2 * span) - span).abs()  # bounces

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from comfy_raylight.tests.browser.canvas import Canvas
 from comfy_raylight.tests.browser.files import ROOT
-from comfy_raylight.tests.conftest import comfy_roots
-from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.server import ComfyServer
 from PIL import Image
 
@@ -19,13 +17,6 @@ DEMO = ROOT / "example_workflows" / "demo.json"
 SCREENSHOTS = ROOT / ".host" / "screenshots"
 """Kept, to be looked at."""
 LIMIT_S = 180
-
-
-@pytest.fixture
-def once(comfy_root: Path) -> None:
-    """What takes long runs on the first ComfyUI alone, unless RAYLIGHT_TEST_LARGE says otherwise."""
-    if not LARGE and comfy_root != comfy_roots()[0]:
-        pytest.skip("slow: RAYLIGHT_TEST_LARGE=1 runs it on every ComfyUI")
 
 
 def wait_until(page: Canvas, condition: str) -> None:
