@@ -10,7 +10,6 @@ sharing: speed and memory are those of a wider model of random weights, plain Co
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import subprocess
@@ -35,7 +34,6 @@ FOLDER = setup.HOME / "demo"
 TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest value of the plain result."""
 SIZE = {"dim": 768, "ffn": 3072, "layers": 8}
-PROMPT = setup.ROOT / "examples" / "api" / "demo.json"
 CORE: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "RayUNETLoader": ("UNETLoader", {"ray_actors_init": ""}),
     "RayModelSamplingSD3": ("ModelSamplingSD3", {"ray_actors": "model"}),
@@ -120,14 +118,12 @@ def compare(options: argparse.Namespace) -> int:
 
 def animations(server: ComfyServer, client: ComfyClient, options: argparse.Namespace) -> dict[str, torch.Tensor]:
     """What the demo's prompt makes on both sides: (frames, height, width, 3), from 0 to 1."""
+    from browser import files
     from safetensors.torch import load_file
 
-    prompt = json.loads(PROMPT.read_text(encoding="utf-8"))
+    prompt = files.demo_prompt(options.words)
     for node in prompt.values():
-        if node["class_type"] == "LoadTrainingDataset":
-            words = {"Colour": 0, "Shape": 1, "Direction": 2}
-            node["inputs"]["folder_name"] = f"raylight_demo/{options.words[words[node['_meta']['title']]]}"
-        elif node["class_type"] == "RayInitializer":
+        if node["class_type"] == "RayInitializer":
             node["inputs"].update(GPU=options.workers, ulysses_degree=options.workers)
     found = {}
     for name, side in {"plain": without_pool(prompt), "pool": prompt}.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,6 +24,16 @@ NAMED = re.compile(r'"([^"\n:\\]+\.(?:safetensors|gguf|png|jpg))"')
 def copy_demo(base: Path) -> None:
     """What the README says: the demo's files over ComfyUI's folder."""
     shutil.copytree(DEMO, base, dirs_exist_ok=True)
+
+
+def demo_prompt(words: Sequence[str], name: str = "demo") -> dict[str, Any]:
+    """A prompt of the examples for the demo's model, with other words: colour, shape and direction."""
+    prompt: dict[str, Any] = json.loads((ROOT / "examples" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    chosen = dict(zip(("Colour", "Shape", "Direction"), words, strict=True))
+    for node in prompt.values():
+        if node["class_type"] == "LoadTrainingDataset":
+            node["inputs"]["folder_name"] = f"raylight_demo/{chosen[node['_meta']['title']]}"
+    return prompt
 
 
 def write_named(base: Path, workflows: Iterable[Path]) -> None:

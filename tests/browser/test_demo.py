@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_raylight.tests.browser.files import ROOT
+from comfy_raylight.tests.browser import files
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.server import ComfyServer
 from PIL import Image, ImageSequence
@@ -29,12 +28,7 @@ CASES = [
 
 def frames(client: ComfyClient, server: ComfyServer, name: str, *words: str) -> torch.Tensor:
     """The animation that a prompt of the examples makes of other words: [frames, rows, columns, 3], 0 to 1."""
-    prompt = json.loads((ROOT / "examples" / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    chosen = dict(zip(("Colour", "Shape", "Direction"), words, strict=True))
-    for node in prompt.values():
-        if node["class_type"] == "LoadTrainingDataset":
-            node["inputs"]["folder_name"] = f"raylight_demo/{chosen[node['_meta']['title']]}"
-    outputs: Any = client.run(prompt).outputs
+    outputs: Any = client.run(files.demo_prompt(words, name)).outputs
     (made,) = [entry for found in outputs.values() for entry in found.get("images", ()) if ".webp" in entry["filename"]]
     with Image.open(Path(server.output, made["filename"])) as animation:
         pictures = [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]

@@ -98,32 +98,18 @@ def nothing_to_divide_is_said_once(bench: Bench) -> None:
 
 @fact(WAN)
 def a_group_whose_device_waits_for_python_records(bench: Bench) -> None:
-    """The other one does not. A CPU never waits so: that it does is put into the worker."""
-    import ray
+    """The other one does not."""
+    from comfy_raylight.tests.workers.faults import end_waiting, in_worker, wait_for_python
     from comfy_raylight.workers import report
     from comfy_raylight.workers.pool import REGISTRY
 
-    def wait(worker: Any) -> None:
-        for known in worker._runner._models.values():
-            known._recordable = known._waits.seen = True
-            known.note = lambda queued, took, args: None
-
-    def stop(worker: Any) -> None:
-        for known in worker._runner._models.values():
-            del known.note
-            known._recordable = known._waits.seen = False
-
-    def tell(change: Callable[[Any], None]) -> None:
-        actor: Any = REGISTRY[bench.config].members[1].actor
-        ray.get(actor.__ray_call__.options(concurrency_group="control").remote(change), timeout=120)
-
-    usual = bench.picture(bench.far, steps=6)
-    tell(wait)
+    usual, pool = bench.picture(bench.far, steps=6), REGISTRY[bench.config]
+    in_worker(pool, wait_for_python, rank=1)
     try:
         apart = difference(bench.picture(bench.far, steps=6), usual)
         workers = report.collect(bench.far.link).workers
     finally:
-        tell(stop)
+        in_worker(pool, end_waiting, rank=1)
         bench.far.link._groups().replicas[1]._recorded.clear()
     recorded = [sum(model.recorded for model in worker.models) for worker in workers]
     must(recorded == [0, 1], f"the groups recorded {recorded} calls")

@@ -23,6 +23,28 @@ def on_rank(rank: int, action: Callable[[], None]) -> Callable[..., Any]:
     return override
 
 
+def in_worker(pool: Any, look: Callable[[Any], Any], *, rank: int = 0) -> Any:
+    """What a function finds in a worker's process, which it gets the actor of."""
+    import ray
+
+    asked = pool.members[rank].actor.__ray_call__.options(concurrency_group="control").remote(look)
+    return ray.get(asked, timeout=120)
+
+
+def wait_for_python(worker: Any) -> None:
+    """In a worker: have its device seem to wait for Python, which a CPU never does, until `end_waiting`."""
+    for known in worker._runner._models.values():
+        known._recordable = known._waits.seen = True
+        known.note = lambda queued, took, args: None
+
+
+def end_waiting(worker: Any) -> None:
+    """In a worker: leave it as `wait_for_python` found it."""
+    for known in worker._runner._models.values():
+        del known.note
+        known._recordable = known._waits.seen = False
+
+
 def fail() -> None:
     raise ValueError("a patch went wrong")
 

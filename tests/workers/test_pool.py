@@ -21,7 +21,17 @@ from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, PoolConfig
 from comfy_raylight.raylight.errors import Cancelled, LoadError, WorkerError
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.checkpoints import Job, write
-from comfy_raylight.tests.workers.faults import dawdle, die, fail, on_rank, times_chunked_layers, times_compiled_graphs
+from comfy_raylight.tests.workers.faults import (
+    dawdle,
+    die,
+    end_waiting,
+    fail,
+    in_worker,
+    on_rank,
+    times_chunked_layers,
+    times_compiled_graphs,
+    wait_for_python,
+)
 from comfy_raylight.workers import links
 from comfy_raylight.workers import pool as pools
 from comfy_raylight.workers.messages import HostEnvironment, LoadRequest, PatchRequest
@@ -46,14 +56,6 @@ def all_gone(processes: list[int]) -> bool:
     while any(map(running, processes)) and time.monotonic() < end:
         time.sleep(0.05)
     return not any(map(running, processes))
-
-
-def in_worker(pool: pools.Pool, look: Callable[[Any], Any]) -> Any:
-    """What a function finds in the process of rank 0, which it gets the actor of."""
-    import ray
-
-    asked = pool.members[0].actor.__ray_call__.options(concurrency_group="control").remote(look)
-    return ray.get(asked, timeout=120)
 
 
 PLAIN = WorkerSettings()
@@ -473,27 +475,15 @@ def test_calls_are_recorded(model: Model) -> None:
 
 
 def test_a_model_that_waits_for_python_is_recorded_by_itself(model: Model, caplog: pytest.LogCaptureFixture) -> None:
-    """A CPU never waits so: that it does is put into the worker."""
-
-    def wait(worker: Any) -> None:
-        (known,) = worker._runner._models.values()
-        known._recordable = known._waits.seen = True
-        known.note = lambda queued, took, args: None
-
-    def stop(worker: Any) -> None:
-        (known,) = worker._runner._models.values()
-        del known.note
-        known._recordable = known._waits.seen = False
-
     caplog.set_level(logging.INFO)
     plain = model.forward()
-    in_worker(model.pool, wait)
+    in_worker(model.pool, wait_for_python)
     try:
         for count in (0, 0, 1, 1):
             assert torch.equal(model.forward(), plain)
             assert model.recorded() == [count, count]
     finally:
-        in_worker(model.pool, stop)
+        in_worker(model.pool, end_waiting)
     assert caplog.text.count("wait for Python") == 1
 
 
