@@ -6,11 +6,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+
+Beside = tuple[torch.Tensor | None, torch.Tensor | None]
+"""What comes from the rank before and from the one after; None where there is no such rank or nothing to get."""
 
 
 class Meter:
@@ -32,13 +35,11 @@ class Meter:
         self.seconds = 0.0
         self.bytes_sent: Counter[str] = Counter()
 
-    @contextmanager
-    def collective(self, kind: str, sent: int) -> Iterator[None]:
-        """Count one collective and the bytes it sends, before it starts, and time it."""
+    def collective(self, kind: str, sent: int) -> AbstractContextManager[None]:
+        """Count one collective and the bytes it sends, before it starts; what is entered times it."""
         self.count += 1
         self.bytes_sent[kind] += sent
-        with self.waiting():
-            yield
+        return self.waiting()
 
     def repeat(self, count: int, sent: Counter[str]) -> None:
         """Count collectives that a device repeats by itself."""
@@ -116,20 +117,25 @@ class Comm:
                 whole = list(tensors[0].shape)
                 whole[dim] = sum(t.shape[dim] for t in tensors)
                 torch.cat(list(tensors), dim, out=part.view(whole))
-        got = flat.new_empty(sum(receive))
-        itemsize = flat.element_size()
+        (got,) = self._exchange(flat, send, receive, kind).wait()
+        return [
+            None if rank == self.rank else part.view(list(shape))
+            for rank, (part, shape) in enumerate(zip(got.split(receive), shapes, strict=True))
+        ]
+
+    def _exchange(self, flat: torch.Tensor, send: list[int], receive: list[int], kind: str) -> Passing:
+        """Start giving each rank so many elements of `flat`, in rank order, and getting so many of it."""
+        got, itemsize = flat.new_empty(sum(receive)), flat.element_size()
         with self.meter.collective(kind, flat.nbytes):
-            dist.all_to_all_single(
+            work = dist.all_to_all_single(
                 got.view(torch.uint8),
                 flat.view(torch.uint8),
                 [count * itemsize for count in receive],
                 [count * itemsize for count in send],
                 group=self._group,
+                async_op=True,
             )
-        return [
-            None if rank == self.rank else part.view(list(shape))
-            for rank, (part, shape) in enumerate(zip(got.split(receive), shapes, strict=True))
-        ]
+        return Passing([flat], [got], [work], self.meter)
 
     def start_swap(self, going: Sequence[Sequence[torch.Tensor]], coming: Sequence[Sequence[torch.Tensor]]) -> Passing:
         """Start giving tensors going[i] to rank i and filling coming[i] with what it gives, in a group of several.
@@ -219,10 +225,8 @@ class Comm:
             works = dist.batch_isend_irecv(steps) if steps else []
         return Passing(tensors, coming, works, self.meter)
 
-    def halo(
-        self, x: torch.Tensor, *, dim: int, above: int, below: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The neighbours' slices that border on `x`, where the ranks hold consecutive stretches of `dim`.
+    def start_halo(self, x: torch.Tensor, *, dim: int, above: int, below: int) -> Callable[[], Beside]:
+        """Start getting the neighbours' slices that border on `x`, where the ranks hold consecutive stretches of `dim`.
 
         Args:
             x: equal on all ranks in every other dim, with at least max(above, below) slices on each.
@@ -230,25 +234,35 @@ class Comm:
             below: slices to get from the beginning of the rank after.
 
         Returns:
-            Both, None where there is no such rank or nothing to get.
+            What waits for both; call it also before giving up on an error.
         """
         length = x.shape[dim]
         assert max(above, below) <= length, (above, below, tuple(x.shape))
-
-        def slices(count: int) -> list[int]:
-            return [*x.shape[:dim], count, *x.shape[dim + 1 :]]
-
         # what one side gets of its neighbour, the neighbour gives
         sides = [(self.rank - 1, above, 0, below), (self.rank + 1, below, length - above, above)]
         here = [side for side in sides if 0 <= side[0] < self.size]
         if not here:
-            return None, None
-        going, shapes = [[x.narrow(dim, 0, 0)]] * self.size, [slices(0)] * self.size
-        for peer, wanted, start, given in here:
-            going[peer], shapes[peer] = [x.narrow(dim, start, given)], slices(wanted)
-        got = self.trade(going, shapes, dim=dim, kind="halo")
-        top, bottom = (got[peer] if 0 <= peer < self.size and wanted else None for peer, wanted, *_ in sides)
-        return top, bottom
+            return lambda: (None, None)
+        send, receive, each = [0] * self.size, [0] * self.size, x.numel() // length
+        for peer, wanted, _, given in here:
+            send[peer], receive[peer] = given * each, wanted * each
+        going, flat = [x.narrow(dim, start, given) for _, _, start, given in here], x.new_empty(sum(send))
+        # packed at once where that can be: starting a copy takes longer than the copy
+        if above == below:
+            torch.stack(going, out=flat.view(len(going), *going[0].shape))
+        else:
+            torch.cat([part.reshape(-1) for part in going], out=flat)
+        passing = self._exchange(flat, send, receive, "halo")
+        top = above * each if self.rank else 0
+
+        def slices(part: torch.Tensor, count: int) -> torch.Tensor | None:
+            return part.view(*x.shape[:dim], count, *x.shape[dim + 1 :]) if part.numel() else None
+
+        def arrived() -> Beside:
+            (got,) = passing.wait()
+            return slices(got[:top], above), slices(got[top:], below)
+
+        return arrived
 
     def to_first(self, x: torch.Tensor | None, *, source: int, like: torch.Tensor) -> Passing:
         """Start giving rank `source`'s `x` to rank 0, which gets one of the shape and dtype of `like`.

@@ -16,8 +16,9 @@ from .strips import ROWS, Rows, Strips
 
 Rule = Callable[..., Any]
 
-MANY_ROWS = 16
-"""Height of a strip from which on two more convolutions of a few rows take less than a copy of all of it."""
+COPIED_BYTES = 64 << 20
+"""Of an activation that a convolution copies, with its neighbours' rows: a fast device does that in 40 us, and its
+host takes longer to start another convolution of a few rows."""
 MIXING = (
     F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d,
@@ -54,11 +55,15 @@ class RowParallel(TorchFunctionMode):
     A convolution is known by its call, not by its module. What no rule names is taken to leave rows alone; a
     self-test of the model finds out whether that is so. All ranks must make the same calls, and draw from equal
     random states. The mode belongs to the thread that enters it.
+
+    Args:
+        copied_bytes: see COPIED_BYTES; above it, rows that see a neighbour's are computed anew instead.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, *, copied_bytes: int = COPIED_BYTES) -> None:
         super().__init__()
         self._rows = rows
+        self._copied_bytes = copied_bytes
         self._off = False
         self._strips: Strips = rows.strips
         transposed: dict[Any, Rule] = dict.fromkeys((torch.conv_transpose2d, torch.conv_transpose3d), self._transposed)
@@ -148,18 +153,25 @@ class RowParallel(TorchFunctionMode):
             result: torch.Tensor = func(x, weight, bias, stride, inside, dilation, groups)
             return result
 
-        if step > 1 or self._strips.least(input.shape[ROWS]) < max(MANY_ROWS, span):
+        small = input.nbytes <= self._copied_bytes
+        if step > 1 or small or input.shape[ROWS] < span:
             # one copy, with the convolution's own zeros at the picture's edges
             return bare(self._rows.extend(input, above=pad, below=below, edge=pad))
-        # no copy: a strip by itself, and then the rows anew that see a neighbour's
-        top, bottom = self._rows.neighbours(input, above=pad, below=below)
-        out: torch.Tensor = func(input, weight, bias, stride, padding, dilation, groups)
+        # no copy: a strip by itself while neighbours' rows come, then what sees them anew, at both edges at once
+        arriving = self._rows.start_neighbours(input, above=pad, below=below)
+        try:
+            out: torch.Tensor = func(input, weight, bias, stride, padding, dilation, groups)
+        finally:
+            top, bottom = arriving()
         own, height = span - 1, input.shape[ROWS]
-        if top is not None:
-            out.narrow(ROWS, 0, pad).copy_(bare(torch.cat((top, input.narrow(ROWS, 0, own)), ROWS)))
-        if bottom is not None:
-            last = input.narrow(ROWS, height - own, own)
-            out.narrow(ROWS, height - below, below).copy_(bare(torch.cat((last, bottom), ROWS)))
+        seams = [] if top is None else [top, input.narrow(ROWS, 0, own)]
+        seams += [] if bottom is None else [input.narrow(ROWS, height - own, own), bottom]
+        if seams:
+            anew = bare(torch.cat(seams, ROWS))
+            if top is not None:
+                out.narrow(ROWS, 0, pad).copy_(anew.narrow(ROWS, 0, pad))
+            if bottom is not None:
+                out.narrow(ROWS, height - below, below).copy_(anew.narrow(ROWS, anew.shape[ROWS] - below, below))
         return out
 
     def _cudnn(  # noqa: PLR0917, torch.cudnn_convolution's signature
@@ -217,8 +229,11 @@ class RowParallel(TorchFunctionMode):
         rows = self._rows
         if mode == "constant":
             # one copy: what is padded, and then the neighbours' rows where they belong
-            top, bottom = rows.neighbours(input, above=above, below=below)
-            out: torch.Tensor = func(input, pad, mode, value)
+            arriving = rows.start_neighbours(input, above=above, below=below)
+            try:
+                out: torch.Tensor = func(input, pad, mode, value)
+            finally:
+                top, bottom = arriving()
             beside = (*pad[:2], 0, 0, *pad[4:])
             for strip, first in ((top, 0), (bottom, above + input.shape[ROWS])):
                 if strip is not None:

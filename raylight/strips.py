@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .comm import Comm
+from .comm import Beside, Comm
 from .errors import UnsupportedError
 
 ROWS = -2
@@ -163,15 +164,15 @@ class Rows:
         Raises:
             UnsupportedError: a strip is shorter than what its neighbour needs. All ranks raise it.
         """
-        top, bottom = self.neighbours(x, above=above, below=below)
-        if edge:
+        top, bottom = self.start_neighbours(x, above=above, below=below)()
+        if edge and (self.top or self.bottom):
             zeros = x.new_zeros(*x.shape[:ROWS], edge, x.shape[-1])
             top, bottom = zeros if self.top else top, zeros if self.bottom else bottom
         parts = [part for part in (top, x, bottom) if part is not None]
         return torch.cat(parts, ROWS) if len(parts) > 1 else x
 
-    def neighbours(self, x: torch.Tensor, *, above: int, below: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The last rows of the strip above and the first of the one below; None where there is no such strip.
+    def start_neighbours(self, x: torch.Tensor, *, above: int, below: int) -> Callable[[], Beside]:
+        """Start getting the last rows of the strip above and the first of the one below, see Comm.start_halo.
 
         Raises:
             UnsupportedError: a strip is shorter than what its neighbour needs. All ranks raise it.
@@ -182,7 +183,7 @@ class Rows:
                 f"a strip of {self.strips.least(x.shape[ROWS])} rows has to give {max(above, below)}",
                 self.remedy,
             )
-        return self.comm.halo(x, dim=x.ndim + ROWS, above=above, below=below)
+        return self.comm.start_halo(x, dim=x.ndim + ROWS, above=above, below=below)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' rows in order."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..raylight.row_rules import RowParallel
+from ..raylight.row_rules import COPIED_BYTES, RowParallel
 from ..raylight.strips import Rows
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -15,7 +15,9 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def strip_of(model: torch.nn.Module, rows: Rows, attention: Attention) -> Iterator[None]:
+def strip_of(
+    model: torch.nn.Module, rows: Rows, attention: Attention, *, copied_bytes: int = COPIED_BYTES
+) -> Iterator[None]:
     """While it is entered, calls of `model` on this rank's rows give this rank's rows of the whole picture's result.
 
     All ranks must make the same calls, and draw from equal random states. The mode belongs to the thread that
@@ -24,6 +26,7 @@ def strip_of(model: torch.nn.Module, rows: Rows, attention: Attention) -> Iterat
 
     Args:
         attention: used in place of the modules' own, which may want as many keys as queries.
+        copied_bytes: see RowParallel.
     """
     found = [module for module in model.modules() if "optimized_attention" in vars(module)]
     own = [module.optimized_attention for module in found]
@@ -34,7 +37,7 @@ def strip_of(model: torch.nn.Module, rows: Rows, attention: Attention) -> Iterat
     try:
         for module in found:
             module.optimized_attention = gathered  # type: ignore[assignment]
-        with RowParallel(rows):
+        with RowParallel(rows, copied_bytes=copied_bytes):
             yield
     finally:
         for module, function in zip(found, own, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.raylight.row_rules import COPIED_BYTES
 from comfy_raylight.raylight.strips import Rows, Strips
 from comfy_raylight.raylight.watch import Watch
 from comfy_raylight.tests.engine.ranks import enter_comfy, fork, mesh_of
@@ -32,6 +33,8 @@ MORE: dict[int, tuple[int, ...]] = {1: (7,), 2: (2, 5), 3: (3, 7), 5: (5, 7)}
 """The same for all families, on demand."""
 CONTROL = (2, 5)
 """Ranks and rows at which strips also run without exchanges."""
+SEAMS = (2, 3)
+"""Ranks on which strips are also decoded as large ones are, without copies of them."""
 SEED = 7
 
 
@@ -62,14 +65,22 @@ def error(found: torch.Tensor, whole: torch.Tensor, strips: Strips) -> float:
     return ((found - wanted).abs().max() / whole.abs().max()).item()
 
 
-def divided(prepared: Prepared, verb: str, x: torch.Tensor, rows: Rows, *, exchange: bool = True) -> torch.Tensor:
+def divided(
+    prepared: Prepared,
+    verb: str,
+    x: torch.Tensor,
+    rows: Rows,
+    *,
+    exchange: bool = True,
+    copied_bytes: int = COPIED_BYTES,
+) -> torch.Tensor:
     """This rank's part of decoding or encoding `x`."""
     attend = sys.modules["comfy_raylight.workers.vae_loading"].attend
     torch.manual_seed(SEED)
     with ExitStack() as stack:
         stack.enter_context(prepared.chunked(rows.strips))
         if exchange:
-            stack.enter_context(strip_of(prepared.model, rows, attend))
+            stack.enter_context(strip_of(prepared.model, rows, attend, copied_bytes=copied_bytes))
         return getattr(prepared.model, verb)(rows.strips.own(x).contiguous())
 
 
@@ -93,6 +104,10 @@ def strips_job(rank: int, size: int, path: str, everything: list[Prepared], heig
                     try:
                         found = divided(prepared, verb, x, rows)
                         results[f"{family.name}, {verb}, {height} rows"] = error(found, wholes[height], strips)
+                        if size in SEAMS and verb == "decode":
+                            found = divided(prepared, verb, x, rows, copied_bytes=0)
+                            name = f"{family.name}, {verb} by seams, {height} rows"
+                            results[name] = error(found, wholes[height], strips)
                     except Exception as problem:
                         problem.add_note(f"in {verb} of {family.name}, {height} rows on {size} ranks")
                         raise

@@ -44,7 +44,7 @@ def check(mesh: Mesh) -> dict[str, bool]:
             # strips of 3, 4, 5, ... rows: a row of the strip above, two of the one below
             strips = [values(2, rank + 3, width, seed=rank, dtype=dtype) for rank in range(comm.size)]
             for above, below in ((1, 2), (1, 0)):
-                halo = comm.halo(strips[comm.rank], dim=1, above=above, below=below)
+                halo = comm.start_halo(strips[comm.rank], dim=1, above=above, below=below)()
                 ends = [None, *(strip[:, -above:] for strip in strips)]
                 starts = [*(strip[:, :below] if below else None for strip in strips), None]
                 beside = ends[comm.rank], starts[comm.rank + 1]
