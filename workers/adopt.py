@@ -16,7 +16,7 @@ from torch import nn
 from ..loaders.source import Source
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
-from . import gguf_ops
+from . import gguf_ops, ghost
 from .loading import load_options
 
 QUANTISED_KEYS = (".comfy_quant", ".scale_weight", ".weight_scale")
@@ -152,6 +152,8 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
 
     if on_cpu():
         _convert_bare(patcher.model, wanted)
+        if kept != dtype:
+            _take_tables(patcher.model, spec, kept)
     return Adopted(patcher, homes_of(patcher.model, wanted))
 
 
@@ -166,6 +168,26 @@ def _convert_bare(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype
         for parameter in module.parameters(recurse=False):
             if type(parameter.data) is torch.Tensor and parameter.is_floating_point():
                 parameter.data = parameter.data.to(wanted(parameter))
+
+
+def _take_tables(model: nn.Module, spec: ModelSpec, kept: torch.dtype) -> None:
+    """Replace what a model computed while it was built (rotary tables), rounded to the file's dtype.
+
+    Args:
+        kept: that dtype, which plain ComfyUI does not build the model in.
+    """
+    rounded = [
+        (module, prefix, name)
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if (buffer := module._buffers.get(name)) is not None and buffer.dtype == kept
+    ]
+    if rounded:
+        exact = ghost.build(spec)[0]
+        for module, prefix, name in rounded:
+            table = exact.get_submodule(prefix)._buffers[name]
+            if not table.is_meta:  # what is there is no computed value
+                module._buffers[name] = table
 
 
 def homes_of(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> dict[str, Home]:
