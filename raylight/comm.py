@@ -97,7 +97,6 @@ class Comm:
         shapes: Sequence[Sequence[int]],
         *,
         dim: int,
-        kind: str = "all_to_all",
     ) -> list[torch.Tensor | None]:
         """Give tensors going[i], joined along `dim`, to rank i and get a contiguous one of shapes[i] from it.
 
@@ -105,7 +104,6 @@ class Comm:
 
         Args:
             going: one dtype for all of them, at least one tensor for every rank; those without elements are not sent.
-            kind: what it counts as.
         """
         send, receive = (
             [0 if rank == self.rank else count for rank, count in enumerate(side)]
@@ -117,7 +115,7 @@ class Comm:
                 whole = list(tensors[0].shape)
                 whole[dim] = sum(t.shape[dim] for t in tensors)
                 torch.cat(list(tensors), dim, out=part.view(whole))
-        (got,) = self._exchange(flat, send, receive, kind).wait()
+        (got,) = self._exchange(flat, send, receive, "all_to_all").wait()
         return [
             None if rank == self.rank else part.view(list(shape))
             for rank, (part, shape) in enumerate(zip(got.split(receive), shapes, strict=True))

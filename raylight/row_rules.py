@@ -158,11 +158,8 @@ class RowParallel(TorchFunctionMode):
             # one copy, with the convolution's own zeros at the picture's edges
             return bare(self._rows.extend(input, above=pad, below=below, edge=pad))
         # no copy: a strip by itself while neighbours' rows come, then what sees them anew, at both edges at once
-        arriving = self._rows.start_neighbours(input, above=pad, below=below)
-        try:
-            out: torch.Tensor = func(input, weight, bias, stride, padding, dilation, groups)
-        finally:
-            top, bottom = arriving()
+        whole = functools.partial(func, input, weight, bias, stride, padding, dilation, groups)
+        out, (top, bottom) = self._rows.beside(input, whole, above=pad, below=below)
         own, height = span - 1, input.shape[ROWS]
         seams = [] if top is None else [top, input.narrow(ROWS, 0, own)]
         seams += [] if bottom is None else [input.narrow(ROWS, height - own, own), bottom]
@@ -229,11 +226,8 @@ class RowParallel(TorchFunctionMode):
         rows = self._rows
         if mode == "constant":
             # one copy: what is padded, and then the neighbours' rows where they belong
-            arriving = rows.start_neighbours(input, above=above, below=below)
-            try:
-                out: torch.Tensor = func(input, pad, mode, value)
-            finally:
-                top, bottom = arriving()
+            padded = functools.partial(func, input, pad, mode, value)
+            out, (top, bottom) = rows.beside(input, padded, above=above, below=below)
             beside = (*pad[:2], 0, 0, *pad[4:])
             for strip, first in ((top, 0), (bottom, above + input.shape[ROWS])):
                 if strip is not None:

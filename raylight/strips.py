@@ -185,6 +185,17 @@ class Rows:
             )
         return self.comm.start_halo(x, dim=x.ndim + ROWS, above=above, below=below)
 
+    def beside(
+        self, x: torch.Tensor, work: Callable[[], torch.Tensor], *, above: int, below: int
+    ) -> tuple[torch.Tensor, Beside]:
+        """What `work` returns, and the neighbours' rows, which come while it runs; see start_neighbours."""
+        arriving = self.start_neighbours(x, above=above, below=below)
+        try:
+            done = work()
+        finally:
+            rows = arriving()
+        return done, rows
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' rows in order."""
         heights = self.strips.heights(x.shape[ROWS])

@@ -97,8 +97,9 @@ class Runner:
     @property
     def may_stay_awake(self) -> bool:
         """Whether nobody misses the processor on which this worker looks for its next request."""
-        alone = self._mesh is None or model_management.is_device_cpu(model_management.get_torch_device())
-        return not alone and processes.usable_cores() > self.mesh.parallel.world + 1
+        if self._mesh is None or model_management.is_device_cpu(model_management.get_torch_device()):
+            return False
+        return processes.usable_cores() > self._mesh.parallel.world + 1
 
     @property
     def _speaks(self) -> bool:
