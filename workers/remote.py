@@ -21,7 +21,7 @@ from comfy import model_management
 from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
-from . import conds, ghost, lending, refusals
+from . import conds, cores, ghost, lending, refusals
 from .comfy_host import describe
 from .link import PREFIX, SETTINGS, ModelLink, interruptible, settings_of
 from .pool import Pool, acquire, close_all, shut_down
@@ -71,6 +71,7 @@ def _patcher(base: Any, shadow: torch.nn.Module, link: ModelLink, dtype: torch.d
     base.diffusion_model = remote_module(shadow, link, base, dtype)
     patcher = RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, lending.__name__, lending.lend)
+    patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, cores.__name__, cores.leave)
     return patcher
 
 

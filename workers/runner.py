@@ -21,7 +21,7 @@ from ..raylight import cfg, cost, kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
-from . import links, memory, processes, random_states
+from . import links, memory, random_states
 from .arena import ArenaRef, is_open
 from .control_loading import WorkerControl
 from .deferred import Computed, Evaluation, Result, outline
@@ -93,13 +93,6 @@ class Runner:
         if self._mesh is None:
             raise WorkerError("The worker has not joined a pool yet")
         return self._mesh
-
-    @property
-    def may_stay_awake(self) -> bool:
-        """Whether nobody misses the processor on which this worker looks for its next request."""
-        if self._mesh is None or model_management.is_device_cpu(model_management.get_torch_device()):
-            return False
-        return processes.usable_cores() > self._mesh.parallel.world + 1
 
     @property
     def _speaks(self) -> bool:

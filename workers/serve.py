@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -37,19 +36,12 @@ VERBS = frozenset(
     }
     | {"plan_vae", "tiled_shape", "decode", "encode", "release_vae"}
 )
-AWAKE_S = 0.02
-"""After a model call: the next one mostly comes sooner. To wake a process takes its driver up to a millisecond, one
-after the other, and workers of a call wait for the last."""
 
 
 def serve(connection: Connection, runner: Runner) -> None:
     """Answer requests until the driver closes the connection or asks to `close`."""
-    awake = False
     while True:
         try:
-            until = time.monotonic() + AWAKE_S
-            while awake and not connection.poll() and time.monotonic() < until:
-                pass
             request = pickle.loads(connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             break
@@ -63,7 +55,6 @@ def serve(connection: Connection, runner: Runner) -> None:
             connection.send_bytes(pickle.dumps(reply))
         except (BrokenPipeError, ConnectionResetError):
             break
-        awake = request.verb == "forward" and runner.may_stay_awake
     runner.close()
 
 
