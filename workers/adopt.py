@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ from .loading import load_options
 
 QUANTISED_KEYS = (".comfy_quant", ".scale_weight", ".weight_scale")
 """Endings of the keys by which ComfyUI knows a quantised file (comfy/utils.py, convert_old_quants)."""
+READS_DTYPES = re.compile(r"\.weight\.dtype|parameters\(\)\)\.dtype")
+"""In the code of a module that casts what it computes to the dtype of one of its layers."""
 NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -153,41 +157,65 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
     if on_cpu():
         _convert_bare(patcher.model, wanted)
         if kept != dtype:
-            _take_tables(patcher.model, spec, kept)
+            _take_precision(patcher.model, spec, kept)
     return Adopted(patcher, homes_of(patcher.model, wanted))
 
 
 def _convert_bare(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> None:
-    """Convert parameters that are used as they are, by modules that are no layers of ComfyUI's and cast nothing.
+    """Convert parameters that are used as they are: by modules that are no layers of ComfyUI's and cast nothing.
 
-    Away from the CPU all are converted on the way to the device.
+    So are those of layers whose dtype their module looks at. Away from the CPU all are converted on the way.
     """
+    readers = {kind for kind in {type(module) for module in model.modules()} if _reads_dtypes(kind)}
     for module in model.modules():
-        if hasattr(module, "comfy_cast_weights"):
+        if _is_layer(module):
             continue
-        for parameter in module.parameters(recurse=False):
+        bare = [module]
+        if type(module) in readers:
+            children = (child for child in module.children() if _is_layer(child) or isinstance(child, nn.Sequential))
+            bare += [layer for child in children for layer in child.modules()]
+        for parameter in (parameter for each in bare for parameter in each.parameters(recurse=False)):
             if type(parameter.data) is torch.Tensor and parameter.is_floating_point():
                 parameter.data = parameter.data.to(wanted(parameter))
 
 
-def _take_tables(model: nn.Module, spec: ModelSpec, kept: torch.dtype) -> None:
-    """Replace what a model computed while it was built (rotary tables), rounded to the file's dtype.
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is one of ComfyUI's, which cast their weights to what they compute."""
+    return hasattr(module, "comfy_cast_weights")
+
+
+def _reads_dtypes(kind: type) -> bool:
+    """Whether the code of a class looks at the dtype of a layer."""
+    try:
+        return READS_DTYPES.search(inspect.getsource(kind)) is not None
+    except (OSError, TypeError):  # made at run time
+        return False
+
+
+def _take_precision(model: nn.Module, spec: ModelSpec, kept: torch.dtype) -> None:
+    """Replace what a model derived from the file's dtype while it was built: rotary tables, dtypes to compute in.
 
     Args:
         kept: that dtype, which plain ComfyUI does not build the model in.
     """
-    rounded = [
-        (module, prefix, name)
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-        if (buffer := module._buffers.get(name)) is not None and buffer.dtype == kept
-    ]
-    if rounded:
-        exact = ghost.build(spec)[0]
-        for module, prefix, name in rounded:
-            table = exact.get_submodule(prefix)._buffers[name]
-            if not table.is_meta:  # what is there is no computed value
-                module._buffers[name] = table
+    tables, dtypes = [], []
+    for prefix, module in model.named_modules():
+        tables += [
+            (module, prefix, name)
+            for name in module._non_persistent_buffers_set
+            if (buffer := module._buffers.get(name)) is not None and buffer.dtype == kept
+        ]
+        if not _is_layer(module):  # of a layer it is its weight's dtype
+            dtypes += [(module, prefix, name) for name, value in vars(module).items() if value is kept]
+    if not tables and not dtypes:
+        return
+    exact = ghost.build(spec)[0]
+    for module, prefix, name in tables:
+        table = exact.get_submodule(prefix)._buffers[name]
+        if not table.is_meta:  # what is there is no computed value
+            module._buffers[name] = table
+    for module, prefix, name in dtypes:
+        setattr(module, name, getattr(exact.get_submodule(prefix), name))
 
 
 def homes_of(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> dict[str, Home]:

@@ -180,11 +180,18 @@ RECIPES: Mapping[str, Recipe] = {
     "anima": Recipe(keys=markers.anima, detected="Anima", dtype=FP8),
     "kandinsky5": Recipe(keys=markers.kandinsky5, detected="Kandinsky5", size={"dim": 128, "layers": 2}),
     "hunyuan3d": Recipe(keys=markers.hunyuan3d, detected="Hunyuan3Dv2", size=HUNYUAN),
-    "hunyuan3d_21": Recipe(keys=markers.hunyuan3d_21, detected="Hunyuan3Dv2_1", size={"dim": 256, "layers": 3}),
+    "hunyuan3d_21": Recipe(
+        keys=markers.hunyuan3d_21, detected="Hunyuan3Dv2_1", dtype="bfloat16", size={"dim": 256, "layers": 3}
+    ),
     "hunyuan_dit": Recipe(keys=markers.hydit, detected="HunyuanDiT", dtype="bfloat16", size={"dim": 512, "layers": 4}),
     "pixart": Recipe(keys=markers.pixart, detected="PixArtSigma", dtype="bfloat16", size={"layers": 1, "tokens": 16}),
     "ace15": Recipe(keys=markers.ace15, detected="ACEStep15", dtype=FP8, size={"dim": 256, "layers": 2}, device="cpu"),
-    "cogvideox": Recipe(keys=markers.cogvideo, detected="CogVideoX_T2V", size={"dim": 128, "layers": 2, "context": 64}),
+    "cogvideox": Recipe(
+        keys=markers.cogvideo,
+        detected="CogVideoX_T2V",
+        dtype="bfloat16",
+        size={"dim": 128, "layers": 2, "context": 64},
+    ),
     "unet": Recipe(keys=markers.unet(num_heads=8, **FEW), detected="SD15", size={"context": 768}),
     "sd15_inpaint": Recipe(
         keys=markers.unet(in_channels=9, num_heads=8, **FEW), detected="SD15", size={"context": 768}
