@@ -154,6 +154,9 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
         found = mode.dtype_of(parameter)
         return dtype if found == kept and convert else found
 
+    if source.header.format == "gguf":
+        for layer in _looked_at(patcher.model):
+            gguf_ops.expand(layer, dtype)
     if on_cpu():
         _convert_bare(patcher.model, wanted)
         if kept != dtype:
@@ -166,22 +169,24 @@ def _convert_bare(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype
 
     So are those of layers whose dtype their module looks at. Away from the CPU all are converted on the way.
     """
-    readers = {kind for kind in {type(module) for module in model.modules()} if _reads_dtypes(kind)}
-    for module in model.modules():
-        if _is_layer(module):
-            continue
-        bare = [module]
-        if type(module) in readers:
-            children = (child for child in module.children() if _is_layer(child) or isinstance(child, nn.Sequential))
-            bare += [layer for child in children for layer in child.modules()]
-        for parameter in (parameter for each in bare for parameter in each.parameters(recurse=False)):
-            if type(parameter.data) is torch.Tensor and parameter.is_floating_point():
-                parameter.data = parameter.data.to(wanted(parameter))
+    bare = [module for module in model.modules() if not _is_layer(module)]
+    for parameter in (parameter for each in bare + _looked_at(model) for parameter in each.parameters(recurse=False)):
+        if type(parameter.data) is torch.Tensor and parameter.is_floating_point():
+            parameter.data = parameter.data.to(wanted(parameter))
 
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether it is one of ComfyUI's, which cast their weights to what they compute."""
     return hasattr(module, "comfy_cast_weights")
+
+
+def _looked_at(model: nn.Module) -> list[nn.Module]:
+    """Layers whose dtype the code of their module looks at, to cast what it computes to that."""
+    readers = {kind for kind in {type(module) for module in model.modules()} if _reads_dtypes(kind)}
+    reading = [module for module in model.modules() if type(module) in readers and not _is_layer(module)]
+    children = [child for module in reading for child in module.children()]
+    parts = [child for child in children if _is_layer(child) or isinstance(child, nn.Sequential)]
+    return [layer for part in parts for layer in part.modules() if _is_layer(layer)]
 
 
 def _reads_dtypes(kind: type) -> bool:

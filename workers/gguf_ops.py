@@ -136,3 +136,11 @@ def operations(spec: ModelSpec) -> Any:
                 return torch.nn.functional.linear(input, weight, bias)
 
     return Operations
+
+
+def expand(layer: Any, dtype: torch.dtype) -> None:
+    """Have a layer of `operations` hold its weight dequantised, where it holds blocks."""
+    if getattr(layer, "quant", ""):
+        whole = layer.whole(torch.device("cpu"), dtype)
+        layer.weight = torch.nn.Parameter(whole, requires_grad=False)
+        layer.quant = ""

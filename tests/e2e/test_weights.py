@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from comfy_raylight.tests.conftest import version_of
+from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, SAVE, Case, PoolCase, plain, pool
@@ -88,6 +91,13 @@ def with_ray_loras(prompt: Prompt, chain: Chain, *, both_ways: bool) -> Prompt:
         prompt[f"lora{number}"] = {"class_type": "RayLoraLoaderModelOnly", "inputs": inputs}
         actors = [f"lora{number}", 0]
     prompt[SAMPLER]["inputs"]["ray_actors"] = actors
+    return prompt
+
+
+def with_gguf(prompt: Prompt, file: str) -> Prompt:
+    """The prompt with the GGUF loader in the place of the other."""
+    inputs = {"unet_name": file, "dequant_dtype": "default", "patch_dtype": "default", "ray_actors_init": [INIT, 0]}
+    prompt[LOADER] = {"class_type": "RayGGUFLoader", "inputs": inputs}
     return prompt
 
 
@@ -289,14 +299,22 @@ def test_gguf(server: ComfyServer, result: Run, loras: dict[str, str], kind: str
     for chain in ([], [(loras["lora"], 0.7), (loras["loha"], 0.4)]):
         expected = result(with_stock_loras(plain(case(same.name)), chain))
         prompt = with_ray_loras(pool(case(same.name), where), chain, both_ways=False)
-        inputs = {
-            "unet_name": path.name,
-            "dequant_dtype": "default",
-            "patch_dtype": "default",
-            "ray_actors_init": [INIT, 0],
-        }
-        prompt[LOADER] = {"class_type": "RayGGUFLoader", "inputs": inputs}
-        assert apart(result(prompt), expected) <= FP32
+        assert apart(result(with_gguf(prompt, path.name)), expected) <= FP32
+
+
+@pytest.mark.parametrize("name", ["hunyuan3d_21", "cogvideox"])
+def test_gguf_of_a_model_that_looks_at_dtypes(server: ComfyServer, result: Run, comfy_root: Path, name: str) -> None:
+    """Its code casts what it computes to the dtype of a layer, which must not be that of blocks."""
+    if name not in families.of_version(version_of(comfy_root)):
+        pytest.skip("this ComfyUI does not have it")
+    job = families.job(name, server.models / "gguf")
+    write([job], comfy_root=comfy_root, python=Path(sys.executable))
+    path, same = job.path.with_suffix(".gguf"), job.path.with_name(f"{name}-whole.safetensors")
+    _, whole = write_gguf(job.path, path, "Q8_0", quantised=lambda *_: True)
+    save_file(whole, same)
+    sampling = families.case(name, folder="gguf")
+    expected = result(plain(dataclasses.replace(sampling, file=f"gguf/{same.name}")))
+    assert apart(result(with_gguf(pool(sampling, PoolCase(through_model=True)), f"gguf/{path.name}")), expected) <= FP32
 
 
 def test_gguf_of_a_text_encoder(server: ComfyServer, client: ComfyClient) -> None:
