@@ -55,7 +55,7 @@ def files(server: ComfyServer, comfy_root: Path) -> Iterator[Path]:
         Job(family="control_sd3", path=folder / "sd3-other.safetensors", seed=3),
         Job(family="control_sd3", path=folder / "sd3-bf16.safetensors", seed=4, dtype="bfloat16"),
         Job(family="unet", path=server.models / UNET.file, seed=1),
-        Job(family="control_unet", path=folder / "unet.safetensors", seed=2),
+        Job(family="control_unet", path=folder / "unet.safetensors", seed=2, dtype="float16"),
         Job(family="control_lora", path=folder / "lora.safetensors", seed=2),
         Job(family="sd3", path=server.models / SD35.file, seed=1, size={"pooled": 2048}),
         Job(family="control_sd35", path=folder / "sd35.safetensors", seed=2),
@@ -65,7 +65,7 @@ def files(server: ComfyServer, comfy_root: Path) -> Iterator[Path]:
     if version_of(comfy_root) != "0.3.75" or LARGE:
         jobs += [
             Job(family="flux", path=server.models / FLUX.file, seed=1, size=size),
-            Job(family="control_flux", path=folder / "flux.safetensors", seed=2, size=size),
+            Job(family="control_flux", path=folder / "flux.safetensors", seed=2, size=size, dtype="bfloat16"),
         ]
     write(jobs, comfy_root=comfy_root, python=python)
     write_adapter(server.models / UNET.file, server.models.parent / "loras" / UNET.file, "lora", part="attn")
