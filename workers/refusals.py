@@ -116,9 +116,9 @@ def refuse_foreign_model(value: object) -> NoReturn:
 
 def refuse_saving() -> NoReturn:
     raise UnsupportedError(
-        "A model on the pool cannot be saved from here",
+        "A model on the pool cannot be saved, and no LoRA be taken from it",
         "its weights are on the workers",
-        "Load it with ComfyUI's own loader (Load Diffusion Model) to save it",
+        "Load it with ComfyUI's own loader (Load Diffusion Model) for that",
     )
 
 

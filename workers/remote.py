@@ -10,7 +10,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_base
 import comfy.model_patcher
@@ -288,7 +288,16 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         self.current_hooks = None
 
-    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+    def partially_load(self, *args: Any, force_patch_weights: bool = False, **kwargs: Any) -> Any:
+        """Only what takes a model's patched weights away asks for `force_patch_weights`."""
+        if force_patch_weights:
+            refusals.refuse_saving()
+        return super().partially_load(*args, **kwargs)
+
+    def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refusals.refuse_saving()
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
         refusals.refuse_saving()
 
 

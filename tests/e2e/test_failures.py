@@ -86,6 +86,19 @@ def test_bad_file(client: ComfyClient, good: Callable[[], torch.Tensor], file: s
     assert torch.equal(good(), before)
 
 
+LORA = {"rank": 4, "lora_type": "standard", "bias_diff": False}
+
+
+@pytest.mark.parametrize("node,named,values", [("ModelSave", "model", {}), ("LoraSave", "model_diff", LORA)])
+def test_saving(server: ComfyServer, client: ComfyClient, node: str, named: str, values: dict[str, Any]) -> None:
+    """LoraSave would write a file of nothing: it takes whatever fails for a difference of zero."""
+    whole = pool(GOOD)
+    inputs = {**values, named: [LOADER, 1], "filename_prefix": f"taken_{node}"}
+    with pytest.raises(PromptError, match="cannot be saved, and no LoRA.*own loader"):
+        client.run({INIT: whole[INIT], LOADER: whole[LOADER], "taken": {"class_type": node, "inputs": inputs}})
+    assert not list(server.output.rglob(f"taken_{node}*"))
+
+
 def test_what_rows_cannot_do(server: ComfyServer, client: ComfyClient) -> None:
     """Every worker refuses for the same reason, so the pool goes on."""
     sampling = Case(file="unet.safetensors", inputs=FAMILIES["unet"], name="unet")
