@@ -53,6 +53,9 @@ HARMLESS = (
 )
 """Contents of a shared closure cell that the model's side does not change for the driver's side to see."""
 
+SETS = ("STORE_DEREF", "DELETE_DEREF")
+"""Instructions that change a variable of a function around."""
+
 
 def check(patcher: Any) -> None:
     """Refuse a patcher whose patches would come apart between driver and workers.
@@ -88,8 +91,14 @@ def check(patcher: Any) -> None:
 def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[..., Any]]) -> None:
     """Refuse functions inside the model that share changing state with functions around it.
 
-    The first run in the workers, the second here: each side would see a copy of its own.
+    The first run in the workers, the second here: each side would see a copy of its own. Variables that the first set
+    and never look at are for code of this process that is no part of the MODEL.
     """
+    found = [(function, *reached) for function in inside for reached in _cells(function, set())]
+    looked_at = {id(cell) for _, cell, holder, name in found if _reads(holder, name)}
+    for function, cell, holder, name in found:
+        if id(cell) not in looked_at and _writes(holder, name):
+            _refuse(name_of(function), f"its patch inside the model sets {name!r} for code in another process")
     driver_cells = {id(cell) for function in outside for cell, _, _ in _cells(function, set())}
     driver_states = {id(state) for function in outside for state, _ in _states(function, "", set())}
     for function in inside:
@@ -180,10 +189,13 @@ def _empty(cell: types.CellType) -> bool:
 
 
 def _writes(function: types.FunctionType, name: str) -> bool:
-    return any(
-        step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval == name
-        for step in dis.get_instructions(function)
-    )
+    return any(step.opname in SETS and step.argval == name for step in dis.get_instructions(function))
+
+
+def _reads(function: types.FunctionType, name: str) -> bool:
+    """Whether it looks at a variable, or hands it on to a function that it makes."""
+    steps = (step for step in dis.get_instructions(function) if step.opname not in SETS)
+    return any(name in (step.argval if isinstance(step.argval, tuple) else (step.argval,)) for step in steps)
 
 
 def _harmless(cell: types.CellType) -> bool:

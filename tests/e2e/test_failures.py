@@ -99,6 +99,13 @@ def test_saving(server: ComfyServer, client: ComfyClient, node: str, named: str,
     assert not list(server.output.rglob(f"taken_{node}*"))
 
 
+def test_patch_that_sets_what_others_read(client: ComfyClient) -> None:
+    """Its reader would go on seeing what was there before."""
+    captured = dataclasses.replace(GOOD, model_nodes=(("RLTestCapture", {}),))
+    with pytest.raises(PromptError, match="its patch inside the model sets 'seen' for code in another process"):
+        client.run(pool(captured, PoolCase(through_model=True)))
+
+
 def test_what_rows_cannot_do(server: ComfyServer, client: ComfyClient) -> None:
     """Every worker refuses for the same reason, so the pool goes on."""
     sampling = Case(file="unet.safetensors", inputs=FAMILIES["unet"], name="unet")

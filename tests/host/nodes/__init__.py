@@ -346,6 +346,31 @@ class RLTestFailure:
         return (clone,)
 
 
+class RLTestCapture:
+    """A model with a patch in its attention that keeps what it sees for the node, as detectors of poses do."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model: Any) -> tuple[Any]:
+        seen = None
+
+        def capture(function: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen = function(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        clone = model.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = capture
+        clone.capture = lambda: seen
+        return (clone,)
+
+
 class AnyKind(str):
     """A type of a socket that goes with every other."""
 
@@ -376,6 +401,7 @@ class EasyCleanGpuUsed:
 
 NODES = (
     RLTestFailure,
+    RLTestCapture,
     RLTestConditioning,
     RLTestLatent,
     RLTestSigmas,
