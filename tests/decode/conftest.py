@@ -12,7 +12,6 @@ from comfy_raylight.tests.host.reports import reporter
 
 from .files import write
 
-"""Whether to run all families at all heights; by default those run that show something of their own."""
 TIMEOUT_S = 1800
 
 Table = dict[str, dict[str, dict[str, Any]]]

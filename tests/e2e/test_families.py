@@ -22,7 +22,6 @@ from comfy_raylight.tests.host.server import ComfyServer
 
 from .test_sampling import FP32, both
 
-"""Whether to try the families with files of 0.4 to 2 GB as well, and every input of each family by itself."""
 FOLDER = "families"
 """Of the checkpoints: other tests have files of the same names in other sizes."""
 VERIFY = Path(__file__).resolve().parents[1] / "host" / "verify.py"

@@ -21,7 +21,6 @@ SCRIPT = PACK / "tests" / "sweep" / "sweep.py"
 TABLE = PACK / "docs" / "core-nodes.md"
 TIMEOUT_S = 900
 """For one family, which takes one or two minutes on two cores."""
-"""Whether to sweep all families, and write the table, which has all of them; by default wan alone."""
 WORKERS: Mapping[str, int] = {"wan": 2, "flux": 2, "unet": 2}
 """Pool size per family."""
 SIZES: Mapping[str, Mapping[str, int]] = {
