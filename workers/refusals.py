@@ -94,11 +94,6 @@ def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[
     The first run in the workers, the second here: each side would see a copy of its own. Variables that the first set
     and never look at are for code of this process that is no part of the MODEL.
     """
-    found = [(function, *reached) for function in inside for reached in _cells(function, set())]
-    looked_at = {id(cell) for _, cell, holder, name in found if _reads(holder, name)}
-    for function, cell, holder, name in found:
-        if id(cell) not in looked_at and _writes(holder, name):
-            _refuse(name_of(function), f"its patch inside the model sets {name!r} for code in another process")
     driver_cells = {id(cell) for function in outside for cell, _, _ in _cells(function, set())}
     driver_states = {id(state) for function in outside for state, _ in _states(function, "", set())}
     for function in inside:
@@ -108,6 +103,11 @@ def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[
         for cell, holder, name in _cells(function, set()):
             if id(cell) in driver_cells and (_writes(holder, name) or not _harmless(cell)):
                 _refuse_shared(function, name)
+    found = [(function, *reached) for function in inside for reached in _cells(function, set())]
+    looked_at = {id(cell) for _, cell, holder, name in found if _reads(holder, name)}
+    for function, cell, holder, name in found:
+        if id(cell) not in looked_at and _writes(holder, name):
+            _refuse(name_of(function), f"its patch inside the model sets {name!r} for code in another process")
 
 
 def _refuse_shared(function: object, name: str) -> NoReturn:
