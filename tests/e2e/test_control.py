@@ -17,7 +17,7 @@ from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.large import LARGE
-from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, plain, pool
+from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, plain, pool, with_gguf
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.files import write_gguf
@@ -251,9 +251,7 @@ def test_what_has_no_weights_to_lend(server: ComfyServer, client: ComfyClient, w
     else:
         path = server.models / "control-sd35.gguf"
         write_gguf(server.models / SD35.file, path, "Q8_0", quantised=lambda name, _: "joint_blocks.1" in name)
-        kinds = {"dequant_dtype": "default", "patch_dtype": "default"}
-        initializer = prompt[LOADER]["inputs"]["ray_actors_init"]
-        prompt[LOADER] = _node("RayGGUFLoader", {"unet_name": path.name, **kinds, "ray_actors_init": initializer})
+        with_gguf(prompt, path.name)
     with pytest.raises(PromptError, match=f"(?s)Control-LoRA, SD3.5.*{what}") as caught:
         client.run(prompt)
     assert caught.value.node == SAMPLER

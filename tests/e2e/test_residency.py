@@ -15,7 +15,17 @@ from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.faults import FAULTS, Stage, suffer, zombies
-from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, SAVE, Case, PoolCase, plain, pool
+from comfy_raylight.tests.host.prompts import (
+    FAMILIES,
+    LOADER,
+    SAMPLER,
+    SAVE,
+    Case,
+    PoolCase,
+    plain,
+    pool,
+    with_gguf,
+)
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.files import write_gguf, write_variant
@@ -128,16 +138,9 @@ def test_gguf(server: ComfyServer, result: Run, more: dict[str, Any]) -> None:
     _, whole = write_gguf(server.models / DEEP.file, path, "Q8_0")
     same = dataclasses.replace(DEEP, file="deep-Q8_0-whole.safetensors")
     save_file(whole, server.models / same.file)
-    inputs = {
-        "unet_name": path.name,
-        "dequant_dtype": "default",
-        "patch_dtype": "default",
-        "ray_actors_init": [INIT, 0],
-    }
     for chain in ([], [("deep-attn.safetensors", 0.7)]):
         prompt = with_ray_loras(pool(same, PoolCase(more=more)), chain, both_ways=False)
-        prompt[LOADER] = {"class_type": "RayGGUFLoader", "inputs": inputs}
-        assert apart(result(prompt), result(with_stock_loras(plain(same), chain))) <= FP32
+        assert apart(result(with_gguf(prompt, path.name)), result(with_stock_loras(plain(same), chain))) <= FP32
 
 
 def test_report(client: ComfyClient, files: None) -> None:

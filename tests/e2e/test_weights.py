@@ -15,7 +15,17 @@ from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
-from comfy_raylight.tests.host.prompts import FAMILIES, INIT, LOADER, SAMPLER, SAVE, Case, PoolCase, plain, pool
+from comfy_raylight.tests.host.prompts import (
+    FAMILIES,
+    LOADER,
+    SAMPLER,
+    SAVE,
+    Case,
+    PoolCase,
+    plain,
+    pool,
+    with_gguf,
+)
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.adapters import ADAPTERS, write_adapter
 from comfy_raylight.tests.weights.files import write_gguf, write_variant
@@ -91,13 +101,6 @@ def with_ray_loras(prompt: Prompt, chain: Chain, *, both_ways: bool) -> Prompt:
         prompt[f"lora{number}"] = {"class_type": "RayLoraLoaderModelOnly", "inputs": inputs}
         actors = [f"lora{number}", 0]
     prompt[SAMPLER]["inputs"]["ray_actors"] = actors
-    return prompt
-
-
-def with_gguf(prompt: Prompt, file: str) -> Prompt:
-    """The prompt with the GGUF loader in the place of the other."""
-    inputs = {"unet_name": file, "dequant_dtype": "default", "patch_dtype": "default", "ray_actors_init": [INIT, 0]}
-    prompt[LOADER] = {"class_type": "RayGGUFLoader", "inputs": inputs}
     return prompt
 
 
@@ -327,13 +330,5 @@ def test_gguf_of_a_text_encoder(server: ComfyServer, client: ComfyClient) -> Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    prompt = pool(WAN)
-    inputs = {
-        "unet_name": "encoder.gguf",
-        "dequant_dtype": "default",
-        "patch_dtype": "default",
-        "ray_actors_init": [INIT, 0],
-    }
-    prompt[LOADER] = {"class_type": "RayGGUFLoader", "inputs": inputs}
     with pytest.raises(PromptError, match="its architecture is 't5encoder'"):
-        client.run(prompt)
+        client.run(with_gguf(pool(WAN), "encoder.gguf"))

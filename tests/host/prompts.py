@@ -154,6 +154,13 @@ def pool(case: Case, where: PoolCase | None = None) -> Prompt:
     return prompt
 
 
+def with_gguf(prompt: Prompt, file: str) -> Prompt:
+    """A prompt of the pool with the GGUF loader in the place of the other."""
+    kinds = {"dequant_dtype": "default", "patch_dtype": "default"}
+    prompt[LOADER] = _node("RayGGUFLoader", unet_name=file, **kinds, ray_actors_init=[INIT, 0])
+    return prompt
+
+
 def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
