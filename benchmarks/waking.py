@@ -2,25 +2,30 @@
 
     python benchmarks/waking.py [--workers 2,4] [--calls 60]
 
-No GPU, no ComfyUI, no pool: processes that wait on a pipe, as workers do, agree over gloo and then keep a core busy for
-20 ms, as one does that waits for its GPU. Before each call the asking process joins a text's embeddings (4 MiB), as
-ComfyUI does, which starts OpenMP's threads; 2 ms later it asks. Medians, after ten calls. With OMP_WAIT_POLICY=PASSIVE
-in the environment these threads sleep at once.
+Run it with a Python that has ComfyUI's packages. No GPU, no ComfyUI, no pool: processes that wait on a pipe, as workers
+do, agree over gloo and then keep a core busy for 20 ms, as one does that waits for its GPU. Before each call the asking
+process joins a text's embeddings (4 MiB), as ComfyUI does, which starts OpenMP's threads; 2 ms later it asks. First with
+as many threads as it has, then with those that the pack leaves it. Medians, after ten calls. With
+OMP_WAIT_POLICY=PASSIVE in the environment these threads sleep at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 BUSY_S = 0.02
 PAUSE_S = 0.002
 FIRST = 10
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "workers" / "import_root"))
 
 
 def worker(rank: int, size: int, store: str, asked: Connection) -> None:
@@ -75,22 +80,11 @@ def measure(size: int, calls: int) -> list[float]:
             asked = time.monotonic()
             for here in workers:
                 here.send_bytes(b"call")
-            came, agreed = zip(*answers(workers), strict=True)
+            came, agreed = zip(*(here.recv() for here in workers), strict=True)
             found.append((joined, max(came) - asked, max(agreed) - max(came)))
         for process in processes:
             process.kill()
     return [statistics.median(values) * 1e3 for values in zip(*found[FIRST:], strict=True)]
-
-
-def answers(workers: list[Connection]) -> list[tuple[float, float]]:
-    """What all of them answer."""
-    left, found = list(workers), []
-    while left:
-        for here in wait(left):
-            assert isinstance(here, Connection)
-            found.append(here.recv())
-            left.remove(here)
-    return found
 
 
 def main() -> None:
@@ -100,15 +94,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=60)
     options = parser.parse_args()
     import torch
+    from comfy_raylight.workers.cores import leaving
 
-    usual = torch.get_num_threads()
     print("| workers | threads | join ms | last begins ms | agree ms |\n|---|---|---|---|---|")
     for size in map(int, options.workers.split(",")):
-        for threads in sorted({usual, max(1, usual - 2 * size - 1)}, reverse=True):
-            torch.set_num_threads(threads)
-            row = " | ".join(f"{value:.2f}" for value in measure(size, options.calls))
-            print(f"| {size} | {threads} | {row} |", flush=True)
-    torch.set_num_threads(usual)
+        for way in (contextlib.nullcontext(), leaving(size)):
+            with way:
+                row = " | ".join(f"{value:.2f}" for value in measure(size, options.calls))
+                print(f"| {size} | {torch.get_num_threads()} | {row} |", flush=True)
 
 
 if __name__ == "__main__":
