@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,28 +154,30 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
         found = mode.dtype_of(parameter)
         return dtype if found == kept and convert else found
 
-    if source.header.format == "gguf":
-        for layer in _looked_at(patcher.model):
+    quantised = source.header.format == "gguf"
+    looked_at = _looked_at(patcher.model) if quantised or on_cpu() else []
+    if quantised:
+        for layer in looked_at:
             gguf_ops.expand(layer, dtype)
     if on_cpu():
-        _convert_bare(patcher.model, wanted)
+        bare = [module for module in patcher.model.modules() if not is_layer(module)]
+        _convert(bare + looked_at, wanted)
         if kept != dtype:
             _take_precision(patcher.model, spec, kept)
     return Adopted(patcher, homes_of(patcher.model, wanted))
 
 
-def _convert_bare(model: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> None:
-    """Convert parameters that are used as they are: by modules that are no layers of ComfyUI's and cast nothing.
+def _convert(modules: Iterable[nn.Module], wanted: Callable[[nn.Parameter], torch.dtype]) -> None:
+    """Convert the parameters of modules that use them as they are, or whose dtype others look at.
 
-    So are those of layers whose dtype their module looks at. Away from the CPU all are converted on the way.
+    Away from the CPU all are converted on the way to the device.
     """
-    bare = [module for module in model.modules() if not _is_layer(module)]
-    for parameter in (parameter for each in bare + _looked_at(model) for parameter in each.parameters(recurse=False)):
+    for parameter in (parameter for module in modules for parameter in module.parameters(recurse=False)):
         if type(parameter.data) is torch.Tensor and parameter.is_floating_point():
             parameter.data = parameter.data.to(wanted(parameter))
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
     """Whether it is one of ComfyUI's, which cast their weights to what they compute."""
     return hasattr(module, "comfy_cast_weights")
 
@@ -183,10 +185,10 @@ def _is_layer(module: nn.Module) -> bool:
 def _looked_at(model: nn.Module) -> list[nn.Module]:
     """Layers whose dtype the code of their module looks at, to cast what it computes to that."""
     readers = {kind for kind in {type(module) for module in model.modules()} if _reads_dtypes(kind)}
-    reading = [module for module in model.modules() if type(module) in readers and not _is_layer(module)]
+    reading = [module for module in model.modules() if type(module) in readers and not is_layer(module)]
     children = [child for module in reading for child in module.children()]
-    parts = [child for child in children if _is_layer(child) or isinstance(child, nn.Sequential)]
-    return [layer for part in parts for layer in part.modules() if _is_layer(layer)]
+    parts = [child for child in children if is_layer(child) or isinstance(child, nn.Sequential)]
+    return [layer for part in parts for layer in part.modules() if is_layer(layer)]
 
 
 def _reads_dtypes(kind: type) -> bool:
@@ -210,7 +212,7 @@ def _take_precision(model: nn.Module, spec: ModelSpec, kept: torch.dtype) -> Non
             for name in module._non_persistent_buffers_set
             if (buffer := module._buffers.get(name)) is not None and buffer.dtype == kept
         ]
-        if not _is_layer(module):  # of a layer it is its weight's dtype
+        if not is_layer(module):  # of a layer it is its weight's dtype
             dtypes += [(module, prefix, name) for name, value in vars(module).items() if value is kept]
     if not tables and not dtypes:
         return

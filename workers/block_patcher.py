@@ -8,7 +8,7 @@ from typing import Any
 import comfy.model_patcher
 import torch
 
-from .adopt import Home
+from .adopt import Home, is_layer
 from .block_weights import BlockWeights
 from .gguf_ops import BlockPatch
 from .mapped_patcher import Backup, MappedPatcher, functions_of, is_blocks, outside_inference, same_patches
@@ -144,7 +144,7 @@ class BlockPatcher(MappedPatcher):
 
 def _force_cast(module: Any, force: bool) -> None:
     """What ComfyUI's load does for its own list, where a compute dtype was chosen."""
-    if not hasattr(module, "comfy_cast_weights"):
+    if not is_layer(module):
         return
     if hasattr(module, "prev_comfy_cast_weights"):
         module.comfy_cast_weights = module.prev_comfy_cast_weights

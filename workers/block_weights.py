@@ -18,7 +18,7 @@ from ..raylight.errors import ConfigError
 from ..raylight.mesh import Mesh
 from ..raylight.packing import Footprint, footprint, gigabytes
 from ..raylight.residency import Rotation
-from .adopt import Home, parts
+from .adopt import Home, is_layer, parts
 from .loading import normal_tensors
 
 SMALL_BYTES = 64 << 20
@@ -204,7 +204,7 @@ class BlockWeights:
 
     def _leaf(self, home: Home) -> Leaf | None:
         tensor = parts(home.tensor)[0]
-        takes_functions = hasattr(home.module, "comfy_cast_weights")
+        takes_functions = is_layer(home.module)
         if not tensor.is_contiguous() or (self.residency == "streamed" and not takes_functions):
             return None
 

@@ -62,7 +62,7 @@ def check(patcher: Any) -> None:
 
     Raises:
         UnsupportedError: injections, weight wrappers, compiled models, or a patch inside the model that
-            writes what a function around it reads.
+            writes what a function around it reads, or what it does not read itself.
     """
     if patcher.injections:
         _refuse(
@@ -86,13 +86,13 @@ def check(patcher: Any) -> None:
     outside = list(functions({key: patcher.model_options.get(key) for key in DRIVER_FUNCTIONS}))
     outside += list(functions(patcher.wrappers)) + list(functions(patcher.callbacks))
     check_shared_state(inside, outside)
+    check_outlets(inside)
 
 
 def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[..., Any]]) -> None:
     """Refuse functions inside the model that share changing state with functions around it.
 
-    The first run in the workers, the second here: each side would see a copy of its own. Variables that the first set
-    and never look at are for code of this process that is no part of the MODEL.
+    The first run in the workers, the second here: each side would see a copy of its own.
     """
     driver_cells = {id(cell) for function in outside for cell, _, _ in _cells(function, set())}
     driver_states = {id(state) for function in outside for state, _ in _states(function, "", set())}
@@ -103,6 +103,13 @@ def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[
         for cell, holder, name in _cells(function, set()):
             if id(cell) in driver_cells and (_writes(holder, name) or not _harmless(cell)):
                 _refuse_shared(function, name)
+
+
+def check_outlets(inside: list[Callable[..., Any]]) -> None:
+    """Refuse functions inside the model that set variables and never look at them.
+
+    They are for code of this process that is no part of the MODEL, and would stay as they are.
+    """
     found = [(function, *reached) for function in inside for reached in _cells(function, set())]
     looked_at = {id(cell) for _, cell, holder, name in found if _reads(holder, name)}
     for function, cell, holder, name in found:

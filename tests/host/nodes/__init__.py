@@ -362,7 +362,7 @@ class RLTestCapture:
 
         def capture(function: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal seen
-            seen = function(*args, **kwargs)
+            seen = args[0]
             return function(*args, **kwargs)
 
         clone = model.clone()
