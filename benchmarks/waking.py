@@ -4,8 +4,8 @@
 
 Run it with a Python that has ComfyUI's packages. No GPU, no ComfyUI, no pool: processes that wait on a pipe, as workers
 do, agree over gloo and then keep a core busy for 20 ms, as one does that waits for its GPU. Before each call the asking
-process joins a text's embeddings (4 MiB), as ComfyUI does, which starts OpenMP's threads; 2 ms later it asks. First with
-as many threads as it has, then with those that the pack leaves it. Medians, after ten calls. With
+process joins a text's embeddings (4 MiB), as ComfyUI does, which starts OpenMP's threads; 2 ms later it asks. At first
+it has as many threads as ever, then those that the pack leaves it. Medians, after ten calls. With
 OMP_WAIT_POLICY=PASSIVE in the environment these threads sleep at once.
 """
 
