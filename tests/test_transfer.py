@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,57 @@ def test_functions_of_modules_named_by_path(ends: tuple[Encoder, Decoder], tmp_p
         assert function(3) == 6 and isinstance(instance, cls) and cls is not module.Node
     finally:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A node pack in a folder: its name among modules, and the folder. Workers have not loaded it."""
+    folder = tmp_path / "comfy-0.3" / "some-pack"
+    (folder / "nodes").mkdir(parents=True)
+    name = str(folder).replace(".", "_x_")
+    try:
+        yield name, folder
+    finally:
+        for module in [module for module in sys.modules if module.startswith(name)]:
+            del sys.modules[module]
+
+
+def test_a_module_of_a_pack_comes_without_the_pack(ends: tuple[Encoder, Decoder], pack: tuple[str, Path]) -> None:
+    """A pack's own code imports all of its nodes and talks to ComfyUI's server: a worker does without if it can."""
+    name, folder = pack
+    (folder / "__init__.py").write_text("raise RuntimeError('this pack runs in ComfyUI only')\n")
+    (folder / "factor.py").write_text("FACTOR = 3\n")
+    code = "from ..factor import FACTOR\nfrom .. import factor\n\ndef times(x):\n    return FACTOR * x\n"
+    (folder / "nodes" / "math.py").write_text(code)
+    times = resolve(f"{name}.nodes.math", "times")
+    encoder, decoder = ends
+    parcel = encoder.encode([times, sys.modules[f"{name}.nodes.math"], sys.modules[f"{name}.factor"]])
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        del sys.modules[module]
+    function, module, factor = decoder.decode(parcel)
+    assert function is not times and function(4) == 12
+    assert module.times is function and factor is module.factor
+
+
+def test_a_module_that_needs_its_pack_has_it(ends: tuple[Encoder, Decoder], pack: tuple[str, Path]) -> None:
+    name, folder = pack
+    (folder / "__init__.py").write_text("FACTOR = 5\nfrom .nodes import math\n")
+    (folder / "nodes" / "math.py").write_text("from .. import FACTOR\n\ndef times(x):\n    return FACTOR * x\n")
+    function = resolve(f"{name}.nodes.math", "times")
+    assert function(4) == 20 and sys.modules[name].FACTOR == 5
+    encoder, decoder = ends
+    assert decoder.decode(encoder.encode(function)) is function
+
+
+def test_a_pack_that_cannot_be_imported_is_named(pack: tuple[str, Path]) -> None:
+    name, folder = pack
+    (folder / "__init__.py").write_text("import a_package_that_is_not_there\n")
+    (folder / "nodes" / "math.py").write_text("import another_package_that_is_not_there\n")
+    for module in (f"{name}.nodes.math", name):
+        with pytest.raises(UnsupportedError, match=r"some-pack cannot be used.*a_package_that_is_not_there"):
+            resolve(module, "times")
+    with pytest.raises(UnsupportedError, match="file is not on this machine"):
+        resolve(f"{name}-2.nodes.math", "times")
 
 
 def is_tensor(value: object) -> bool:

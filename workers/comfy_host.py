@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import os
 import pickle
 import sys
@@ -54,4 +56,30 @@ def apply(environment: HostEnvironment) -> None:
     for name, value in pickle.loads(environment.folders).items():
         setattr(folder_paths, name, value)
     if not any(isinstance(finder, PathModules) for finder in sys.meta_path):
-        sys.meta_path.append(PathModules())
+        sys.meta_path.append(PathModules(with_server))
+
+
+def with_server() -> None:
+    """Have the object that ComfyUI's server is, which packs register pages with. It serves nobody, and sends nothing."""
+    importlib.import_module("utils.extra_config")  # first, as in ComfyUI: its comfy/utils.py would take the name
+    import server
+    from aiohttp import web
+
+    if hasattr(server.PromptServer, "instance"):
+        return
+
+    class Unserved(server.PromptServer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.app = web.Application()
+            self.routes = web.RouteTableDef()
+            self.loop = asyncio.new_event_loop()
+            self.supports: list[str] = []
+            self.on_prompt_handlers: list[Any] = []
+            self.sockets: dict[str, Any] = {}
+            self.client_id = self.last_node_id = None
+            self.number = 0
+
+        def send_sync(self, event: Any, data: Any, sid: str | None = None) -> None:
+            pass
+
+    server.PromptServer.instance = Unserved()
