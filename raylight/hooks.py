@@ -12,11 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from .attention import ByLength, SequenceAttention
 from .cost import Work
 from .cuts import Entry
-from .errors import PlanError
+from .draws import same_draws
+from .errors import PlanError, RaylightError
 from .kernels import LocalKernel
 from .layout import Layout, Segment
 from .mesh import Mesh
 from .plan import Blocks, Head, Plan, RowPlan, Site, Whole
+from .replaced import Comparison, Replaced
 from .row_hooks import RowInstallation
 from .sites import Attend, Sites
 from .slots import Slot, modules
@@ -56,8 +58,9 @@ def install(
 class _Forward:
     """What one forward has open: a layout per region that is inside its blocks, and what it has made so far."""
 
-    def __init__(self, regions: int, *, per_block: bool) -> None:
+    def __init__(self, regions: int, *, per_block: bool, comparison: Comparison) -> None:
         self.per_block = per_block
+        self.comparison = comparison
         self.layouts: list[Layout | None] = [None] * regions
         self._cuts: dict[tuple[object, str], tuple[Any, Layout, Any]] = {}
         self._attentions: dict[tuple[Layout, tuple[str, ...], bool], SequenceAttention] = {}
@@ -108,9 +111,12 @@ class Installation:
         self._plan = plan
         self._granularity = granularity
         self._handles: list[RemovableHandle] = []
+        self._hooked: dict[str, None] = {}
+        self._names = {module: name for name, module in model.named_modules()}
         function = getattr(model, "_forward", model.forward)
         self._options = Slot.find(function, "transformer_options")
         self._control = Slot.find(function, "control")
+        self._replaced = Replaced((), ())
         if not self.split and self.kernel is None:
             return
         try:
@@ -119,6 +125,10 @@ class Installation:
         except BaseException:
             self.remove()
             raise
+        blocks = [
+            self._names[module] for region in plan.regions for b in region.blocks for module in modules(model, b.at)
+        ]
+        self._replaced = Replaced(self._hooked.keys(), blocks if self.split else ())
 
     @property
     def split(self) -> bool:
@@ -134,7 +144,7 @@ class Installation:
             found = modules(model, blocks.at)
             for at, module in enumerate(found):
                 if self.split:
-                    block = _BlockHook(self, index, number, module, at=at, count=len(found))
+                    block = _BlockHook(self, index, number, module, self._names[module], at=at, count=len(found))
                     self._hook(module, block.before, block.after)
                 # after the block's own hook, since a block can be its own site
                 for site in blocks.sites:
@@ -152,7 +162,16 @@ class Installation:
             leave = _HeadHook(self, index, region.exit, module)
             self._hook(module, leave.before, leave.after)
 
+    def changed(self, objects: Mapping[str, Any]) -> None:
+        """A user's patch has these attributes of the model replaced, by their dotted names, and no others.
+
+        Raises:
+            UnsupportedError: one of them is a module with hooks.
+        """
+        self._replaced.changed(objects)
+
     def _hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
+        self._hooked[self._names[module]] = None
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             self._handles.append(module.register_forward_hook(after))
@@ -168,15 +187,21 @@ class Installation:
             PlanError: the model did not run as the plan says.
         """
         assert self.forward is None, "one forward at a time"
-        self.forward = _Forward(len(self.regions), per_block=self._per_block(args, kwargs))
+        comparison = Comparison(self._replaced.chosen())
+        self.forward = _Forward(len(self.regions), per_block=self._per_block(args, kwargs), comparison=comparison)
         try:
             out = executor(*args, **kwargs)
+            self._replaced.judge(comparison, self.mesh.sequence)
             for region, layout in zip(self.regions, self.forward.layouts, strict=True):
                 if layout is not None:
                     raise PlanError(
                         f"The blocks {region.blocks[0].at} were entered and not left", "the last one did not run"
                     )
             return out
+        except Exception as error:
+            if comparison.open and not isinstance(error, RaylightError):
+                self._replaced.refuse(f"its code wants all tokens: {type(error).__name__}: {error}", error)
+            raise
         finally:
             self.forward = None
             self.sites.clear()
@@ -212,7 +237,8 @@ class Installation:
         control = self._control and self._control.read(args, kwargs)
         patches = options.get("patches", {})
         return (
-            control is not None
+            self._replaced.between
+            or control is not None
             or bool(options.get("patches_replace", {}).get("dit"))
             or any(patches.get(name) for name in self._plan.block_patches)
         )
@@ -244,8 +270,11 @@ class _BlockHook:
     The first blocks of the region open its layout; those of another list only bring their own stream into it.
     """
 
-    def __init__(self, owner: Installation, index: int, number: int, module: nn.Module, *, at: int, count: int) -> None:
+    def __init__(
+        self, owner: Installation, index: int, number: int, module: nn.Module, name: str, *, at: int, count: int
+    ) -> None:
         self._owner = owner
+        self._name = name
         self._count = count
         self._weights = sum(p.numel() for p in module.parameters() if p.ndim == 2)
         self._index = index
@@ -266,6 +295,8 @@ class _BlockHook:
         if enters:
             self._open(forward, args, kwargs)
         layout = self._owner.layout(self._index)
+        if self._name in forward.comparison:
+            forward.comparison.expect(self._name, self._on_all(module, args, kwargs, layout, cut=not enters))
         if enters:
             for slot, stream in self._streams:
                 slot.write(args, kwargs, stream(slot.read(args, kwargs), layout))
@@ -283,6 +314,29 @@ class _BlockHook:
             if shown is not options:
                 self._options.write(args, kwargs, shown)
         return tuple(args), kwargs
+
+    def _on_all(
+        self, module: nn.Module, args: list[Any], kwargs: dict[str, Any], layout: Layout, *, cut: bool
+    ) -> tuple[torch.Tensor | None, ...]:
+        """This rank's part of what the block gives for all tokens, without any hook.
+
+        Args:
+            cut: whether the tokens among the arguments are this rank's.
+        """
+        owner, args, kwargs = self._owner, list(args), dict(kwargs)
+        for slot, stream in self._streams:
+            value = slot.read(args, kwargs)
+            slot.write(args, kwargs, stream.join(value, layout, owner.mesh.sequence) if cut else value.clone())
+        open_forward, owner.forward = owner.forward, None
+        try:
+            with same_draws(value.device):
+                output = module.forward(*args, **kwargs)
+        finally:
+            owner.forward = open_forward
+        return tuple(
+            None if value is None else stream(value, layout)
+            for value, stream in zip(_several(output), self._blocks.outputs, strict=True)
+        )
 
     def _open(self, forward: _Forward, args: list[Any], kwargs: dict[str, Any]) -> None:
         opened = forward.layouts[self._index]
@@ -311,16 +365,22 @@ class _BlockHook:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         forward = self._owner.forward
-        if forward is None or not (self._owner.per_block(self._index) or self._last):
+        if forward is None:
+            return None
+        forward.comparison.note(self._name, _several(output))
+        if not (self._owner.per_block(self._index) or self._last):
             return None
         layout, comm = self._owner.layout(self._index), self._owner.mesh.sequence
-        outputs = output if isinstance(output, tuple) else (output,)
         joined = tuple(
             None if value is None else stream.join(value, layout, comm)
-            for value, stream in zip(outputs, self._blocks.outputs, strict=True)
+            for value, stream in zip(_several(output), self._blocks.outputs, strict=True)
         )
         forward.layouts[self._index] = None
         return joined if isinstance(output, tuple) else joined[0]
+
+
+def _several(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
 
 
 class _WholeHook:

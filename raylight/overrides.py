@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import kernels
+from .draws import generators
 from .errors import UnsupportedError
 
 
@@ -50,11 +51,6 @@ def compose(
         return local(*args, **kwargs) if attention is None else attention(local, *args, **kwargs)
 
     return override
-
-
-def generators(device: torch.device) -> list[Any]:
-    """The modules that keep the states of what is drawn for tensors of a device."""
-    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
 
 
 def _random_states(q: torch.Tensor) -> list[torch.Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from . import selftest
 from .attention import SequenceAttention
 from .cost import Work
+from .draws import same_draws
 from .errors import PlanError, RaylightError, UnsupportedError
 from .kernels import LocalKernel
 from .layout import Layout, Segment
 from .mesh import Mesh
 from .names import functions, name_of
-from .overrides import generators
 from .plan import RowPlan
+from .replaced import REMEDY
 from .row_patches import OVERRIDE, SHAPE, WholePatches
 from .row_rules import RowParallel
 from .sites import Attend, Sites
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 INSIDE = ("patches", "patches_replace", OVERRIDE)
 """Entries of transformer_options that hold the user's functions."""
-REMEDY = "Remove the node, or set ulysses_degree and ring_degree to 1: cfg_degree and data parallel work with it"
 
 
 def ranks_for(rows: int, *, halvings: int, size: int) -> int:
@@ -117,7 +116,7 @@ class RowInstallation:
             options = self._options.read(args, kwargs) or {}
             kind = (ranks, x.dtype, *sorted(map(name_of, functions(options))))
             if kind not in self._tested:
-                with _same_draws(x.device):
+                with same_draws(x.device):
                     self._test(executor, mesh, list(args), dict(kwargs))
                 self._tested.add(kind)
             return self._divided(executor, mesh, list(args), dict(kwargs))
@@ -125,8 +124,8 @@ class RowInstallation:
             self.forward = None
             self.sites.clear()
 
-    def changed(self) -> None:
-        """Modules of the model were replaced: what is known of it does not hold any more."""
+    def changed(self, objects: Mapping[str, Any]) -> None:
+        """A user's patch has other attributes of the model replaced than before: what is known of it does not hold."""
         self._tested.clear()
 
     def _test(self, executor: Callable[..., torch.Tensor], mesh: Mesh, args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -298,18 +297,6 @@ class _CrossHook(_AttentionHook):
             return patches.cut(local(patches.join(q, options), *rest, **more), options)
 
         return whole
-
-
-@contextmanager
-def _same_draws(device: torch.device) -> Iterator[None]:
-    """What is drawn inside does not count."""
-    modules = generators(device)
-    states = [module.get_rng_state() for module in modules]
-    try:
-        yield
-    finally:
-        for module, state in zip(modules, states, strict=True):
-            module.set_rng_state(state)
 
 
 def _need(function: Callable[..., Any], name: str, model: str) -> Slot:

@@ -55,13 +55,14 @@ def apply(environment: HostEnvironment) -> None:
 
     for name, value in pickle.loads(environment.folders).items():
         setattr(folder_paths, name, value)
+    # as in ComfyUI before its nodes, from which on its comfy/utils.py would take the name
+    importlib.import_module("utils.extra_config")
     if not any(isinstance(finder, PathModules) for finder in sys.meta_path):
         sys.meta_path.append(PathModules(with_server))
 
 
 def with_server() -> None:
-    """Have the object that ComfyUI's server is, which packs register pages with. It serves nobody, and sends nothing."""
-    importlib.import_module("utils.extra_config")  # first, as in ComfyUI: its comfy/utils.py would take the name
+    """Have the object that ComfyUI's server is, which packs register pages with: serving nobody, sending nothing."""
     import server
     from aiohttp import web
 

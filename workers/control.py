@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from typing import Any, ClassVar, Literal
@@ -70,6 +71,9 @@ class ControlPatcher(RemotePatcher):
     def link(self) -> ModelLink:
         link: ModelLink = self.model.link
         return link
+
+    def patched(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # nodes do not patch ControlNets
 
 
 class _RemoteControl(torch.nn.Module):

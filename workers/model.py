@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -85,6 +85,7 @@ class WorkerModel:
         log.debug(
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
         )
+        self._layers = dict(self.diffusion.named_modules())  # before patches replace some
         self._boundaries = Boundaries(self.diffusion)
         self._install("")
 
@@ -155,8 +156,9 @@ class WorkerModel:
         if state:
             patcher.patches_uuid = uuid.uuid5(uuid.NAMESPACE_OID, state)
         patcher.force_cast_weights = force_cast
-        if isinstance(self._installation, RowInstallation) and _touch_modules({**objects, **self._objects}):
-            self._installation.changed()
+        replaced = _of_diffusion(objects)
+        if self._installation is not None and (replaced or _of_diffusion(self._objects)):
+            self._installation.changed(replaced)
         self._objects = objects
         self.patcher = patcher
         self.state = state
@@ -218,6 +220,7 @@ class WorkerModel:
             if self._installation is not None:
                 self._installation.remove()
             self._installation = made
+            made.changed(_of_diffusion(self._objects))
 
     def _patch_objects(self) -> None:
         self.patcher.object_patches = {}
@@ -378,6 +381,10 @@ class WorkerModel:
         degrees = self._mesh.parallel.degrees
         return ask(works, machine, ulysses=degrees["ulysses"], ring=degrees["ring"])
 
+    def layer(self, name: str) -> torch.nn.Module:
+        """A module of the diffusion model by its name there: its own, whatever patches put in its place."""
+        return self._layers[name]
+
     def weight(self, key: str) -> torch.Tensor:
         """An unpatched weight by its key in the model's state dict, as plain ComfyUI would hold it on the host.
 
@@ -401,9 +408,10 @@ class WorkerModel:
         self.offload()
 
 
-def _touch_modules(objects: Iterable[str]) -> bool:
-    """Whether object patches are of the diffusion model, by their names."""
-    return any(name.startswith(compiled.PREFIX) for name in objects)
+def _of_diffusion(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The object patches of the diffusion model, by their names in it."""
+    prefix = compiled.PREFIX
+    return {name.removeprefix(prefix): value for name, value in objects.items() if name.startswith(prefix)}
 
 
 def _patch_dtype(spec: ModelSpec) -> torch.dtype | None:

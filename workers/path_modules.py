@@ -59,7 +59,11 @@ def reference(value: Any) -> tuple[Any, ...] | None:
     pickle itself imports by name, which fails where the path has a dot: it takes what is before for a package.
     """
     if isinstance(value, ModuleType):
-        return (module, (value.__name__,)) if os.path.isabs(value.__name__) else None
+        if os.path.isabs(value.__name__):
+            return module, (value.__name__,)
+        # cloudpickle knows plain modules only; those of torch's settings are of a class of their own
+        special = type(value) is not ModuleType and sys.modules.get(value.__name__) is value
+        return (importlib.import_module, (value.__name__,)) if special else None
     if not isinstance(value, (types.FunctionType, type)):
         return None
     name, path = getattr(value, "__module__", None), value.__qualname__
@@ -111,7 +115,9 @@ def _head(name: str) -> str:
             if dot:
                 continue
             raise UnsupportedError(
-                "A node whose file is not on this machine was to run on a worker", name, "Install the node there as well"
+                "A node whose file is not on this machine was to run on a worker",
+                name,
+                "Install the node there as well",
             )
         made = importlib.util.module_from_spec(spec)
         made.__class__ = Bare

@@ -21,6 +21,10 @@ COMPILE_KEY = "torch.compile"
 """Wrapper key of `comfy_api.torch_helpers.set_torch_compile_wrapper`."""
 INSIDE = ("patches", "patches_replace", "optimized_attention_override")
 """Entries of transformer_options whose callables run inside the model."""
+COMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
+"""Attributes of the modules and functions that torch.compile returns."""
+WHOLE = ("diffusion_model", "diffusion_model.__class__", "diffusion_model.forward")
+"""Object patches of the whole diffusion model: its forward pads, and calls wrappers, in the driver."""
 DRIVER_FUNCTIONS = (
     "sampler_cfg_function",
     "sampler_pre_cfg_function",
@@ -61,7 +65,7 @@ def check(patcher: Any) -> None:
     """Refuse a patcher whose patches would come apart between driver and workers.
 
     Raises:
-        UnsupportedError: injections, weight wrappers, compiled models, or a patch inside the model that
+        UnsupportedError: injections, weight wrappers, another whole or compiled model, or a patch inside it that
             writes what a function around it reads, or what it does not read itself.
     """
     if patcher.injections:
@@ -73,15 +77,19 @@ def check(patcher: Any) -> None:
         _refuse(
             ", ".join(patcher.weight_wrapper_patches), "it wraps weights in this process, and they are on the workers"
         )
+    if any(hasattr(value, mark) for value in patcher.object_patches.values() for mark in COMPILED):
+        _refuse_compiled("torch.compile")
+    for name in WHOLE:
+        if name in patcher.object_patches:
+            _refuse(
+                name_of(patcher.object_patches[name]),
+                f"it takes the place of {name}, half of which runs in this process",
+            )
     kinds = comfy.patcher_extension.WrappersMP
     options = patcher.model_options.get("transformer_options", {})
     for wrappers in (patcher.wrappers, options.get("wrappers", {})):
         if COMPILE_KEY in wrappers.get(kinds.APPLY_MODEL, {}):
-            _refuse(
-                "TorchCompileModel",
-                "it compiles the model in this process, and the model runs on the workers",
-                "Use Torch Compile Model (Ray) in its place",
-            )
+            _refuse_compiled("TorchCompileModel")
     inside = list(functions({key: options[key] for key in INSIDE if key in options}))
     outside = list(functions({key: patcher.model_options.get(key) for key in DRIVER_FUNCTIONS}))
     outside += list(functions(patcher.wrappers)) + list(functions(patcher.callbacks))
@@ -117,6 +125,14 @@ def check_outlets(inside: list[Callable[..., Any]]) -> None:
             _refuse(name_of(function), f"its patch inside the model sets {name!r} for code in another process")
 
 
+def _refuse_compiled(name: str) -> NoReturn:
+    _refuse(
+        name,
+        "it compiles the model in this process, and the model runs on the workers",
+        "Use Torch Compile Model (Ray) in its place",
+    )
+
+
 def _refuse_shared(function: object, name: str) -> NoReturn:
     _refuse(
         name_of(function),
@@ -128,6 +144,15 @@ def refuse_foreign_model(value: object) -> NoReturn:
     """A patch that holds a model of its own, such as a ControlNet-like MODEL_PATCH."""
     model = value.model if isinstance(value, comfy.model_patcher.ModelPatcher) else value
     _refuse(type(model).__name__, "a patch inside the model holds another model, whose weights would have to be sent")
+
+
+def refuse_replacing(value: object, name: str) -> NoReturn:
+    """Something that a node puts in the place of an attribute of the diffusion model, without a patch."""
+    known = isinstance(value, (type, types.FunctionType, types.MethodType))
+    _refuse(
+        name_of(value) if known else f"A node that replaces {name}",
+        f"it takes the place of {name} of the model in this process, and the model runs on the workers",
+    )
 
 
 def refuse_saving() -> NoReturn:

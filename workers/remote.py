@@ -21,9 +21,9 @@ from comfy import model_management
 from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
-from . import conds, cores, ghost, lending, refusals
+from . import conds, cores, ghost, layers, lending, refusals
 from .comfy_host import describe
-from .link import PREFIX, SETTINGS, ModelLink, interruptible, settings_of
+from .link import SETTINGS, ModelLink, interruptible, settings_of
 from .pool import Pool, acquire, close_all, shut_down
 from .transfer import FILE
 
@@ -52,9 +52,7 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
     if facts.advice:
         log.warning("%s", facts.advice)
     base = ghost.without_weights(model, state, dtype, model.manual_cast_dtype)
-    for key, parameter in model.diffusion_model.state_dict(keep_vars=True).items():
-        parameter.raylight_source = (spec, PREFIX + key)
-        parameter.raylight_link = link
+    layers.marked(model.diffusion_model, spec, link)
     # each rank holds one part of every activation
     base.memory_usage_factor /= config.parallel.sequence
     twins = [
@@ -147,6 +145,8 @@ def end_pools(*, ray: bool) -> None:
 
 BACKUPS = ("backup", "backup_buffers", "object_patches_backup", "hook_backup", "pinned")
 """What all patchers of one model share; names that a version of ComfyUI does not have are skipped."""
+NOTED = ("training",)
+"""Attributes of a module that torch sets."""
 FILE_ATTRIBUTE = "raylight_file"
 """Holds the FileRef of a tensor that workers can take from the same file."""
 
@@ -155,7 +155,9 @@ class _RemoteModule(torch.nn.Module):
     """Stands in for a diffusion model: no parameters, no children, so nothing to load, move or count.
 
     Mixed in before the family's own class, so that the family's `forward` (its wrapper handling and argument
-    order) and its weightless helpers run here unchanged, and `isinstance` holds. Attributes come from the ghost.
+    order) and its weightless helpers run here unchanged, and `isinstance` holds. Attributes come from the ghost, layers
+    and parameters from a model that is mapped when the first of them is asked for: nodes patch, call and read them.
+    Whoever walks the model around this one, as ComfyUI does, finds none.
     """
 
     weight_function = ()
@@ -166,9 +168,44 @@ class _RemoteModule(torch.nn.Module):
         refusals.refuse_training()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_ghost":  # not set yet
+        if name in ("_ghost", "_layers", "_patching"):  # not set yet
             raise AttributeError(name)
-        return getattr(self._ghost, name)
+        value = getattr(self._ghost, name)
+        return getattr(self._mapped(), name) if isinstance(value, (torch.nn.Module, torch.nn.Parameter)) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What nodes put in the place of something of the model would never reach the workers, object patches apart."""
+        if name in NOTED or self._patching or not hasattr(self._ghost, name):
+            super().__setattr__(name, value)
+        else:
+            refusals.refuse_replacing(value, name)
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """ComfyUI applies object patches meanwhile, which workers have as well."""
+        self.__dict__["_patching"] = True
+        try:
+            yield
+        finally:
+            self.__dict__["_patching"] = False
+
+    def _mapped(self) -> torch.nn.Module:
+        if self._layers is None:
+            self.__dict__["_layers"] = layers.with_weights(self.link.spec, self.dtype, self.link)
+        return self._layers
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """The mapped model's, or none where the walk began outside."""
+        if memo is None:
+            return self._mapped().named_modules(None, prefix, remove_duplicate)
+        return super().named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self) -> Any:
+        return self._mapped().named_children()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """There is nothing to move or cast."""
+        return self
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The ghost's: LoRA key maps and add_patches look keys up here. Values have no data."""
@@ -176,13 +213,13 @@ class _RemoteModule(torch.nn.Module):
 
     @contextlib.contextmanager
     def answering_from(self, model: torch.nn.Module) -> Iterator[None]:
-        """Have attributes, and the values of state_dict, come from another model than the ghost meanwhile."""
-        usual = self._ghost
-        self.__dict__["_ghost"] = model
+        """Have attributes, layers, and the values of state_dict come from another model meanwhile."""
+        usual = self._ghost, self._layers
+        self.__dict__.update(_ghost=model, _layers=model)
         try:
             yield
         finally:
-            self.__dict__["_ghost"] = usual
+            self.__dict__.update(zip(("_ghost", "_layers"), usual, strict=True))
 
 
 def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: torch.dtype) -> torch.nn.Module:
@@ -216,11 +253,13 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
 
         # families without `_forward` ignore these wrappers in plain ComfyUI too, unless their forward looks itself
         methods["forward"] = inner if not _handles_wrappers(family) else forward
-    names = {"__module__": family.__module__, "__qualname__": family.__qualname__}
+    # some nodes ask for the class itself
+    looks = property(lambda self: family, lambda self, value: refusals.refuse_replacing(value, "__class__"))
+    names = {"__module__": family.__module__, "__qualname__": family.__qualname__, "__class__": looks}
     module: Any = type(family.__name__, (_RemoteModule, family), {**methods, **names})
     instance: torch.nn.Module = module.__new__(module)
     torch.nn.Module.__init__(instance)
-    instance.__dict__.update(_ghost=shadow, link=link, dtype=dtype)
+    instance.__dict__.update(_ghost=shadow, _layers=None, _patching=False, link=link, dtype=dtype)
     return instance.eval()
 
 
@@ -272,6 +311,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             self.link.offload()
         return model
 
+    def patched(self) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, ComfyUI applies object patches to the stand-in."""
+        patched: contextlib.AbstractContextManager[None] = self.model.diffusion_model.patched()
+        return patched
+
+    def patch_model(self, *args: Any, **kwargs: Any) -> Any:
+        with self.patched():
+            return super().patch_model(*args, **kwargs)
+
+    def unpatch_model(self, *args: Any, **kwargs: Any) -> Any:
+        with self.patched():
+            return super().unpatch_model(*args, **kwargs)
+
     def pre_run(self) -> None:
         """Sampling begins: refuse by name what cannot run on the workers."""
         refusals.check(self)
@@ -308,13 +360,16 @@ def refer(value: object) -> tuple[Any, ...] | None:
         UnsupportedError: the object holds another model's weights.
     """
     if isinstance(value, torch.Tensor):
-        source = getattr(value, "raylight_source", None)
+        source = layers.source_of(value)
         if source is not None:
             return ("weight", *source)
         file = getattr(value, FILE_ATTRIBUTE, None)
         return None if file is None else (FILE, file)
     if isinstance(value, _RemoteModule):
         return ("diffusion", value.link.spec)
+    place = layers.place_of(value)
+    if place is not None:
+        return ("module", *place)
     if isinstance(value, comfy.model_base.BaseModel) and isinstance(value.diffusion_model, _RemoteModule):
         return ("base", value.diffusion_model.link.spec)
     if isinstance(value, RemotePatcher):

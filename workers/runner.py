@@ -363,6 +363,8 @@ class Runner:
         model = self._models[spec]
         if kind == "weight":
             return model.weight(rest[0])
+        if kind == "module":
+            return model.layer(rest[0])
         return {"base": model.patcher.model, "patcher": model.patcher, "diffusion": model.diffusion}[kind]
 
     def _evaluate(self, evaluation: Evaluation) -> Any:

@@ -29,6 +29,9 @@ class Twin(Comm):
     def all_gather(self, x: torch.Tensor, *, dim: int, sizes: Any) -> list[torch.Tensor]:
         return [x.narrow(dim, 0, size) for size in sizes]
 
+    def all_reduce(self, x: torch.Tensor, *, op: Any = "sum") -> torch.Tensor:
+        return 2 * x if op == "sum" else x
+
 
 class Site(nn.Module):
     def forward(self, x: torch.Tensor, transformer_options: dict[str, Any] | None = None) -> torch.Tensor:
@@ -150,6 +153,70 @@ def test_granularity(kwargs: dict[str, Any], seen: str) -> None:
     between.clear()
     installation.wrapper(model._forward, x, kwargs.get("control"), kwargs.get("transformer_options", {}))
     assert between == [3, 3 if seen == "trunk" else 6]
+
+
+@pytest.mark.parametrize("granularity", ("trunk", "block"))
+def test_blocks_with_replaced_code_are_compared(granularity: Any) -> None:
+    """All of them at first, then one after another."""
+    model, x = Model(), torch.randn(1, 6, 2)
+    installation = install(model, PLAN, mesh(), granularity=granularity)
+    for block in model.blocks:
+        block.attn.forward = lambda x, transformer_options=None: 2 * x
+    names = [f"blocks.{index}.attn.forward" for index in range(2)]
+    installation.changed(dict.fromkeys(names, model.blocks[0].attn.forward))
+    for want in ([[6, 3], [6, 3]], [[3], [6, 3]], [[6, 3], [3]]):
+        installation.wrapper(model._forward, x)
+        assert [block.seen for block in model.blocks] == want
+        for block in model.blocks:
+            block.seen.clear()
+    installation.changed({names[1]: model.blocks[1].attn.forward})
+    installation.wrapper(model._forward, x)
+    assert [block.seen for block in model.blocks] == [[3], [6, 3]]
+    installation.changed({})
+    installation.wrapper(model._forward, x)
+    assert [block.seen[-1:] for block in model.blocks] == [[3], [3]] and len(model.blocks[1].seen) == 3
+
+
+def add_the_sum(x: torch.Tensor, transformer_options: Any = None) -> torch.Tensor:
+    return x + x.sum(1, keepdim=True)
+
+
+def want_six_tokens(x: torch.Tensor, transformer_options: Any = None) -> torch.Tensor:
+    return x.view(1, 6, 2) + 1
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (add_the_sum, r"add_the_sum.*cannot be used.*differs by.*ring_degree to 1"),
+        (want_six_tokens, r"want_six_tokens.*cannot be used.*wants all tokens: RuntimeError.*ring_degree to 1"),
+    ],
+)
+def test_replaced_code_that_looks_across_tokens_is_refused(code: Any, message: str) -> None:
+    model, x = Model(), torch.randn(1, 6, 2)
+    installation = install(model, PLAN, mesh())
+    model.blocks[1].attn.forward = code
+    installation.changed({"blocks.1.attn.forward": code})
+    with pytest.raises(UnsupportedError, match=message):
+        installation.wrapper(model._forward, x)
+
+
+def test_code_between_blocks_sees_all_tokens() -> None:
+    model, x = Model(), torch.randn(1, 3, 2).repeat(1, 2, 1)  # both ranks hold the same
+    model.head.forward = lambda x: x + x.sum(1, keepdim=True)
+    wanted = model(x)
+    installation = install(model, PLAN, mesh())
+    installation.changed({"head.forward": model.head.forward})
+    assert torch.equal(installation.wrapper(model._forward, x), wanted)
+
+
+def test_a_module_with_hooks_cannot_be_replaced() -> None:
+    model = Model()
+    installation = install(model, PLAN, mesh())
+    for name in ("blocks.1", "blocks.0.attn", "blocks"):
+        with pytest.raises(UnsupportedError, match=rf"Block.*takes the place of {name}\b"):
+            installation.changed({name: Block()})
+    installation.changed({"embedder": nn.Identity(), "scale": 3})
 
 
 @pytest.mark.parametrize("granularity", ("trunk", "block"))

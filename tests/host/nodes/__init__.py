@@ -12,6 +12,8 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
+from .inside import RLTestInside
+
 CATEGORY = "raylight/test"
 BIG = 0xFFFFFFFFFFFFFFFF
 
@@ -414,5 +416,6 @@ NODES = (
     RLTestLatents,
     RLTestPixels,
     RLTestSavePixels,
+    RLTestInside,
 )
 NODE_CLASS_MAPPINGS = {**{node.__name__: node for node in NODES}, "easy cleanGpuUsed": EasyCleanGpuUsed}

@@ -1,0 +1,135 @@
+"""Code of a model's blocks that a user's patch has replaced: whether it gives on cut tokens what it gives on all.
+
+Such code is trusted to leave tokens alone and to call attention as ComfyUI's blocks do. Much of it does (other feed
+forwards, other attention kernels), some does not: it looks at all tokens of a frame, or hides its attention. Neither
+name nor shape tells, so blocks are compared: the same block, on all tokens and alone, before it runs on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .comm import Comm
+from .errors import UnsupportedError
+from .names import name_of
+
+REMEDY = "Remove the node, or set ulysses_degree and ring_degree to 1: cfg_degree and data parallel work with it"
+ROUNDED = 2e-2
+"""What a block in 16 bits may differ by, root mean square to root mean square: a few last digits are 1e-2."""
+TENSOR_FLOAT = 1e-3
+"""The same in fp32 on an accelerator, whose matrix products may be those of TF32."""
+EXACT = 1e-5
+
+
+class Replaced:
+    """What of a model's code was replaced, where its tokens are cut.
+
+    Args:
+        hooked: names of the modules that a plan has hooks on.
+        blocks: those of them that are blocks.
+
+    Attributes:
+        between: whether it may look at the tokens between two blocks, which then have to be whole there.
+    """
+
+    def __init__(self, hooked: Collection[str], blocks: Collection[str]) -> None:
+        self.between = False
+        self._hooked = hooked
+        self._blocks = blocks
+        self._suspects: list[str] = []
+        self._names = ""
+        self._forwards = 0
+
+    def changed(self, objects: Mapping[str, Any]) -> None:
+        """Take note of the attributes that are replaced from now on, by their dotted names.
+
+        Raises:
+            UnsupportedError: a module that has hooks, or holds one that has.
+        """
+        for name, value in objects.items():
+            if isinstance(value, nn.Module) and any(_within(hooked, name) for hooked in self._hooked):
+                raise UnsupportedError(
+                    f"{name_of(value)} cannot be used with a model whose tokens are divided over workers",
+                    f"it takes the place of {name}",
+                    REMEDY,
+                )
+        code = {name: value for name, value in objects.items() if callable(value) and not isinstance(value, nn.Module)}
+        self._suspects = [block for block in self._blocks if any(_within(name, block) for name in objects)]
+        self.between = any(not any(_within(name, block) for block in self._blocks) for name in code)
+        self._names = ", ".join(dict.fromkeys(map(name_of, code.values()))) or "A node"
+        self._forwards = 0
+
+    def chosen(self) -> frozenset[str]:
+        """The blocks to compare in the next forward: at first all that have replaced code, then one at a time."""
+        number, self._forwards = self._forwards, self._forwards + 1
+        if not self._suspects or number == 0:
+            return frozenset(self._suspects)
+        return frozenset({self._suspects[number % len(self._suspects)]})
+
+    def judge(self, comparison: Comparison, comm: Comm) -> None:
+        """Raises UnsupportedError, on all ranks alike, where blocks gave something else."""
+        apart = comparison.apart(comm)
+        if not apart <= comparison.limit:
+            self.refuse(f"a block with its code differs by {apart:.1e} from what it gives for all tokens at once")
+
+    def refuse(self, why: str, cause: Exception | None = None) -> None:
+        """Raises UnsupportedError."""
+        raise UnsupportedError(
+            f"{self._names} cannot be used with a model whose tokens are divided over workers", why, REMEDY
+        ) from cause
+
+
+class Comparison:
+    """What the compared blocks of one forward gave, against what they should have.
+
+    Attributes:
+        limit: the largest difference that rounding explains.
+        open: whether a block that has been run on all tokens has yet to run on its own.
+    """
+
+    def __init__(self, blocks: frozenset[str]) -> None:
+        self.limit = 0.0
+        self._blocks = blocks
+        self._wanted: dict[str, tuple[torch.Tensor | None, ...]] = {}
+        self._sums: list[torch.Tensor] = []
+
+    def __contains__(self, block: str) -> bool:
+        return block in self._blocks
+
+    @property
+    def open(self) -> bool:
+        return bool(self._wanted)
+
+    def expect(self, block: str, parts: tuple[torch.Tensor | None, ...]) -> None:
+        """This rank's parts of a block's outputs for all tokens."""
+        self._wanted[block] = parts
+
+    def note(self, block: str, parts: tuple[torch.Tensor | None, ...]) -> None:
+        """A block's outputs for this rank's tokens."""
+        for part, wanted in zip(parts, self._wanted.pop(block, ()), strict=False):
+            if part is None or wanted is None:
+                continue
+            error = (part.float() - wanted.float()).nan_to_num().square().sum()
+            self._sums.append(torch.stack((error, wanted.float().nan_to_num().square().sum())))
+            self.limit = max(self.limit, _limit(part))
+
+    def apart(self, comm: Comm) -> float:
+        """Root mean square of the difference to that of the values, over all ranks; every rank asks, or none."""
+        if not self._sums:
+            return 0.0
+        error, whole = comm.all_reduce(torch.stack(self._sums).sum(0)).tolist()
+        return float((error / max(whole, 1e-30)) ** 0.5)
+
+
+def _limit(x: torch.Tensor) -> float:
+    if x.dtype not in (torch.float32, torch.float64):
+        return ROUNDED
+    return EXACT if x.device.type == "cpu" else TENSOR_FLOAT
+
+
+def _within(name: str, place: str) -> bool:
+    return name == place or name.startswith(f"{place}.")

@@ -1,0 +1,47 @@
+"""Layers of a model on the pool for nodes that call them, patch them or look at their weights in ComfyUI's process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..loaders.source import Source
+from ..raylight.config import ModelSpec
+from .adopt import adopt
+from .loading import normal_tensors
+
+PREFIX = "diffusion_model."
+
+
+def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
+    """A diffusion model whose modules and weights say what they are on the workers, see `place_of` and `source_of`."""
+    for name, module in model.named_modules():
+        module.raylight_place = (spec, name)  # type: ignore[assignment]
+    for key, parameter in model.state_dict(keep_vars=True).items():
+        parameter.raylight_source = (spec, PREFIX + key)
+        parameter.raylight_link = link
+    return model
+
+
+def with_weights(spec: ModelSpec, dtype: torch.dtype, link: Any) -> nn.Module:
+    """The diffusion model of a file, whose memory its weights are: what is not used is not read. They have no patches.
+
+    Raises:
+        LoadError: the file changed.
+    """
+    with normal_tensors():
+        return marked(adopt(Source.of(spec), spec, dtype).patcher.model.diffusion_model, spec, link)
+
+
+def place_of(value: object) -> tuple[Any, ...] | None:
+    """The spec and name of a module of a diffusion model on the pool; None for all others."""
+    place: tuple[Any, ...] | None = vars(value).get("raylight_place") if isinstance(value, nn.Module) else None
+    return place
+
+
+def source_of(value: torch.Tensor) -> tuple[Any, ...] | None:
+    """The spec and key of a weight of a model on the pool; None for all others."""
+    source: tuple[Any, ...] | None = getattr(value, "raylight_source", None)
+    return source
