@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,14 +26,29 @@ def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
     return model
 
 
-def with_weights(spec: ModelSpec, dtype: torch.dtype, link: Any) -> nn.Module:
+class Layers:
     """The diffusion model of a file, whose memory its weights are: what is not used is not read. They have no patches.
 
     Raises:
         LoadError: the file changed.
     """
-    with normal_tensors():
-        return marked(adopt(Source.of(spec), spec, dtype).patcher.model.diffusion_model, spec, link)
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, link: Any) -> None:
+        with normal_tensors():
+            self.model = marked(adopt(Source.of(spec), spec, dtype).patcher.model.diffusion_model, spec, link)
+        self._classes = {name: type(module) for name, module in self.model.named_modules()}
+
+    def replaced(self) -> Iterator[tuple[str, object]]:
+        """What has been put in the place of modules, of their classes and of their methods, by its dotted name."""
+        for name, module in self.model.named_modules():
+            if place_of(module) is None:
+                yield name, module
+            elif type(module) is not self._classes[name]:
+                yield f"{name}.__class__", type(module)
+            for attribute, value in vars(module).items():
+                usual = getattr(type(module), attribute, None)
+                if callable(usual) and getattr(value, "__func__", value) is not usual:
+                    yield f"{name}.{attribute}", value
 
 
 def place_of(value: object) -> tuple[Any, ...] | None:

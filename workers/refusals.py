@@ -152,6 +152,8 @@ def refuse_replacing(value: object, name: str) -> NoReturn:
     _refuse(
         name_of(value) if known else f"A node that replaces {name}",
         f"it takes the place of {name} of the model in this process, and the model runs on the workers",
+        "Remove the node and free ComfyUI's model and node cache, or use its own loader (Load Diffusion Model) in this "
+        "workflow; where the node skips steps, ComfyUI's EasyCache and TeaCache (Ray) do that on the pool",
     )
 
 
@@ -160,6 +162,14 @@ def refuse_saving() -> NoReturn:
         "A model on the pool cannot be saved, and no LoRA be taken from it",
         "its weights are on the workers",
         "Load it with ComfyUI's own loader (Load Diffusion Model) for that",
+    )
+
+
+def refuse_copying() -> NoReturn:
+    raise UnsupportedError(
+        "A model on the pool cannot be copied with its weights, as a node does here",
+        "its weights are on the workers",
+        "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow",
     )
 
 

@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NoReturn
 
 import comfy.model_base
@@ -168,9 +168,9 @@ class _RemoteModule(torch.nn.Module):
         refusals.refuse_training()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_ghost", "_layers", "_patching"):  # not set yet
+        if name in ("_ghost", "_layers", "_lent", "_patching"):  # not set yet
             raise AttributeError(name)
-        value = getattr(self._ghost, name)
+        value = getattr(self._shown(), name)
         return getattr(self._mapped(), name) if isinstance(value, (torch.nn.Module, torch.nn.Parameter)) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -179,6 +179,15 @@ class _RemoteModule(torch.nn.Module):
             super().__setattr__(name, value)
         else:
             refusals.refuse_replacing(value, name)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self) or not hasattr(self._ghost, name):
+            super().__delattr__(name)
+        else:  # as whoever was not allowed to replace it does, to clean up
+            refusals.refuse_replacing(None, name)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        refusals.refuse_copying()
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -189,10 +198,26 @@ class _RemoteModule(torch.nn.Module):
         finally:
             self.__dict__["_patching"] = False
 
+    def _shown(self) -> torch.nn.Module:
+        return self._ghost if self._lent is None else self._lent
+
     def _mapped(self) -> torch.nn.Module:
+        if self._lent is not None:
+            return self._lent
         if self._layers is None:
-            self.__dict__["_layers"] = layers.with_weights(self.link.spec, self.dtype, self.link)
-        return self._layers
+            self.__dict__["_layers"] = layers.Layers(self.link.spec, self.dtype, self.link)
+        return self._layers.model
+
+    def refuse_strangers(self, patches: Container[str]) -> None:
+        """Refuse what nodes have put into the layers without a patch of it: there it stays, as in plain ComfyUI's model.
+
+        Args:
+            patches: names of object patches.
+        """
+        for name, value in self._layers.replaced() if self._layers else ():
+            parts = f"{layers.PREFIX}{name}".split(".")
+            if not any(".".join(parts[:count]) in patches for count in range(2, len(parts) + 1)):
+                refusals.refuse_replacing(value, name)
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
         """The mapped model's, or none where the walk began outside."""
@@ -209,17 +234,16 @@ class _RemoteModule(torch.nn.Module):
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The ghost's: LoRA key maps and add_patches look keys up here. Values have no data."""
-        return self._ghost.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self._shown().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     @contextlib.contextmanager
     def answering_from(self, model: torch.nn.Module) -> Iterator[None]:
         """Have attributes, layers, and the values of state_dict come from another model meanwhile."""
-        usual = self._ghost, self._layers
-        self.__dict__.update(_ghost=model, _layers=model)
+        self.__dict__["_lent"] = model
         try:
             yield
         finally:
-            self.__dict__.update(zip(("_ghost", "_layers"), usual, strict=True))
+            self.__dict__["_lent"] = None
 
 
 def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: torch.dtype) -> torch.nn.Module:
@@ -259,7 +283,7 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     module: Any = type(family.__name__, (_RemoteModule, family), {**methods, **names})
     instance: torch.nn.Module = module.__new__(module)
     torch.nn.Module.__init__(instance)
-    instance.__dict__.update(_ghost=shadow, _layers=None, _patching=False, link=link, dtype=dtype)
+    instance.__dict__.update(_ghost=shadow, _layers=None, _lent=None, _patching=False, link=link, dtype=dtype)
     return instance.eval()
 
 
@@ -311,6 +335,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             self.link.offload()
         return model
 
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        refusals.refuse_copying()
+
     def patched(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, ComfyUI applies object patches to the stand-in."""
         patched: contextlib.AbstractContextManager[None] = self.model.diffusion_model.patched()
@@ -326,6 +353,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def pre_run(self) -> None:
         """Sampling begins: refuse by name what cannot run on the workers."""
+        self.model.diffusion_model.refuse_strangers(self.object_patches)
         refusals.check(self)
         super().pre_run()
 

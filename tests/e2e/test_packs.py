@@ -67,6 +67,10 @@ def test_code_inside_equals_plain(server: ComfyServer, client: ComfyClient, samp
         ("mixing", "mixing.*cannot be used with a model whose tokens are divided.*differs by.*cfg_degree"),
         ("reclassed", "Other.*cannot be used with a model on the Raylight pool.*__class__"),
         ("replaced", "louder.*cannot be used with a model on the Raylight pool.*forward_orig"),
+        ("swapped", "A node that replaces forward_orig cannot be used.*EasyCache and TeaCache"),
+        ("assigned", "louder.*cannot be used with a model on the Raylight pool.*ffn.forward"),
+        ("wrapped", r"A node that replaces blocks\.0\.ffn cannot be used with a model on the Raylight pool"),
+        ("copied", "cannot be copied with its weights"),
     ],
 )
 def test_code_that_cannot_run_is_refused(server: ComfyServer, client: ComfyClient, how: str, message: str) -> None:
@@ -74,5 +78,6 @@ def test_code_that_cannot_run_is_refused(server: ComfyServer, client: ComfyClien
     for _ in range(2):
         with pytest.raises(PromptError, match=message):
             client.run(pool(case(how), where))
+    client.free()  # what was assigned stays in the model that ComfyUI keeps
     difference, _, _ = both(server, client, case(), where)
     assert difference <= FP32

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import types
 from typing import Any
+from unittest import mock
 
 import torch
 from aiohttp import web
@@ -49,8 +52,14 @@ class Reminding:
         return types.MethodType(forward, module)
 
 
+def swapped(inner: Any, call: Any, arguments: dict[str, Any]) -> Any:
+    """Calls the model with another method in the place of its own, as caches do."""
+    with mock.patch.multiple(inner, forward_orig=types.MethodType(louder, inner)):
+        return call(arguments["input"], arguments["timestep"], **arguments["c"])
+
+
 class RLTestInside:
-    """Changes the blocks of a Wan model. `how` is one of `louder`, `mixing`, `reminded`, `reclassed` and `replaced`."""
+    """Changes the blocks of a Wan model, or the model, in one of the ways that packs have found."""
 
     CATEGORY = CATEGORY
     FUNCTION = "patch"
@@ -69,6 +78,16 @@ class RLTestInside:
             inner.__class__ = type("Other", (type(inner),), {})
         elif how == "replaced":
             inner.forward_orig = types.MethodType(louder, inner)
+        elif how == "swapped":
+            model.set_model_unet_function_wrapper(functools.partial(swapped, inner))
+        elif how == "copied":
+            copy.deepcopy(model)
+        elif how == "assigned":
+            for _, block in blocks:
+                block.ffn.forward = types.MethodType(louder, block.ffn)
+        elif how == "wrapped":
+            for _, block in blocks:
+                block.ffn = torch.nn.Sequential(block.ffn)
         elif how == "reminded":
             text = torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(3))
             with torch.inference_mode():
