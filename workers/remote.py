@@ -209,7 +209,7 @@ class _RemoteModule(torch.nn.Module):
         return self._layers.model
 
     def refuse_strangers(self, patches: Container[str]) -> None:
-        """Refuse what nodes have put into the layers without a patch of it: there it stays, as in plain ComfyUI's model.
+        """Refuse what nodes have put into the layers without a patch of it; it stays there, as in a plain model.
 
         Args:
             patches: names of object patches.

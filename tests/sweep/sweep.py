@@ -1,8 +1,9 @@
 """Gives every core node that takes and returns a MODEL to the pool and to plain ComfyUI, and compares the pictures.
 
-    sweep.py COMFY_ROOT OUT.json --model FAMILY=FILE:WORKERS --second FILE
+    sweep.py COMFY_ROOT OUT.json --model FAMILY=FILE:WORKERS --second FILE [--packs FOLDER]
 
-One family, one pool, one process: the driver's. `--second` is another checkpoint of the family, for merges.
+One family, one pool, one process: the driver's. `--second` is another checkpoint of the family, for merges. `--packs`
+has the nodes of other packs tried in place of ComfyUI's; what they need must be installed.
 """
 
 from __future__ import annotations
@@ -370,6 +371,18 @@ def registered() -> dict[str, Any]:
     return found
 
 
+def pack_nodes(packs: Path) -> frozenset[str]:
+    """Load the node packs of a folder as ComfyUI does; the names of their nodes."""
+    import nodes
+    from comfy_raylight.workers.comfy_host import with_server
+
+    with_server()
+    core = set(registered())
+    for pack in sorted(packs.resolve().iterdir()):
+        asyncio.run(nodes.load_custom_node(str(pack), ignore=core))  # type: ignore[attr-defined]
+    return frozenset(registered()) - core
+
+
 def model_nodes() -> Iterator[tuple[str, type]]:
     """Those that take a MODEL and return one."""
     for name, node in sorted(registered().items()):
@@ -418,12 +431,18 @@ class Sweep:
 
         before = REGISTRY.get(self.config)
         verdict = self._judge(name, node)
-        apart = difference(sample(self._remote[0], self._family, ""), self._first)
+        after = sample(self._remote[0], self._family, "")
+        apart = difference(after, self._first)
         if REGISTRY.get(self.config) is not before:
             return Verdict(POOL_LOST, f"{verdict.verdict}: {verdict.reason}")
-        if apart > TOLERANCE:
+        if apart <= TOLERANCE:
+            return verdict
+        # a node that writes into the model itself does that to any
+        self._first = after
+        self._bare.clear()
+        if difference(after, self._bare_plain("")) > TOLERANCE:
             return Verdict(LEAK, f"afterwards the bare model differs by {apart:.1e}; {verdict.verdict}")
-        return verdict
+        return Verdict(verdict.verdict, verdict.reason or "it changes the loaded model, as in plain ComfyUI")
 
     def _judge(self, name: str, node: type) -> Verdict:
         from comfy_raylight.raylight.errors import UnsupportedError
@@ -537,6 +556,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--model", required=True, metavar="FAMILY=FILE:WORKERS", help=f"one of {', '.join(FAMILIES)}")
     parser.add_argument("--second", required=True, type=Path, metavar="FILE", help="another checkpoint of the family")
+    parser.add_argument("--packs", type=Path, metavar="FOLDER", help="try the nodes of the packs in it, not ComfyUI's")
     parser.add_argument("--only", nargs="+", default=[], metavar="NODE", help="no others, and tell where errors arose")
     options = parser.parse_args()
     family, _, rest = options.model.partition("=")
@@ -547,6 +567,7 @@ def main() -> None:
     if options.only:
         logging.getLogger("sweep").setLevel(logging.DEBUG)
     boot(options.comfy.resolve(), int(workers))
+    packed = pack_nodes(options.packs) if options.packs else None
 
     import comfyui_version
     from comfy_raylight.workers.pool import close_all
@@ -558,7 +579,7 @@ def main() -> None:
         try:
             sweep = Sweep(family, files, int(workers), Path(folder))
             for name, node in model_nodes():
-                if options.only and name not in options.only:
+                if (options.only and name not in options.only) or (packed is not None and name not in packed):
                     continue
                 faulthandler.dump_traceback_later(NODE_LIMIT_S, exit=True)
                 sys.stderr.write(f"{name} ... ")
