@@ -41,9 +41,10 @@ class Layers:
     def replaced(self) -> Iterator[tuple[str, object]]:
         """What has been put in the place of modules, of their classes and of their methods, by its dotted name."""
         for name, module in self.model.named_modules():
-            if place_of(module) is None:
+            place = place_of(module)
+            if place is None:
                 yield name, module
-            elif type(module) is not self._classes[name]:
+            elif type(module) is not self._classes[place[1]]:
                 yield f"{name}.__class__", type(module)
             for attribute, value in vars(module).items():
                 usual = getattr(type(module), attribute, None)

@@ -380,6 +380,12 @@ def pack_nodes(packs: Path) -> frozenset[str]:
     core = set(registered())
     for pack in sorted(packs.resolve().iterdir()):
         asyncio.run(nodes.load_custom_node(str(pack), ignore=core))  # type: ignore[attr-defined]
+    for name in set(registered()) - core:
+        try:
+            registered()[name].INPUT_TYPES()
+        except Exception as error:  # a pack for another version of ComfyUI
+            logging.getLogger("sweep").warning("%s is left out: %s: %s", name, type(error).__name__, error)
+            del registered()[name]
     return frozenset(registered()) - core
 
 
