@@ -34,6 +34,9 @@ from models import Choice, Model
 from ranks import add_video, enter
 from tables import Table
 
+IN_CALL_S = 5.0
+"""How long a fault waits for a model call to strike in: short calls leave much of a run's time between them."""
+
 
 def main() -> int:
     """Measure and print the tables."""
@@ -191,14 +194,19 @@ class Bench:
         expected = self.sample(model, 1.0)
         step = self.plain[1.0][0] / world
 
-        def kill(victim: int = remote.start_pool(config).members[-1].place.pid) -> None:
-            os.kill(victim, signal.SIGKILL)
+        victim = remote.start_pool(config).members[-1]
+
+        def kill() -> None:
+            os.kill(victim.place.pid, signal.SIGKILL)
 
         table = Table("faults", ["fault", "s to the error", "error", "s to the next result", "equal bits"])
         for name, hurt in (("cancel", model_management.interrupt_current_processing), ("kill a worker", kill)):
             struck: list[float] = []
 
             def strike(hurt: Any = hurt, struck: list[float] = struck) -> None:
+                until = time.monotonic() + IN_CALL_S
+                while not victim.busy and time.monotonic() < until:
+                    time.sleep(0)
                 struck.append(time.perf_counter())
                 hurt()
 
