@@ -5,7 +5,8 @@
 Every part is ComfyUI's own class with fewer and narrower layers, so that any ComfyUI loads the files. The model learns
 ComfyUI's convention for Wan: x = (1 - sigma) latent + sigma noise, time 1000 sigma, and its output is noise - latent.
 `model` and `vae` take up to an hour of one core each, `lora` minutes; `gguf` writes the model as GGUF, `words` the
-conditioning. `lora` and `gguf` need the model; otherwise the order does not matter.
+conditioning. `lora` and `gguf` need the model; otherwise the order does not matter. The model and the LoRA need a
+ComfyUI like the tests' (0.3.75): the rotary embedding of later ones has no gradient where comfy_kitchen computes it.
 """
 
 from __future__ import annotations

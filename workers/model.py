@@ -392,7 +392,9 @@ class WorkerModel:
             LoadError: the file changed.
         """
         self.source.check()
-        home = self._homes[key]
+        home = self._homes.get(key)
+        if home is None:  # a buffer, which merges take for one
+            return self._base.model.get_buffer(key).detach()
         if getattr(home.module, "quant", "") and home.name == "weight":
             whole: torch.Tensor = home.module.whole(torch.device("cpu"), torch.float32)  # type: ignore[operator]
             return whole

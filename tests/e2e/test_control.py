@@ -240,20 +240,32 @@ def test_what_borrows_weights_of_the_model(server: ComfyServer, client: ComfyCli
 
 
 @pytest.mark.usefixtures("files")
-@pytest.mark.parametrize("what", ["merged", "quantised"])
-def test_what_has_no_weights_to_lend(server: ComfyServer, client: ComfyClient, what: str) -> None:
-    control = Control(file="sd35.safetensors", stock=True)
-    prompt = controlled(pool(SD35, PoolCase(through_model=True)), (control,), on_pool=True)
-    if what == "merged":
+@pytest.mark.parametrize("borrows", [False, True], ids=["alone", "lending"])
+def test_a_merged_model(server: ComfyServer, client: ComfyClient, borrows: bool) -> None:
+    """Of a family that has a buffer among its keys; what it lends is merged as well."""
+    controls = (Control(file="sd35.safetensors", stock=True, vae=True),) if borrows else ()
+    found = {}
+    for name, prompt in {
+        "plain": controlled(plain(SD35), controls, on_pool=False),
+        "pool": controlled(pool(SD35, PoolCase(through_model=True)), controls, on_pool=True),
+    }.items():
         model = prompt[SAMPLER]["inputs"]["model"]
         prompt["merged"] = _node("ModelMergeAdd", {"model1": model, "model2": model})
         prompt[SAMPLER]["inputs"]["model"] = ["merged", 0]
-    else:
-        path = server.models / "control-sd35.gguf"
-        write_gguf(server.models / SD35.file, path, "Q8_0", quantised=lambda name, _: "joint_blocks.1" in name)
-        with_gguf(prompt, path.name)
-    with pytest.raises(PromptError, match=f"(?s)Control-LoRA, SD3.5.*{what}") as caught:
-        client.run(prompt)
+        prompt["save"]["inputs"]["name"] = name
+        client.run(prompt, timeout=400)
+        found[name] = latent(server, name)
+    assert (found["pool"] - found["plain"]).abs().max() <= FP32 * found["plain"].abs().max()
+
+
+@pytest.mark.usefixtures("files")
+def test_quantised_weights_cannot_be_lent(server: ComfyServer, client: ComfyClient) -> None:
+    control = Control(file="sd35.safetensors", stock=True)
+    prompt = controlled(pool(SD35, PoolCase(through_model=True)), (control,), on_pool=True)
+    path = server.models / "control-sd35.gguf"
+    write_gguf(server.models / SD35.file, path, "Q8_0", quantised=lambda name, _: "joint_blocks.1" in name)
+    with pytest.raises(PromptError, match=r"(?s)Control-LoRA, SD3.5.*quantised") as caught:
+        client.run(with_gguf(prompt, path.name))
     assert caught.value.node == SAMPLER
 
 

@@ -24,7 +24,11 @@ log = logging.getLogger("raylight.host")
 ROOT = Path(__file__).resolve().parents[2]
 PACK_FOLDER = "ray.light-pack"
 """A dot and a hyphen, so that nothing can depend on the folder's name."""
-TEST_PACKS = {"raylight-test-nodes": "nodes", "raylight-test-routes": "routes"}
+TEST_PACKS = {
+    "raylight-test-nodes": "nodes",
+    "raylight-test-routes": "routes",
+    "raylight-test-reaching": "reaching",
+}
 """By name in `custom_nodes`: folders beside this file."""
 FOLDERS = ("models/diffusion_models", "models/checkpoints", "models/loras", "models/vae", "input", "output", "user")
 

@@ -12,8 +12,6 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
-from .inside import RLTestInside
-
 CATEGORY = "raylight/test"
 BIG = 0xFFFFFFFFFFFFFFFF
 
@@ -416,6 +414,5 @@ NODES = (
     RLTestLatents,
     RLTestPixels,
     RLTestSavePixels,
-    RLTestInside,
 )
 NODE_CLASS_MAPPINGS = {**{node.__name__: node for node in NODES}, "easy cleanGpuUsed": EasyCleanGpuUsed}

@@ -1,4 +1,4 @@
-"""Nodes that reach into a model, in a module of its own and with a page of its own, as other packs have them."""
+"""A node that changes the inside of a model, in a module that registers a page with ComfyUI's server."""
 
 from __future__ import annotations
 

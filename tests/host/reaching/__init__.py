@@ -1,0 +1,7 @@
+"""A node pack that reaches into models, with its nodes in a file of their own, as most packs have them."""
+
+from __future__ import annotations
+
+from .inside import RLTestInside
+
+NODE_CLASS_MAPPINGS = {"RLTestInside": RLTestInside}
