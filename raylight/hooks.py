@@ -56,11 +56,19 @@ def install(
 
 
 class _Forward:
-    """What one forward has open: a layout per region that is inside its blocks, and what it has made so far."""
+    """What one forward has open: a layout per region that is inside its blocks, and what it has made so far.
 
-    def __init__(self, regions: int, *, per_block: bool, comparison: Comparison) -> None:
+    Args:
+        comparison: the blocks to compare.
+        alone: this rank computes all of it: attention has the chosen kernel, and nothing is exchanged.
+    """
+
+    def __init__(
+        self, regions: int, *, per_block: bool = False, comparison: Comparison | None = None, alone: bool = False
+    ) -> None:
         self.per_block = per_block
-        self.comparison = comparison
+        self.comparison = comparison or Comparison(frozenset())
+        self.alone = alone
         self.layouts: list[Layout | None] = [None] * regions
         self._cuts: dict[tuple[object, str], tuple[Any, Layout, Any]] = {}
         self._attentions: dict[tuple[Layout, tuple[str, ...], bool], SequenceAttention] = {}
@@ -125,10 +133,11 @@ class Installation:
         except BaseException:
             self.remove()
             raise
-        blocks = [
-            self._names[module] for region in plan.regions for b in region.blocks for module in modules(model, b.at)
-        ]
-        self._replaced = Replaced(self._hooked.keys(), blocks if self.split else ())
+        if self.split:
+            lists = [blocks.at for region in plan.regions for blocks in region.blocks]
+            self._replaced = Replaced(
+                self._hooked.keys(), [self._names[module] for at in lists for module in modules(model, at)]
+            )
 
     @property
     def split(self) -> bool:
@@ -318,7 +327,7 @@ class _BlockHook:
     def _on_all(
         self, module: nn.Module, args: list[Any], kwargs: dict[str, Any], layout: Layout, *, cut: bool
     ) -> tuple[torch.Tensor | None, ...]:
-        """This rank's part of what the block gives for all tokens, without any hook.
+        """This rank's part of what the block gives for all tokens, where nothing is cut.
 
         Args:
             cut: whether the tokens among the arguments are this rank's.
@@ -327,7 +336,8 @@ class _BlockHook:
         for slot, stream in self._streams:
             value = slot.read(args, kwargs)
             slot.write(args, kwargs, stream.join(value, layout, owner.mesh.sequence) if cut else value.clone())
-        open_forward, owner.forward = owner.forward, None
+        alone = None if owner.kernel is None else _Forward(len(owner.regions), alone=True)
+        open_forward, owner.forward = owner.forward, alone
         try:
             with same_draws(value.device):
                 output = module.forward(*args, **kwargs)
@@ -447,7 +457,7 @@ class _SiteHook:
             return None
         args, kwargs = list(args), dict(kwargs)
         attention: SequenceAttention | ByLength | None = None
-        if self._owner.split:
+        if self._owner.split and not forward.alone:
             layout, site = self._owner.layout(self._index), self._site
             orders = [order for order in (site.order, site.also) if order]
             made = [forward.attention(self._owner, layout, order, site.replicated_query) for order in orders]
