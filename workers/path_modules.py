@@ -126,13 +126,19 @@ def _head(name: str) -> str:
 
 
 def _execute(head: str) -> None:
-    """Run a node file, or a pack's own code, as ComfyUI does."""
+    """Run a node file, or a pack's own code, as ComfyUI does; a file without the server first, as most need none."""
     found = sys.modules[head]
     found.__class__ = ModuleType
+    assert found.__spec__ is not None and found.__spec__.loader is not None
+    run = found.__spec__.loader.exec_module
     try:
+        if not hasattr(found, "__path__"):
+            try:
+                return run(found)
+            except Exception as error:
+                log.info("%s wants ComfyUI's server: %s: %s", head, type(error).__name__, error)
         next((each for each in sys.meta_path if isinstance(each, PathModules)), PathModules()).prepare()
-        assert found.__spec__ is not None and found.__spec__.loader is not None
-        found.__spec__.loader.exec_module(found)
+        return run(found)
     except BaseException:
         del sys.modules[head]
         raise
