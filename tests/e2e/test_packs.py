@@ -10,8 +10,10 @@ import pytest
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.checkpoints import Job, lora, write
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
-from comfy_raylight.tests.host.prompts import FAMILIES, Case, PoolCase, plain, pool
+from comfy_raylight.tests.host.prompts import FAMILIES, Case, PoolCase, plain, pool, with_gguf
 from comfy_raylight.tests.host.server import ComfyServer
+from comfy_raylight.tests.weights.files import write_gguf
+from safetensors.torch import save_file
 
 from .test_sampling import FP32, both, latent
 
@@ -59,6 +61,18 @@ def test_code_inside_equals_plain(server: ComfyServer, client: ComfyClient, samp
     client.run(plain(dataclasses.replace(sampling, name="patched")))
     bare, patched = latent(server, "bare"), latent(server, "patched")
     assert (bare - patched).abs().max() > 1e-3 * bare.abs().max(), "the node does nothing"
+
+
+def test_layers_of_a_quantised_file(server: ComfyServer, client: ComfyClient) -> None:
+    """A node calls them in ComfyUI's process; plain ComfyUI has their weights as they dequantise."""
+    path = server.models / "inside.gguf"
+    _, whole = write_gguf(server.models / "wan.safetensors", path, "Q8_0", quantised=lambda name, _: "text_emb" in name)
+    save_file(whole, server.models / "inside-whole.safetensors")
+    client.run(plain(dataclasses.replace(case("reminded", file="inside-whole.safetensors"), name="plain")))
+    prompt = pool(dataclasses.replace(case("reminded"), name="pool"), PoolCase(through_model=True))
+    client.run(with_gguf(prompt, path.name))
+    expected, found = latent(server, "plain"), latent(server, "pool")
+    assert (expected - found).abs().max() <= FP32 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
