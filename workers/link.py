@@ -17,7 +17,7 @@ from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ..raylight.errors import UnsupportedError, WorkerError
 from ..raylight.names import functions
-from . import deferred, random_states
+from . import deferred, numerics, random_states
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
@@ -281,6 +281,7 @@ class ModelLink:
             ),
             random=random_states.take() if found or patches.objects else None,
             settings=settings_of(patcher),
+            numerics=numerics.take(),
             controls=tuple(self._checked(control) for control in {control for _, control in sources}),
             device=inputs[0].device if inputs else CPU,
         )

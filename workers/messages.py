@@ -149,7 +149,7 @@ class Forward:
 
     The parcel holds `(args, kwargs)` of the method, callables in it as FunctionRef. `random` holds the
     driver's generator states (CPU, then accelerator or None) where a patch may draw. `settings` says how
-    to run it.
+    to run it, `numerics` how the driver's torch sums products (nothing: as the worker's does).
     """
 
     spec: ModelSpec
@@ -157,6 +157,7 @@ class Forward:
     call: Parcel
     random: tuple[Any, Any] | None = None
     settings: WorkerSettings = field(default_factory=WorkerSettings)
+    numerics: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

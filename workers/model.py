@@ -25,7 +25,7 @@ from ..raylight.packing import Footprint, advice
 from ..raylight.plan import Plan, RowPlan
 from ..raylight.row_hooks import RowInstallation
 from ..raylight.watch import Watch
-from . import compiled
+from . import compiled, numerics
 from .adopt import Adopted, adopt, private_bytes
 from .block_patcher import BLOCKS, BlockPatcher, Divided
 from .block_weights import BlockWeights, divide
@@ -314,7 +314,9 @@ class WorkerModel:
 
         if self._recordings is None or not forward:
             return call(*args, **kwargs)
-        return self._recordings.run(call, function, args, kwargs, state=(self._weights.moves, self._settings))
+        return self._recordings.run(
+            call, function, args, kwargs, state=(self._weights.moves, self._settings, numerics.take())
+        )
 
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
         if self._blocks is None:

@@ -50,6 +50,7 @@ class Call:
         fresh: tensors that change at each call.
         random: the driver's generator states where a patch may draw.
         settings: how the workers run it.
+        numerics: how this process's torch sums products when the call is made.
         controls: links to the ControlNets that its arguments are to come from.
         device: where its output is to be.
     """
@@ -63,6 +64,7 @@ class Call:
     fresh: tuple[torch.Tensor, ...]
     random: tuple[Any, Any] | None
     settings: WorkerSettings
+    numerics: tuple[Any, ...] = ()
     controls: tuple[Any, ...] = ()
     device: torch.device = CPU
 
@@ -227,7 +229,14 @@ class Replica:
         settings = call.settings
         if call.spec in self._recorded and not settings.compile:
             settings = replace(settings, compile="cudagraphs")
-        request = Forward(spec=call.spec, method=call.method, call=parcel, random=call.random, settings=settings)
+        request = Forward(
+            spec=call.spec,
+            method=call.method,
+            call=parcel,
+            random=call.random,
+            settings=settings,
+            numerics=call.numerics,
+        )
         replies: list[ForwardReply] = self._call("forward", request)
         first = replies[0]
         if first.output is not None and first.output.inline:

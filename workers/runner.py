@@ -21,7 +21,7 @@ from ..raylight import cfg, cost, kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
-from . import links, memory, random_states
+from . import links, memory, numerics, random_states
 from .arena import ArenaRef, is_open
 from .control_loading import WorkerControl
 from .deferred import Computed, Evaluation, Result, outline
@@ -222,6 +222,7 @@ class Runner:
             self._last = request.spec
             if request.random is not None:
                 random_states.put(request.random)
+            numerics.put(request.numerics)
             started, waited = time.perf_counter(), self.mesh.seconds
             output = model.run(request.method, args, kwargs, self.wire.cancelled)
             queued = time.perf_counter() - started

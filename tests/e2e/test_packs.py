@@ -42,6 +42,7 @@ def files(server: ComfyServer, comfy_root: Path) -> None:
     [
         pytest.param(case("louder", with_lora=True), PoolCase(through_model=True), id="louder"),
         pytest.param(case("reminded"), PoolCase(through_model=True), id="reminded"),
+        pytest.param(case("rounded"), PoolCase(through_model=True), id="torch's settings"),
         pytest.param(case("louder", "reminded"), PoolCase(workers=3, through_model=True), id="both on 3", marks=SLOW),
         pytest.param(case("louder"), PoolCase(ring=2, through_model=True), id="louder, ring", marks=SLOW),
         pytest.param(

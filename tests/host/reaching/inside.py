@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from aiohttp import web
+from comfy.patcher_extension import CallbacksMP
 from server import PromptServer
 
 CATEGORY = "raylight/test"
@@ -30,6 +32,16 @@ def louder(self: Any, x: torch.Tensor) -> torch.Tensor:
     """A feed forward, each token by itself."""
     PromptServer.instance.send_sync("raylight-test-louder", {})
     return 1.25 * forward_of(self, x)
+
+
+def accumulate(switch: bool) -> None:
+    """Set how torch sums products of 16 bits."""
+    torch.backends.cuda.matmul.allow_fp16_accumulation = switch
+
+
+def telling(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """A feed forward that is louder where products are summed in 16 bits."""
+    return (1.5 if torch.backends.cuda.matmul.allow_fp16_accumulation else 1.0) * forward_of(self, x)
 
 
 def mixing(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -58,6 +70,83 @@ def swapped(inner: Any, call: Any, arguments: dict[str, Any]) -> Any:
         return call(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
+Blocks = Sequence[tuple[str, Any]]
+"""Names in the model, and the blocks."""
+
+
+def patch_feed_forwards(model: Any, blocks: Blocks, function: Any) -> None:
+    """An object patch for each."""
+    for name, block in blocks:
+        model.add_object_patch(f"diffusion_model.{name}.ffn.forward", types.MethodType(function, block.ffn))
+
+
+def louder_blocks(model: Any, blocks: Blocks) -> None:
+    patch_feed_forwards(model, blocks, louder)
+
+
+def mixing_blocks(model: Any, blocks: Blocks) -> None:
+    for name, block in blocks:
+        model.add_object_patch(f"diffusion_model.{name}.self_attn.forward", types.MethodType(mixing, block.self_attn))
+
+
+def reminded(model: Any, blocks: Blocks) -> None:
+    """Calls a layer here."""
+    text = torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        reminder = model.model.diffusion_model.text_embedding(text).mean(1, keepdim=True)
+    for name, block in blocks:
+        bound = Reminding(reminder).bound(block.cross_attn)
+        model.add_object_patch(f"diffusion_model.{name}.cross_attn.forward", bound)
+
+
+def rounded(model: Any, blocks: Blocks) -> None:
+    """Switches torch's settings for the run. On a CPU they do nothing: code inside tells whether they are there."""
+    model.add_callback(CallbacksMP.ON_PRE_RUN, lambda patcher: accumulate(True))
+    model.add_callback(CallbacksMP.ON_CLEANUP, lambda patcher: accumulate(False))
+    patch_feed_forwards(model, blocks, telling)
+
+
+def reclassed(model: Any, blocks: Blocks) -> None:
+    inner = model.model.diffusion_model
+    inner.__class__ = type("Other", (type(inner),), {})
+
+
+def replaced(model: Any, blocks: Blocks) -> None:
+    model.model.diffusion_model.forward_orig = types.MethodType(louder, model.model.diffusion_model)
+
+
+def swapped_calls(model: Any, blocks: Blocks) -> None:
+    model.set_model_unet_function_wrapper(functools.partial(swapped, model.model.diffusion_model))
+
+
+def copied(model: Any, blocks: Blocks) -> None:
+    copy.deepcopy(model)
+
+
+def assigned(model: Any, blocks: Blocks) -> None:
+    for _, block in blocks:
+        block.ffn.forward = types.MethodType(louder, block.ffn)
+
+
+def wrapped(model: Any, blocks: Blocks) -> None:
+    for _, block in blocks:
+        block.ffn = torch.nn.Sequential(block.ffn)
+
+
+WAYS: Mapping[str, Callable[[Any, Blocks], None]] = {
+    "louder": louder_blocks,
+    "mixing": mixing_blocks,
+    "reminded": reminded,
+    "rounded": rounded,
+    "reclassed": reclassed,
+    "replaced": replaced,
+    "swapped": swapped_calls,
+    "copied": copied,
+    "assigned": assigned,
+    "wrapped": wrapped,
+}
+
+
 class RLTestInside:
     """Changes the blocks of a Wan model, or the model, in one of the ways that packs have found."""
 
@@ -67,37 +156,12 @@ class RLTestInside:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"model": ("MODEL",), "how": ("STRING", {"default": "louder"})}}
+        return {"required": {"model": ("MODEL",), "how": (list(WAYS),)}}
 
     def patch(self, model: Any, how: str) -> tuple[Any]:
         model = model.clone()
-        inner = model.model.diffusion_model
-        blocks = [(name, module) for name, module in inner.named_modules() if hasattr(module, "cross_attn")]
+        modules = model.model.diffusion_model.named_modules()
+        blocks = [(name, module) for name, module in modules if hasattr(module, "cross_attn")]
         assert blocks, "this is not a Wan model"
-        if how == "reclassed":
-            inner.__class__ = type("Other", (type(inner),), {})
-        elif how == "replaced":
-            inner.forward_orig = types.MethodType(louder, inner)
-        elif how == "swapped":
-            model.set_model_unet_function_wrapper(functools.partial(swapped, inner))
-        elif how == "copied":
-            copy.deepcopy(model)
-        elif how == "assigned":
-            for _, block in blocks:
-                block.ffn.forward = types.MethodType(louder, block.ffn)
-        elif how == "wrapped":
-            for _, block in blocks:
-                block.ffn = torch.nn.Sequential(block.ffn)
-        elif how == "reminded":
-            text = torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(3))
-            with torch.inference_mode():
-                reminder = inner.text_embedding(text).mean(1, keepdim=True)
-            for name, block in blocks:
-                bound = Reminding(reminder).bound(block.cross_attn)
-                model.add_object_patch(f"diffusion_model.{name}.cross_attn.forward", bound)
-        else:
-            part, function = ("ffn", louder) if how == "louder" else ("self_attn", mixing)
-            for name, block in blocks:
-                bound = types.MethodType(function, getattr(block, part))
-                model.add_object_patch(f"diffusion_model.{name}.{part}.forward", bound)
+        WAYS[how](model, blocks)
         return (model,)
