@@ -353,8 +353,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def pre_run(self) -> None:
         """Sampling begins: refuse by name what cannot run on the workers."""
-        self.model.diffusion_model.refuse_strangers(self.object_patches)
         refusals.check(self)
+        self.model.diffusion_model.refuse_strangers(self.object_patches)
         super().pre_run()
 
     def cleanup(self) -> None:
