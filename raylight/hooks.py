@@ -208,7 +208,7 @@ class Installation:
                     )
             return out
         except Exception as error:
-            if comparison.open and not isinstance(error, RaylightError):
+            if comparison.open and not isinstance(error, (RaylightError, torch.OutOfMemoryError)):
                 self._replaced.refuse(f"its code wants all tokens: {type(error).__name__}: {error}", error)
             raise
         finally:
