@@ -6,7 +6,7 @@ import dis
 import functools
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import comfy.model_base
@@ -25,6 +25,8 @@ COMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
 """Attributes of the modules and functions that torch.compile returns."""
 WHOLE = ("diffusion_model", "diffusion_model.__class__", "diffusion_model.forward")
 """Object patches of the whole diffusion model: its forward pads, and calls wrappers, in the driver."""
+OTHER_LOADER = "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow"
+"""What can be done about most nodes."""
 DRIVER_FUNCTIONS = (
     "sampler_cfg_function",
     "sampler_pre_cfg_function",
@@ -65,7 +67,7 @@ def check(patcher: Any) -> None:
     """Refuse a patcher whose patches would come apart between driver and workers.
 
     Raises:
-        UnsupportedError: injections, weight wrappers, another whole or compiled model, or a patch inside it that
+        UnsupportedError: injections, weight wrappers, compiled models, or a patch inside the model that
             writes what a function around it reads, or what it does not read itself.
     """
     if patcher.injections:
@@ -77,14 +79,6 @@ def check(patcher: Any) -> None:
         _refuse(
             ", ".join(patcher.weight_wrapper_patches), "it wraps weights in this process, and they are on the workers"
         )
-    if any(hasattr(value, mark) for value in patcher.object_patches.values() for mark in COMPILED):
-        _refuse_compiled("torch.compile")
-    for name in WHOLE:
-        if name in patcher.object_patches:
-            _refuse(
-                name_of(patcher.object_patches[name]),
-                f"it takes the place of {name}, half of which runs in this process",
-            )
     kinds = comfy.patcher_extension.WrappersMP
     options = patcher.model_options.get("transformer_options", {})
     for wrappers in (patcher.wrappers, options.get("wrappers", {})):
@@ -95,6 +89,15 @@ def check(patcher: Any) -> None:
     outside += list(functions(patcher.wrappers)) + list(functions(patcher.callbacks))
     check_shared_state(inside, outside)
     check_outlets(inside)
+
+
+def check_objects(patches: Mapping[str, Any]) -> None:
+    """Refuse object patches, by name, that compile something or take the place of the whole diffusion model."""
+    if any(hasattr(value, mark) for value in patches.values() for mark in COMPILED):
+        _refuse_compiled("torch.compile")
+    for name in WHOLE:
+        if name in patches:
+            _refuse(name_of(patches[name]), f"it takes the place of {name}, half of which runs in this process")
 
 
 def check_shared_state(inside: list[Callable[..., Any]], outside: list[Callable[..., Any]]) -> None:
@@ -169,7 +172,7 @@ def refuse_copying() -> NoReturn:
     raise UnsupportedError(
         "A model on the pool cannot be copied with its weights, as a node does here",
         "its weights are on the workers",
-        "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow",
+        OTHER_LOADER,
     )
 
 
@@ -184,7 +187,7 @@ def refuse_training() -> NoReturn:
 def _refuse(
     name: str,
     why: str,
-    remedy: str = "Remove the node, or use ComfyUI's own loader (Load Diffusion Model) in this workflow",
+    remedy: str = OTHER_LOADER,
 ) -> NoReturn:
     raise UnsupportedError(f"{name} cannot be used with a model on the Raylight pool", why, remedy)
 

@@ -344,6 +344,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return patched
 
     def patch_model(self, *args: Any, **kwargs: Any) -> Any:
+        refusals.check_objects(self.object_patches)  # one of the whole model would take the stand-in's place
         with self.patched():
             return super().patch_model(*args, **kwargs)
 

@@ -82,6 +82,7 @@ def test_layers_of_a_quantised_file(server: ComfyServer, client: ComfyClient) ->
         ("mixing", "mixing.*cannot be used with a model whose tokens are divided.*differs by.*cfg_degree"),
         ("reclassed", "Other.*cannot be used with a model on the Raylight pool.*__class__"),
         ("replaced", "louder.*cannot be used with a model on the Raylight pool.*forward_orig"),
+        ("whole", "Identity.*cannot be used with a model on the Raylight pool.*place of diffusion_model, half"),
         ("swapped", "A node that replaces forward_orig cannot be used.*EasyCache and TeaCache"),
         ("assigned", "louder.*cannot be used with a model on the Raylight pool.*ffn.forward"),
         ("wrapped", r"A node that replaces blocks\.0\.ffn cannot be used with a model on the Raylight pool"),

@@ -115,6 +115,10 @@ def replaced(model: Any, blocks: Blocks) -> None:
     model.model.diffusion_model.forward_orig = types.MethodType(louder, model.model.diffusion_model)
 
 
+def whole(model: Any, blocks: Blocks) -> None:
+    model.add_object_patch("diffusion_model", torch.nn.Identity())
+
+
 def swapped_calls(model: Any, blocks: Blocks) -> None:
     model.set_model_unet_function_wrapper(functools.partial(swapped, model.model.diffusion_model))
 
@@ -140,6 +144,7 @@ WAYS: Mapping[str, Callable[[Any, Blocks], None]] = {
     "rounded": rounded,
     "reclassed": reclassed,
     "replaced": replaced,
+    "whole": whole,
     "swapped": swapped_calls,
     "copied": copied,
     "assigned": assigned,
