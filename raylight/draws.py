@@ -14,13 +14,17 @@ def generators(device: torch.device) -> list[Any]:
     return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
 
 
+def states(device: torch.device) -> list[torch.Tensor]:
+    """Their states now."""
+    return [module.get_rng_state() for module in generators(device)]
+
+
 @contextmanager
 def same_draws(device: torch.device) -> Iterator[None]:
     """What is drawn inside does not count."""
-    modules = generators(device)
-    states = [module.get_rng_state() for module in modules]
+    before = states(device)
     try:
         yield
     finally:
-        for module, state in zip(modules, states, strict=True):
+        for module, state in zip(generators(device), before, strict=True):
             module.set_rng_state(state)

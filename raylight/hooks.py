@@ -119,12 +119,11 @@ class Installation:
         self._plan = plan
         self._granularity = granularity
         self._handles: list[RemovableHandle] = []
-        self._hooked: dict[str, None] = {}
         self._names = {module: name for name, module in model.named_modules()}
         function = getattr(model, "_forward", model.forward)
         self._options = Slot.find(function, "transformer_options")
         self._control = Slot.find(function, "control")
-        self._replaced = Replaced((), ())
+        self._replaced = Replaced()
         if not self.split and self.kernel is None:
             return
         try:
@@ -133,11 +132,6 @@ class Installation:
         except BaseException:
             self.remove()
             raise
-        if self.split:
-            lists = [blocks.at for region in plan.regions for blocks in region.blocks]
-            self._replaced = Replaced(
-                self._hooked.keys(), [self._names[module] for at in lists for module in modules(model, at)]
-            )
 
     @property
     def split(self) -> bool:
@@ -153,7 +147,9 @@ class Installation:
             found = modules(model, blocks.at)
             for at, module in enumerate(found):
                 if self.split:
-                    block = _BlockHook(self, index, number, module, self._names[module], at=at, count=len(found))
+                    name = self._names[module]
+                    self._replaced.blocks.append(name)
+                    block = _BlockHook(self, index, number, module, name, at=at, count=len(found))
                     self._hook(module, block.before, block.after)
                 # after the block's own hook, since a block can be its own site
                 for site in blocks.sites:
@@ -180,7 +176,8 @@ class Installation:
         self._replaced.changed(objects)
 
     def _hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
-        self._hooked[self._names[module]] = None
+        if self.split:
+            self._replaced.hooked.add(self._names[module])
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             self._handles.append(module.register_forward_hook(after))

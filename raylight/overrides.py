@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import kernels
-from .draws import generators
+from .draws import states
 from .errors import UnsupportedError
 
 
@@ -36,9 +36,9 @@ def compose(
                 return base(q, *a, **k)
             if attention is None:
                 return user(base, q, *a, **k)
-            before = _random_states(q)
+            before = states(q.device)
             out = user(base, q, *a, **k)
-            if not all(map(torch.equal, before, _random_states(q))):
+            if not all(map(torch.equal, before, states(q.device))):
                 raise UnsupportedError(
                     "An attention override draws random numbers",
                     "each worker sees other heads and would draw others than ComfyUI alone",
@@ -51,7 +51,3 @@ def compose(
         return local(*args, **kwargs) if attention is None else attention(local, *args, **kwargs)
 
     return override
-
-
-def _random_states(q: torch.Tensor) -> list[torch.Tensor]:
-    return [module.get_rng_state() for module in generators(q.device)]

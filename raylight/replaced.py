@@ -7,8 +7,8 @@ name nor shape tells, so blocks are compared: the same block, on all tokens and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -27,18 +27,16 @@ TENSOR_FLOAT = 1e-3
 class Replaced:
     """What of a model's code was replaced, where its tokens are cut.
 
-    Args:
-        hooked: names of the modules that a plan has hooks on.
-        blocks: those of them that are blocks.
-
     Attributes:
+        hooked: names of the modules that a plan has hooks on, to be filled by who installs them.
+        blocks: those of them that are blocks.
         between: whether it may look at the tokens between two blocks, which then have to be whole there.
     """
 
-    def __init__(self, hooked: Collection[str], blocks: Collection[str]) -> None:
+    def __init__(self) -> None:
+        self.hooked: set[str] = set()
+        self.blocks: list[str] = []
         self.between = False
-        self._hooked = hooked
-        self._blocks = blocks
         self._suspects: list[str] = []
         self._names = ""
         self._forwards = 0
@@ -50,15 +48,11 @@ class Replaced:
             UnsupportedError: a module that has hooks, or holds one that has.
         """
         for name, value in objects.items():
-            if isinstance(value, nn.Module) and any(_within(hooked, name) for hooked in self._hooked):
-                raise UnsupportedError(
-                    f"{name_of(value)} cannot be used with a model whose tokens are divided over workers",
-                    f"it takes the place of {name}",
-                    REMEDY,
-                )
+            if isinstance(value, nn.Module) and any(within(hooked, name) for hooked in self.hooked):
+                _refuse(name_of(value), f"it takes the place of {name}")
         code = {name: value for name, value in objects.items() if callable(value) and not isinstance(value, nn.Module)}
-        self._suspects = [block for block in self._blocks if any(_within(name, block) for name in objects)]
-        self.between = any(not any(_within(name, block) for block in self._blocks) for name in code)
+        self._suspects = [block for block in self.blocks if any(within(name, block) for name in objects)]
+        self.between = any(not any(within(name, block) for block in self.blocks) for name in code)
         self._names = ", ".join(dict.fromkeys(map(name_of, code.values()))) or "A node"
         self._forwards = 0
 
@@ -75,11 +69,9 @@ class Replaced:
         if not apart <= comparison.limit:
             self.refuse(f"a block with its code differs by {apart:.1e} from what it gives for all tokens at once")
 
-    def refuse(self, why: str, cause: Exception | None = None) -> None:
+    def refuse(self, why: str, cause: Exception | None = None) -> NoReturn:
         """Raises UnsupportedError."""
-        raise UnsupportedError(
-            f"{self._names} cannot be used with a model whose tokens are divided over workers", why, REMEDY
-        ) from cause
+        _refuse(self._names, why, cause)
 
 
 class Comparison:
@@ -124,6 +116,12 @@ class Comparison:
         return float((error / max(whole, 1e-30)) ** 0.5)
 
 
+def _refuse(names: str, why: str, cause: Exception | None = None) -> NoReturn:
+    raise UnsupportedError(
+        f"{names} cannot be used with a model whose tokens are divided over workers", why, REMEDY
+    ) from cause
+
+
 def _limit(x: torch.Tensor) -> float:
     if x.dtype in (torch.float32, torch.float64):
         return EXACT if torch.get_float32_matmul_precision() == "highest" else TENSOR_FLOAT
@@ -131,5 +129,6 @@ def _limit(x: torch.Tensor) -> float:
     return torch.finfo(x.dtype).eps / 2
 
 
-def _within(name: str, place: str) -> bool:
+def within(name: str, place: str) -> bool:
+    """Whether a dotted name is that of a place, or of something in it."""
     return name == place or name.startswith(f"{place}.")

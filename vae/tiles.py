@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from ..raylight.comm import Comm, Passing
+from ..raylight.draws import states
 from ..raylight.watch import Watch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -131,17 +131,12 @@ class Dealer:
     def _decoded(self, index: int) -> torch.Tensor:
         tile = self._tiles[index]
         torch.manual_seed(self._seed + index)
-        before = _random_state(tile.device)
+        before = states(tile.device)
         result = self._decode(tile).to(tile.device)
-        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, _random_state(tile.device), strict=True))
+        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, states(tile.device), strict=True))
         return result
 
 
 def nothing(tile: torch.Tensor) -> torch.Tensor:
     """One element on the meta device."""
     return tile.new_zeros([1] * tile.ndim, device="meta")
-
-
-def _random_state(device: torch.device) -> list[torch.Tensor]:
-    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
-    return [torch.get_rng_state(), *([module.get_rng_state()] if module else [])]

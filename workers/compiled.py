@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from .boundaries import blocks
-
-PREFIX = "diffusion_model."
+from .messages import PREFIX
 
 
 def compiled_blocks(diffusion: nn.Module, backend: str) -> dict[str, Callable[..., Any]]:

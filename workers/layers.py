@@ -12,12 +12,12 @@ from ..loaders.source import Source
 from ..raylight.config import ModelSpec
 from .adopt import adopt
 from .loading import normal_tensors
-
-PREFIX = "diffusion_model."
+from .messages import PREFIX
 
 
 def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
-    """A diffusion model whose modules and weights say what they are on the workers, see `place_of` and `source_of`."""
+    """A diffusion model whose modules and weights say what they are on the workers: `raylight_place` of modules,
+    `raylight_source` and `raylight_link` of weights."""
     for name, module in model.named_modules():
         module.raylight_place = (spec, name)  # type: ignore[assignment]
     for key, parameter in model.state_dict(keep_vars=True).items():
@@ -56,9 +56,3 @@ def place_of(value: object) -> tuple[Any, ...] | None:
     """The spec and name of a module of a diffusion model on the pool; None for all others."""
     place: tuple[Any, ...] | None = vars(value).get("raylight_place") if isinstance(value, nn.Module) else None
     return place
-
-
-def source_of(value: torch.Tensor) -> tuple[Any, ...] | None:
-    """The spec and key of a weight of a model on the pool; None for all others."""
-    source: tuple[Any, ...] | None = getattr(value, "raylight_source", None)
-    return source

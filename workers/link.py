@@ -22,14 +22,13 @@ from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
 from .lanes import Lanes
-from .messages import LoadRequest, ModelFacts
+from .messages import PREFIX, LoadRequest, ModelFacts
 from .pool import REGISTRY, Pool, acquire
 from .replica import Call, Patches, Run, Traffic, on_options
 from .transfer import CPU, Reference
 
 log = logging.getLogger(__name__)
 
-PREFIX = "diffusion_model."
 FORWARD = frozenset({"forward", "_forward"})
 """Methods that groups may share out; all others run on the first."""
 DRIVER_ONLY = frozenset({"wrappers", "callbacks", "easycache", "lazycache", PER_ROW})

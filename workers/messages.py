@@ -9,6 +9,9 @@ from ..raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from ..raylight.errors import RaylightError
 from .transfer import Parcel
 
+PREFIX = "diffusion_model."
+"""Of the keys of weights and object patches of a diffusion model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HostEnvironment:

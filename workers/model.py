@@ -32,7 +32,7 @@ from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes
-from .messages import ModelFacts, ModelReport
+from .messages import PREFIX, ModelFacts, ModelReport
 from .recorded import Recordings, Waits, by_itself, recordable
 
 log = logging.getLogger(__name__)
@@ -414,8 +414,7 @@ class WorkerModel:
 
 def _of_diffusion(objects: Mapping[str, Any]) -> dict[str, Any]:
     """The object patches of the diffusion model, by their names in it."""
-    prefix = compiled.PREFIX
-    return {name.removeprefix(prefix): value for name, value in objects.items() if name.startswith(prefix)}
+    return {name.removeprefix(PREFIX): value for name, value in objects.items() if name.startswith(PREFIX)}
 
 
 def _patch_dtype(spec: ModelSpec) -> torch.dtype | None:

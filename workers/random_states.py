@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from comfy import model_management
+
+from ..raylight.draws import generators
 
 
 def take() -> tuple[Any, Any]:
@@ -33,8 +35,5 @@ def keep() -> Callable[[], None]:
     return restore
 
 
-def _generators() -> Iterator[Any]:
-    yield torch
-    device = model_management.get_torch_device()
-    if not model_management.is_device_cpu(device):
-        yield torch.get_device_module(device)
+def _generators() -> list[Any]:
+    return generators(model_management.get_torch_device())

@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
 import comfy.model_base
@@ -21,9 +21,11 @@ from comfy import model_management
 from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
+from ..raylight.replaced import within
 from . import conds, cores, ghost, layers, lending, refusals
 from .comfy_host import describe
 from .link import SETTINGS, ModelLink, interruptible, settings_of
+from .messages import PREFIX
 from .pool import Pool, acquire, close_all, shut_down
 from .transfer import FILE
 
@@ -208,15 +210,14 @@ class _RemoteModule(torch.nn.Module):
             self.__dict__["_layers"] = layers.Layers(self.link.spec, self.dtype, self.link)
         return self._layers.model
 
-    def refuse_strangers(self, patches: Container[str]) -> None:
+    def refuse_strangers(self, patches: Collection[str]) -> None:
         """Refuse what nodes have put into the layers without a patch of it; it stays there, as in a plain model.
 
         Args:
             patches: names of object patches.
         """
         for name, value in self._layers.replaced() if self._layers else ():
-            parts = f"{layers.PREFIX}{name}".split(".")
-            if not any(".".join(parts[:count]) in patches for count in range(2, len(parts) + 1)):
+            if not any(within(PREFIX + name, patch) for patch in patches):
                 refusals.refuse_replacing(value, name)
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
@@ -389,7 +390,7 @@ def refer(value: object) -> tuple[Any, ...] | None:
         UnsupportedError: the object holds another model's weights.
     """
     if isinstance(value, torch.Tensor):
-        source = layers.source_of(value)
+        source = getattr(value, "raylight_source", None)
         if source is not None:
             return ("weight", *source)
         file = getattr(value, FILE_ATTRIBUTE, None)

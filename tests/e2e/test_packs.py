@@ -15,11 +15,10 @@ from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.files import write_gguf
 from safetensors.torch import save_file
 
+from .test_residency import SIZE
 from .test_sampling import FP32, both, latent
 
 LORA = "inside.safetensors"
-
-
 DEEP = "inside-deep.safetensors"
 
 
@@ -32,7 +31,7 @@ def case(*ways: str, with_lora: bool = False, file: str = "wan.safetensors") -> 
 @pytest.fixture(scope="module", autouse=True)
 def files(server: ComfyServer, comfy_root: Path) -> None:
     """A LoRA, and a model of enough blocks for dividing their weights to free memory."""
-    deep = Job(family="wan", path=server.models / DEEP, size={"layers": 6, "dim": 128})
+    deep = Job(family="wan", path=server.models / DEEP, size=SIZE)
     write([deep], comfy_root=comfy_root, python=Path(sys.executable))
     lora(server.models / "wan.safetensors", server.base / "models" / "loras" / LORA)
 
@@ -82,7 +81,10 @@ def test_layers_of_a_quantised_file(server: ComfyServer, client: ComfyClient) ->
         ("mixing", "mixing.*cannot be used with a model whose tokens are divided.*differs by.*cfg_degree"),
         ("reclassed", "Other.*cannot be used with a model on the Raylight pool.*__class__"),
         ("replaced", "louder.*cannot be used with a model on the Raylight pool.*forward_orig"),
-        ("whole", "Identity.*cannot be used with a model on the Raylight pool.*place of diffusion_model, half"),
+        (
+            "whole",
+            "Identity.*cannot be used with a model on the Raylight pool.*place of diffusion_model, half of which",
+        ),
         ("swapped", "A node that replaces forward_orig cannot be used.*EasyCache and TeaCache"),
         ("assigned", "louder.*cannot be used with a model on the Raylight pool.*ffn.forward"),
         ("wrapped", r"A node that replaces blocks\.0\.ffn cannot be used with a model on the Raylight pool"),
