@@ -4,9 +4,11 @@
 
 Every part is ComfyUI's own class with fewer and narrower layers, so that any ComfyUI loads the files. The model learns
 ComfyUI's convention for Wan: x = (1 - sigma) latent + sigma noise, time 1000 sigma, and its output is noise - latent.
-`model` and `vae` take up to an hour of one core each, `lora` minutes; `gguf` writes the model as GGUF, `words` the
-conditioning. `lora` and `gguf` need the model; otherwise the order does not matter. The model and the LoRA need a
-ComfyUI like the tests' (0.3.75): the rotary embedding of later ones has no gradient where comfy_kitchen computes it.
+`model` and `vae` take up to an hour of one core each, `lora` minutes. On an H100 `model --device cuda` takes 27 ms per
+step: 16,000 of them came near the files here, which were trained in two goes (`--resume`). `gguf` writes the model as
+GGUF, `words` the conditioning. `lora` and `gguf` need the model; otherwise the order does not matter. The model and the
+LoRA need a ComfyUI like the tests' (0.3.75): the rotary embedding of later ones has no gradient where comfy_kitchen
+computes it.
 """
 
 from __future__ import annotations

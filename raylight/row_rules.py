@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ Rule = Callable[..., Any]
 COPIED_BYTES = 64 << 20
 """Of an activation that a convolution copies, with its neighbours' rows: a fast device does that in 40 us, and its
 host takes longer to start another convolution of a few rows."""
+TIME = 2
+"""The dim of frames in a video's activations: [batch, channels, frames, rows, width]."""
 MIXING = (
     F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d,
@@ -66,6 +69,8 @@ class RowParallel(TorchFunctionMode):
         self._copied_bytes = copied_bytes
         self._off = False
         self._strips: Strips = rows.strips
+        self._joined: Callable[[], torch.Tensor | None] = lambda: None
+        self._roomy: set[torch.Size] = set()
         transposed: dict[Any, Rule] = dict.fromkeys((torch.conv_transpose2d, torch.conv_transpose3d), self._transposed)
         pools: dict[Any, Rule] = dict.fromkeys(
             (F.avg_pool2d, F.avg_pool3d, torch.nn.functional.max_pool2d, F.max_pool3d), self._pool
@@ -77,6 +82,7 @@ class RowParallel(TorchFunctionMode):
             torch.conv2d: self._conv,
             torch.conv3d: self._conv,
             torch.cudnn_convolution: self._cudnn,
+            torch.cat: self._cat,
             F.pad: self._pad,
             F.group_norm: self._norm,
             F.layer_norm: self._layer_norm,
@@ -153,6 +159,10 @@ class RowParallel(TorchFunctionMode):
             result: torch.Tensor = func(x, weight, bias, stride, inside, dilation, groups)
             return result
 
+        if pad == 1 == step and span == 3 and input is self._joined():
+            if input.storage_offset():
+                return bare(self._with_neighbours(input))
+            self._roomy.add(_but_frames(input))
         small = input.nbytes <= self._copied_bytes
         if step > 1 or small or input.shape[ROWS] < span:
             # one copy, with the convolution's own zeros at the picture's edges
@@ -170,6 +180,39 @@ class RowParallel(TorchFunctionMode):
             if bottom is not None:
                 out.narrow(ROWS, height - below, below).copy_(anew.narrow(ROWS, anew.shape[ROWS] - below, below))
         return out
+
+    def _cat(self, func: Any, tensors: Sequence[torch.Tensor], dim: int = 0, **kwargs: Any) -> torch.Tensor:
+        """Frames joined with those kept from before.
+
+        They are copied here anyway. If what is joined so goes to a convolution over rows, as was seen before, they are
+        copied to where there is room for a neighbour's row above and below: the convolution then needs neither another
+        copy nor a second run over the edges.
+        """
+        first = tensors[0]
+        if kwargs or dim != TIME or first.ndim != 5 or any(t.dtype != first.dtype for t in tensors):
+            return func(tensors, dim, **kwargs)
+        joined: torch.Tensor
+        if _but_frames(first) in self._roomy:
+            frames, (height, width) = sum(t.shape[TIME] for t in tensors), first.shape[ROWS:]
+            room = first.new_empty(*first.shape[:TIME], frames, height + 2, width)
+            joined = func(tensors, dim, out=room.narrow(ROWS, 1, height))
+        else:
+            joined = func(tensors, dim)
+        self._joined = weakref.ref(joined)
+        return joined
+
+    def _with_neighbours(self, joined: torch.Tensor) -> torch.Tensor:
+        """What `_cat` has joined, one row into its memory, between neighbours' rows; zeros at the picture's edges."""
+        shape = list(joined.shape)
+        shape[ROWS] += 2
+        room = joined.as_strided(shape, joined.stride(), 0)
+        for row, beside in zip((0, -1), self._rows.start_neighbours(joined, above=1, below=1)(), strict=True):
+            edge = room.select(ROWS, row)
+            if beside is None:
+                edge.zero_()
+            else:
+                edge.copy_(beside.squeeze(ROWS))
+        return room
 
     def _cudnn(  # noqa: PLR0917, torch.cudnn_convolution's signature
         self,
@@ -309,6 +352,11 @@ class RowParallel(TorchFunctionMode):
     def _random_like(self, draw: Any, func: Any, input: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         kwargs.pop("memory_format", None)
         return self._random(draw, input.shape, **{"dtype": input.dtype, "device": input.device, **kwargs})
+
+
+def _but_frames(x: torch.Tensor) -> torch.Size:
+    """The shape of a video's activation, whatever its number of frames."""
+    return x.shape[:TIME] + x.shape[ROWS:]
 
 
 def _of_rows(value: Any) -> Any:

@@ -75,6 +75,31 @@ def test_one_strip_is_the_whole(call: Callable[[], torch.Tensor]) -> None:
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_joined_frames_leave_room_for_rows(layout: torch.memory_format) -> None:
+    """From the second time on that a convolution over rows gets them, and only then; the result is the same."""
+    kept, new = torch.rand(2, 1, 4, 2, 5, 6).unbind()
+    weight = torch.rand(3, 4, 3, 3, 3)
+
+    def joined() -> torch.Tensor:
+        return torch.cat([kept.to(memory_format=layout), new.to(memory_format=layout)], 2)
+
+    def step() -> tuple[bool, torch.Tensor]:
+        x = joined()
+        return x.storage_offset() > 0, F.conv3d(x, weight, padding=(0, 1, 1))
+
+    _, expected = step()
+    with RowParallel(rows(5)):
+        assert joined().flatten(2).shape == (1, 4, 4 * 5 * 6)
+        for roomy in (False, True, True):
+            found, result = step()
+            assert found == roomy and torch.allclose(result, expected, rtol=1e-5)
+        once = joined()
+        assert torch.equal(once, torch.cat([kept, new], 2))
+        torch.cat([new, new], 2)
+        assert torch.allclose(F.conv3d(once, weight, padding=(0, 1, 1)), expected, rtol=1e-5)
+
+
 def test_attention_comes_back_after_an_error() -> None:
     class Block(torch.nn.Module):
         def __init__(self) -> None:
