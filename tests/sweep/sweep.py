@@ -3,7 +3,8 @@
     sweep.py COMFY_ROOT OUT.json --model FAMILY=FILE:WORKERS --second FILE [--packs FOLDER]
 
 One family, one pool, one process: the driver's. `--second` is another checkpoint of the family, for merges. `--packs`
-has the nodes of other packs tried in place of ComfyUI's; what they need must be installed.
+has the nodes of other packs tried in place of ComfyUI's, samplers that return a LATENT or IMAGE as well; what they need
+must be installed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,8 +196,11 @@ class Inputs:
                 result[key] = nudges[key]
             else:
                 result[key] = self._value(name, node, spec)
+        samples = "MODEL" not in node.RETURN_TYPES  # type: ignore[attr-defined]
         for key, spec in declared.get("optional", {}).items():
-            if nudges.get(key) is MAKE:
+            if samples and spec[0] == "MODEL":
+                result[key] = next(models)
+            elif nudges.get(key) is MAKE or spec[0] in NEEDED or (samples and spec[0] in SAMPLED):
                 result[key] = self._value(name, node, spec)
             elif key in nudges:
                 result[key] = nudges[key]
@@ -207,8 +211,8 @@ class Inputs:
     def _value(self, name: str, node: type, spec: Any) -> Any:
         kind = spec[0]
         options: dict[str, Any] = spec[1] if len(spec) > 1 and isinstance(spec[1], dict) else {}
-        if isinstance(kind, list) or kind == "COMBO":
-            choices = kind if isinstance(kind, list) else options.get("options") or []
+        if isinstance(kind, (list, tuple)) or kind == "COMBO":
+            choices = kind if isinstance(kind, (list, tuple)) else options.get("options") or []
             if not choices and "default" not in options:
                 raise Missing("needs a file")
             return options.get("default", choices[0] if choices else None)
@@ -226,14 +230,19 @@ class Inputs:
             "AUDIO": lambda: {"waveform": _noise(8, 1, 1, 4410), "sample_rate": 44100},
             "AUDIO_ENCODER_OUTPUT": lambda: {"encoded_audio_all_layers": [_noise(n, 1, 40, 768) for n in range(13)]},
             "CLIP": lambda: None,  # the model's half of the node is what counts here
+            "CLIP_VISION": _clip_vision,
             "CLIP_VISION_OUTPUT": _clip_vision_output,
             "CONDITIONING": lambda: conditioning(self._family, 5),
+            "EMBEDS": lambda: _noise(14, 1, CLIP_VISION_WIDTH),
             "IMAGE": lambda: _noise(1, 1, 112, 144, 3).sigmoid(),
+            "IPADAPTER": _ip_adapter,
             "LATENT": lambda: {"samples": _noise(4, *self._family.shape)},
             "LATENT_OPERATION": _latent_operation,
             "LORA_MODEL": self._lora_model,
             "MASK": lambda: _ones(1, 112, 144),
             "MODEL_PATCH": lambda: _model_patch(name, node),
+            "NOISE": lambda: call_node(registered()["RandomNoise"], {"noise_seed": 3})[0],
+            "SAMPLER": lambda: call_node(registered()["KSamplerSelect"], {"sampler_name": "euler"})[0],
             "SIGMAS": lambda: _noise(2, 5).abs().sort(descending=True).values,
             "VAE": lambda: StandInVAE(video=len(self._family.shape) == 5 or name in VIDEO_VAE),
         }
@@ -244,6 +253,11 @@ class Inputs:
         return comfy.utils.load_torch_file(str(self._lora), safe_load=True)
 
 
+CLIP_VISION_WIDTH = 16
+MADE = ("MODEL", "LATENT", "IMAGE")
+"""What nodes of other packs return that can be compared."""
+NEEDED, SAMPLED = ("CLIP_VISION",), ("CONDITIONING", "LATENT")
+"""What nodes need that say it is optional: all of them, and samplers."""
 PLAIN: Mapping[str, Any] = {"INT": 1, "FLOAT": 1.0, "STRING": "", "BOOLEAN": False}
 
 
@@ -266,6 +280,52 @@ def _clip_vision_output() -> Any:
     output["all_hidden_states"] = _noise(9, 1, 27, 729, 1152)
     output["penultimate_hidden_states"] = _noise(10, 1, 729, 1152)
     return output
+
+
+def _clip_vision() -> Any:
+    """ComfyUI's own image encoder with random weights, small but for its number of layers."""
+    import comfy.clip_vision
+    import torch
+
+    config = {
+        "model_type": "clip_vision_model",
+        "hidden_act": "gelu",
+        "hidden_size": 32,
+        "image_size": 224,
+        "intermediate_size": 64,
+        "layer_norm_eps": 1e-5,
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": CLIP_VISION_WIDTH,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        vision = comfy.clip_vision.ClipVisionModel(str(path))
+    with torch.inference_mode():
+        for index, weight in enumerate(vision.model.parameters()):
+            weight.copy_(0.1 * _noise(index, *weight.shape))
+    return vision
+
+
+def _ip_adapter() -> dict[str, dict[str, torch.Tensor]]:
+    """As files for SD1.5 have it: keys and values of each cross-attention, by odd numbers, from four more tokens."""
+    text = FAMILIES["unet"].width
+    widths = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
+    layers = {
+        f"{2 * number + 1}.{part}.weight": _noise(number, width, text) * text**-0.5
+        for number, width in enumerate(widths)
+        for part in ("to_k_ip", "to_v_ip")
+    }
+    projection = {
+        "proj.weight": _noise(40, 4 * text, CLIP_VISION_WIDTH),
+        "proj.bias": _noise(41, 4 * text),
+        "norm.weight": _ones(text),
+        "norm.bias": _noise(42, text),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
 
 
 def _latent_operation() -> Any:
@@ -389,13 +449,15 @@ def pack_nodes(packs: Path) -> frozenset[str]:
     return frozenset(registered()) - core
 
 
-def model_nodes() -> Iterator[tuple[str, type]]:
-    """Those that take a MODEL and return one."""
+def model_nodes(wanted: Collection[str]) -> Iterator[tuple[str, type]]:
+    """Those that take a MODEL and return something of a wanted type."""
     for name, node in sorted(registered().items()):
         returned = list(getattr(node, "RETURN_TYPES", None) or ())
         inputs = node.INPUT_TYPES()
         taken = [spec[0] for part in ("required", "optional") for spec in inputs.get(part, {}).values()]
-        if "MODEL" in returned and any(isinstance(kind, str) and kind == "MODEL" for kind in taken):
+        if any(kind in returned for kind in wanted) and any(
+            isinstance(kind, str) and kind == "MODEL" for kind in taken
+        ):
             yield name, node
 
 
@@ -486,10 +548,15 @@ class Sweep:
         torch.manual_seed(0)
         random.seed(0)
         try:
-            values = call_node(node, Inputs(self._name, models, self._lora).of(name, node))
-            patched = values[list(node.RETURN_TYPES).index("MODEL")]  # type: ignore[attr-defined]
+            with torch.inference_mode():  # as the executor, for loaders too
+                arguments = Inputs(self._name, models, self._lora).of(name, node)
+            values = call_node(node, arguments)
             random.seed(0)
-            return sample(patched, self._family, name, nudge=nudge)
+            found = dict(zip(node.RETURN_TYPES, values, strict=False))  # type: ignore[attr-defined]
+            made = [sample(found["MODEL"], self._family, name, nudge=nudge)] if "MODEL" in found else []
+            made += [found["LATENT"]["samples"]] if "LATENT" in found else []
+            made += [found["IMAGE"]] if "IMAGE" in found else []
+            return made[0] if len(made) == 1 else torch.cat([picture.flatten() for picture in made])
         except Missing:
             raise
         except Exception as error:
@@ -584,7 +651,7 @@ def main() -> None:
         _hypernetwork(Path(folder) / "hypernetworks" / "small.pt")
         try:
             sweep = Sweep(family, files, int(workers), Path(folder))
-            for name, node in model_nodes():
+            for name, node in model_nodes(["MODEL"] if packed is None else MADE):
                 if (options.only and name not in options.only) or (packed is not None and name not in packed):
                     continue
                 faulthandler.dump_traceback_later(NODE_LIMIT_S, exit=True)
