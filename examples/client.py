@@ -1,8 +1,6 @@
-"""Queues an API prompt, shows its progress, and saves what it makes into this folder.
+"""Queues an API prompt, shows its progress, and saves what it makes into this folder."""
 
-python examples/client.py examples/api/demo.json [http://127.0.0.1:8188]
-"""
-
+import argparse
 import asyncio
 import json
 import sys
@@ -12,8 +10,8 @@ from pathlib import Path
 import aiohttp
 
 
-async def main(file: str, url: str = "http://127.0.0.1:8188") -> None:
-    client, prompt = uuid.uuid4().hex, json.loads(Path(file).read_text(encoding="utf-8"))
+async def main(file: Path, url: str) -> None:
+    client, prompt = uuid.uuid4().hex, json.loads(file.read_text(encoding="utf-8"))
     async with aiohttp.ClientSession(url) as session, session.ws_connect(f"/ws?clientId={client}") as socket:
         async with session.post("/prompt", json={"prompt": prompt, "client_id": client}) as answer:
             queued = await answer.json()
@@ -39,4 +37,8 @@ async def main(file: str, url: str = "http://127.0.0.1:8188") -> None:
                 return
 
 
-asyncio.run(main(*sys.argv[1:]))
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("file", type=Path, help="an API prompt, such as examples/api/demo.json")
+parser.add_argument("url", nargs="?", default="http://127.0.0.1:8188", help="of the ComfyUI (default %(default)s)")
+options = parser.parse_args()
+asyncio.run(main(options.file, options.url))
