@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.decode.files import write as write_vae
 from comfy_raylight.tests.e2e import test_vae as vae
@@ -53,12 +54,18 @@ def wanted(server: ComfyServer, client: ComfyClient) -> bytes:
     return Stage(server, client).good()
 
 
+def near(found: bytes, wanted: bytes) -> bool:
+    """Whether two latents are equal but for rounding: a worker alone on a machine has more threads."""
+    made, expected = (safetensors.torch.load(content)["samples"] for content in (found, wanted))
+    return bool((made - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
 def local_workers(cluster: machines.Cluster) -> list[processes.Process]:
     return processes.workers(cluster.head)
 
 
 def test_workers_of_two_machines_make_the_same_picture(stage: Stage, cluster: machines.Cluster, wanted: bytes) -> None:
-    assert stage.good() == wanted
+    assert near(stage.good(), wanted)
     assert len(cluster.workers()) == len(local_workers(cluster)) == 1
 
 
@@ -82,7 +89,7 @@ def test_a_worker_of_the_other_machine_dies(stage: Stage, cluster: machines.Clus
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(PromptError, match=f"on {cluster.second}\\) died"):
         stage.client.wait(prompt_id)
-    assert stage.good() == wanted
+    assert near(stage.good(), wanted)
 
 
 def test_another_file_there_is_refused(stage: Stage, cluster: machines.Cluster, wanted: bytes) -> None:
@@ -101,7 +108,7 @@ def test_another_file_there_is_refused(stage: Stage, cluster: machines.Cluster, 
     ):
         stage.client.run(prompt)
     workers = cluster.workers()
-    assert stage.good() == wanted
+    assert near(stage.good(), wanted)
     assert cluster.workers() == workers, "every worker refused alike"
 
 
@@ -136,4 +143,4 @@ def test_the_cluster_ends(stage: Stage, cluster: machines.Cluster, wanted: bytes
         stage.client.wait(prompt_id)
     with pytest.raises(PromptError, match=f"No Ray cluster answers at {cluster.address}"):
         stage.good()
-    assert Stage(stage.server, stage.client).good() == wanted
+    assert near(Stage(stage.server, stage.client).good(), wanted)
