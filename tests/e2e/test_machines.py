@@ -13,6 +13,8 @@ import safetensors.torch
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.decode.files import write as write_vae
 from comfy_raylight.tests.e2e import test_vae as vae
+from comfy_raylight.tests.e2e.test_sampling import FP32
+from comfy_raylight.tests.e2e.test_weights import apart
 from comfy_raylight.tests.host import machines, processes
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
@@ -57,7 +59,7 @@ def wanted(server: ComfyServer, client: ComfyClient) -> bytes:
 def near(found: bytes, wanted: bytes) -> bool:
     """Whether two latents are equal but for rounding: a worker alone on a machine has more threads."""
     made, expected = (safetensors.torch.load(content)["samples"] for content in (found, wanted))
-    return bool((made - expected).abs().max() <= 1e-5 * expected.abs().max())
+    return apart(made, expected) <= FP32
 
 
 def local_workers(cluster: machines.Cluster) -> list[processes.Process]:
@@ -143,4 +145,4 @@ def test_the_cluster_ends(stage: Stage, cluster: machines.Cluster, wanted: bytes
         stage.client.wait(prompt_id)
     with pytest.raises(PromptError, match=f"No Ray cluster answers at {cluster.address}"):
         stage.good()
-    assert near(Stage(stage.server, stage.client).good(), wanted)
+    assert Stage(stage.server, stage.client).good() == wanted
