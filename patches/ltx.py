@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..raylight.cuts import PerFrame, Replicated, Rope, Split
 from ..raylight.layout import Layout
+from ..raylight.masks import QueryMask, QueryMasks
 from ..raylight.plan import Blocks, Plan, Region, Site
 
 
-def _pe(value: Any, layout: Layout) -> Any:
-    """One table [B, 1, L, ...] up to 0.3.75, then a pair of [B, L, D] or [B, H, L, D] and a flag; H may equal L."""
-    return Rope(dim=-2 if isinstance(value, tuple) else 2)(value, layout)
+@dataclass(frozen=True)
+class Table:
+    """The rope table of some tokens, whose number a dim of heads may equal.
+
+    [B, 1, L, ...] up to ComfyUI 0.3.75; then a pair of [B, L, D] or [B, H, L, D] and a flag; from 0.29 on a matrix
+    [B, L, H, D/2, 2, 2] and a flag.
+    """
+
+    over: str = "x"
+
+    def __call__(self, value: Any, layout: Layout) -> Any:
+        dim = (1 if value[0].ndim == 6 else -2) if isinstance(value, tuple) else 2
+        return Rope(self.over, dim=dim)(value, layout)
+
+
+def guide_masks(value: Any, layout: Layout) -> Any:
+    """The masks of a GuideAttentionMask (ComfyUI 0.21.2 and later), before it a whole tensor, for one attention call.
+
+    A model with it calls attention for the noisy tokens, for those of guides and for what is behind them, each over
+    all keys; ranks hold different ones of these.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    guides, behind = value.guide_start, value.guide_start + value.tracked_count
+    return QueryMasks(
+        (
+            QueryMask(0, guides, value.noisy_mask, exact=True),
+            QueryMask(guides, behind, value.tracked_mask, exact=True),
+            QueryMask(behind, value.noisy_mask.shape[-1]),
+        )
+    )
 
 
 LTXV = Plan(
@@ -24,7 +54,8 @@ LTXV = Plan(
             at="transformer_blocks.*",
             streams={"x": Split(1)},
             # one row, or one per token
-            shared={"pe": _pe, "timestep": PerFrame(1, ndim=3)},
+            shared={"pe": Table(), "timestep": PerFrame(1, ndim=3), "self_attention_mask": guide_masks},
+            optional=("self_attention_mask",),
             outputs=(Split(1),),
             attention=("attn1",),
         )
@@ -77,12 +108,14 @@ LTXAV = Plan(
             # sound is a few hundred tokens: every rank computes all of it
             streams={"x.0": Split(1, "v"), "x.1": Replicated(1, "a")},
             shared={
-                "v_pe": Rope("v", dim=-2),
-                "v_cross_pe": Rope("v", dim=-2),
+                "v_pe": Table("v"),
+                "v_cross_pe": Table("v"),
                 "v_timestep": local_timestep,
                 "v_cross_scale_shift_timestep": local_timestep,
                 "v_cross_gate_timestep": local_timestep,
+                "self_attention_mask": guide_masks,
             },
+            optional=("self_attention_mask",),
             outputs=(Split(1, "v"), Replicated(1, "a")),
             # the others have keys that every rank holds
             attention=("attn1", Site(at="video_to_audio_attn", replicated_query=True)),

@@ -11,6 +11,7 @@ from . import ring
 from .errors import PlanError, UnsupportedError
 from .kernels import LocalKernel, scale_of
 from .layout import Layout, gather, share
+from .masks import Mask, QueryMask, QueryMasks, four_dims, of_heads
 from .mesh import Mesh
 from .ulysses import Span, Ulysses, turns
 
@@ -71,7 +72,7 @@ class SequenceAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         heads: int,
-        mask: torch.Tensor | None = None,
+        mask: Mask | None = None,
         attn_precision: torch.dtype | None = None,
         skip_reshape: bool = False,
         skip_output_reshape: bool = False,
@@ -85,7 +86,8 @@ class SequenceAttention:
             q, k, v: this rank's tokens, [B, local, heads * D], or [B, heads, local, D] with `skip_reshape`;
                 k and v of fewer heads with `enable_gqa`.
             heads: of q, over all ranks, any number; a rank may get none.
-            mask: whole, or as long as this rank's tokens in its last dim: then it is gathered.
+            mask: whole, or as long as this rank's tokens in its last dim: then it is gathered. `QueryMasks` are of
+                all queries and keys.
             skip_output_reshape: return [B, heads, local, D].
             attn_precision, kwargs: passed on.
 
@@ -119,7 +121,7 @@ class SequenceAttention:
             out = self._in_turns(local, (q, k, v), mask, turns(heads, self._comm.size, count), form=form)
             return out.unflatten(-1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
         start, stop = share(heads, rank=self._comm.rank, size=self._comm.size)
-        mask = _of_heads(mask, start, stop)
+        mask = _heads_of(mask, start, stop)
         if self._whole_query:
             q = q[:, :, start:stop]
             k, v = self._ulysses.to_heads((k, v), heads=heads)
@@ -148,7 +150,7 @@ class SequenceAttention:
         self,
         local: Kernel,
         tensors: Sequence[torch.Tensor],
-        mask: torch.Tensor | None,
+        mask: Mask | None,
         spans: Sequence[Sequence[Span]],
         *,
         form: dict[str, Any],
@@ -167,7 +169,7 @@ class SequenceAttention:
                 q, k, v = arriving.pop()()
                 if turn + 1 < len(spans):
                     arriving.append(exchange.start_heads(tensors, spans=spans[turn + 1]))
-                out = self._here(local, q, k, v, _of_heads(mask, *these[rank]), agree=False, **form)
+                out = self._here(local, q, k, v, _heads_of(mask, *these[rank]), agree=False, **form)
                 leaving.append(exchange.start_tokens(out, whole, spans=these, width=width))
         finally:
             # nothing is on its way any more, also after an error
@@ -190,11 +192,16 @@ class SequenceAttention:
                 "Set ulysses_degree and ring_degree to 1 for this model",
             )
 
-    def _whole_mask(self, mask: torch.Tensor | None, *, heads: int, queries: int | None) -> torch.Tensor | None:
+    def _whole_mask(self, mask: Mask | None, *, heads: int, queries: int | None) -> Mask | None:
         """The mask for all queries and keys."""
+        total = self._total
         if mask is None:
             return None
-        total = self._total
+        if isinstance(mask, QueryMasks):
+            wide = {part.mask.shape[-1] for part in mask.parts if part.mask is not None}
+            if mask.parts[-1].stop == (total if queries is None else queries) and wide <= {1, total}:
+                return mask
+            raise PlanError("The masks of an attention call do not fit its tokens", f"{mask.parts[-1].stop}, {wide}")
         rows = 1 if mask.ndim == 1 else mask.shape[-2]
         of_heads = mask.ndim < 4 or mask.shape[1] in (1, heads)
         if of_heads and mask.shape[-1] in (1, total) and rows in (1, total if queries is None else queries):
@@ -214,7 +221,7 @@ class SequenceAttention:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask | None,
         *,
         agree: bool,
         skip_reshape: bool,
@@ -230,7 +237,16 @@ class SequenceAttention:
             try:
                 q, k, v = (t.transpose(1, 2) if skip_reshape else t.flatten(2) for t in (q, k, v))
                 # ranks without heads cannot know another dtype, and byte counts must agree
-                out = local(q, k, v, mine, mask=mask, skip_reshape=skip_reshape, **kwargs).to(v.dtype)
+                if isinstance(mask, QueryMasks):
+                    outs = []
+                    for part in mask.parts:
+                        rows = q.narrow(2 if skip_reshape else 1, part.start, part.stop - part.start)
+                        more = {**kwargs, "low_precision_attention": False} if part.exact else kwargs
+                        outs.append(local(rows, k, v, mine, mask=part.mask, skip_reshape=skip_reshape, **more))
+                    out = torch.cat(outs, 1)
+                else:
+                    out = local(q, k, v, mine, mask=mask, skip_reshape=skip_reshape, **kwargs)
+                out = out.to(v.dtype)
             except Exception as error:
                 if not agree:
                     raise
@@ -247,25 +263,39 @@ class SequenceAttention:
                 )
         return out
 
+    def _rows(self, q: torch.Tensor, mask: Mask | None, *, exact: bool) -> list[ring.Rows]:
+        """The queries [B, Lq, some heads, D] of this ring index, by the mask that they have."""
+        ranges = [(0, q.shape[1])] if self._whole_query else self._ulysses.positions(self._order)
+        if isinstance(mask, QueryMasks):
+            parts = list(mask.at(ranges))
+        else:
+            if mask is not None:
+                mask = four_dims(mask)
+                if mask.shape[2] > 1:
+                    mask = torch.cat([mask[:, :, start:stop] for start, stop in ranges], 2)
+            parts = [QueryMask(0, q.shape[1], mask)]
+        return [
+            ring.Rows(
+                part.start,
+                part.stop,
+                None if part.mask is None else ring.BlockMask(part.mask, keys=self._total, dtype=q.dtype),
+                exact or part.exact,
+            )
+            for part in parts
+        ]
+
     def _around(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Ring attention of [B, L, some heads, D] -> [B, Lq, those heads * D] in v's dtype."""
         assert self._kernel is not None
         comm, exchange, order = self._ring, self._ulysses, self._order
         index = comm.rank
-        allowed = None
-        if mask is not None:
-            mask = _four_dims(mask)
-            if mask.shape[2] > 1 and not self._whole_query:
-                mask = torch.cat([mask[:, :, a:b] for a, b in exchange.positions(order)], 2)
-            allowed = ring.BlockMask(mask, keys=self._total, dtype=q.dtype)
         common: dict[str, Any] = {
             "comm": comm,
             "kernel": self._kernel,
-            "mask": allowed,
+            "rows": self._rows(q, mask, exact=kwargs.get("low_precision_attention", True) is False),
             "scale": scale_of(q, kwargs),
-            "exact": kwargs.get("low_precision_attention", True) is False,
         }
         if self._whole_query:
             # keys that every rank has count once
@@ -322,13 +352,6 @@ def _by_head(
     return q, k, v
 
 
-def _of_heads(mask: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
+def _heads_of(mask: Mask | None, start: int, stop: int) -> Mask | None:
     """The mask for heads start:stop."""
-    return mask[:, start:stop] if mask is not None and mask.ndim == 4 and mask.shape[1] > 1 else mask
-
-
-def _four_dims(mask: torch.Tensor) -> torch.Tensor:
-    """A mask as ComfyUI's attention reads it, [B or 1, H or 1, Lq or 1, Lk or 1]."""
-    if mask.ndim == 1:
-        return mask[None, None, None]
-    return mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+    return mask.of_heads(start, stop) if isinstance(mask, QueryMasks) else of_heads(mask, start, stop)

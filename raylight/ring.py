@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -62,6 +63,63 @@ class BlockMask:
         return out.masked_fill_(self._empty, 0)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some of the queries at hand, start:stop, and how the model wants their attention.
+
+    Attributes:
+        mask: of these queries and all keys.
+        exact: keep them from kernels of low precision.
+    """
+
+    start: int
+    stop: int
+    mask: BlockMask | None
+    exact: bool
+
+    def of(self, t: torch.Tensor) -> torch.Tensor:
+        """Their part of a tensor [B, H, Lq, ...], a view."""
+        return t[:, :, self.start : self.stop]
+
+
+def _asked(q: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
+    """q [B, H, Lq, D] as the blocks of its masks need it."""
+    if all(part.mask is None for part in rows):
+        return q
+    return _joined([part.of(q) if part.mask is None else part.mask.query(part.of(q)) for part in rows])
+
+
+def _over(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: Pieces,
+    *,
+    rows: Sequence[Rows],
+    kernel: LocalKernel,
+    scale: float,
+) -> Part:
+    """Attention of q over the keys at some positions, each of its rows with its mask."""
+    found = []
+    for part in rows:
+        allowed = None if part.mask is None else part.mask.block(pieces)
+        found.append(kernel.with_lse(part.of(q), k, v, mask=allowed, scale=scale, exact=part.exact))
+    outs, lses = zip(*found, strict=True)
+    return _joined(outs), _joined(lses)
+
+
+def _finished(out: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
+    """out [B, H, Lq, D], which is written to, with zeros in the rows without a key."""
+    for part in rows:
+        if part.mask is not None:
+            part.mask.finish(part.of(out))
+    return out
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts), 2) if len(parts) > 1 else parts[0]
+
+
 def merge(first: Part | None, second: Part) -> Part:
     """Attention over the keys of both parts; the sums are fp32 or wider, and `first` is written to.
 
@@ -85,9 +143,8 @@ def attend(
     pieces: Sequence[Pieces],
     comm: Comm,
     kernel: LocalKernel,
-    mask: BlockMask | None,
+    rows: Sequence[Rows],
     scale: float,
-    exact: bool,
 ) -> torch.Tensor:
     """Attention of this rank's queries over the keys of all ranks of the ring, size - 1 transfers.
 
@@ -97,15 +154,12 @@ def attend(
         going: those of them that the other ranks do not have, contiguous; they travel.
         lengths: tokens of `going` on each rank of the ring.
         own_pieces, pieces: positions of the keys of `own`, and of `going` on each rank.
-        mask: of q's rows and all keys.
-        exact: keep from kernels of low precision.
+        rows: the queries, in parts that follow each other.
 
     Returns:
         [B, H, Lq, D], fp32 or wider.
     """
-    q = q.transpose(1, 2)
-    if mask is not None:
-        q = mask.query(q)
+    q = _asked(q.transpose(1, 2), rows)
     total: Part | None = None
     keys, positions = own, own_pieces
     for step in range(comm.size):
@@ -116,8 +170,7 @@ def attend(
         try:
             if q.shape[1] and keys[0].shape[1]:
                 k, v = (t.transpose(1, 2) for t in keys)
-                allowed = None if mask is None else mask.block(positions)
-                total = merge(total, kernel.with_lse(q, k, v, mask=allowed, scale=scale, exact=exact))
+                total = merge(total, _over(q, k, v, positions, rows=rows, kernel=kernel, scale=scale))
         finally:
             # also after an error: a transfer in flight must not lose its memory
             if passing is not None:
@@ -126,7 +179,7 @@ def attend(
     if total is None:
         v = own[1]
         return v.new_zeros(v.shape[0], v.shape[2], q.shape[2], v.shape[3])
-    return total[0] if mask is None else mask.finish(total[0])
+    return _finished(total[0], rows)
 
 
 def attend_whole(
@@ -136,9 +189,8 @@ def attend_whole(
     pieces: Pieces,
     comm: Comm,
     kernel: LocalKernel,
-    mask: BlockMask | None,
+    rows: Sequence[Rows],
     scale: float,
-    exact: bool,
 ) -> torch.Tensor:
     """Attention of queries that all ranks have, over the keys of all ranks of the ring: one all-gather of results.
 
@@ -148,24 +200,22 @@ def attend_whole(
         q: [B, Lq, H, D], equal on all ranks.
         own: this rank's keys and values, [B, Lk, H, D], each key on one rank.
         pieces: their positions.
+        rows: the queries, in parts that follow each other.
 
     Returns:
         [B, H, Lq, D], fp32 or wider.
     """
-    q = q.transpose(1, 2)
-    if mask is not None:
-        q = mask.query(q)
+    q = _asked(q.transpose(1, 2), rows)
     k, v = (t.transpose(1, 2) for t in own)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    rows = (q.shape[0], q.shape[1], q.shape[2])
+    shape = (q.shape[0], q.shape[1], q.shape[2])
     if q.shape[1] and k.shape[2]:
-        allowed = None if mask is None else mask.block(pieces)
-        out, lse = kernel.with_lse(q, k, v, mask=allowed, scale=scale, exact=exact)
+        out, lse = _over(q, k, v, pieces, rows=rows, kernel=kernel, scale=scale)
     else:
-        out, lse = v.new_zeros(*rows, v.shape[3], dtype=dtype), v.new_full(rows, -torch.inf, dtype=dtype)
+        out, lse = v.new_zeros(*shape, v.shape[3], dtype=dtype), v.new_full(shape, -torch.inf, dtype=dtype)
     packed = torch.cat([out.to(dtype), lse.to(dtype)[..., None]], -1)
     total: Part | None = None
-    for part in comm.all_gather(packed, dim=0, sizes=[rows[0]] * comm.size):
+    for part in comm.all_gather(packed, dim=0, sizes=[shape[0]] * comm.size):
         total = merge(total, (part[..., :-1], part[..., -1]))
     assert total is not None
-    return total[0] if mask is None else mask.finish(total[0])
+    return _finished(total[0], rows)

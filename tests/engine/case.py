@@ -46,6 +46,7 @@ class Case:
         modes: "trunk" and "block" force a granularity, "auto" lets the engine choose; "turns",
             "synced" and "kernel" choose and switch an option on, "wrapped" is a DIFFUSION_MODEL wrapper.
         meshes: where to run it (names of `ranks.MESHES`); () is everywhere.
+        all_meshes: whether it runs on all of them by default too.
         needs: (module, text): the module's source must hold the text in this ComfyUI; ("module", "") that
             the module is there.
         half: the model and its inputs in bf16, within the noise of that (`ranks.noise_of`).
@@ -66,6 +67,7 @@ class Case:
     base: Callable[[], Inputs] | None = None
     modes: tuple[str, ...] = ("trunk", "block")
     meshes: tuple[str, ...] = ()
+    all_meshes: bool = False
     needs: tuple[str, str] | None = None
     half: bool = False
     wrong: bool = False
@@ -155,6 +157,18 @@ def override() -> dict[str, Any]:
         return func(*args, **kwargs) * 1.5
 
     return {"optimized_attention_override": user}
+
+
+def backend() -> dict[str, Any]:
+    """What ComfyUI's Model Attention Backend sets for "pytorch attention"."""
+    from comfy.ldm.modules.attention import get_attention_function
+    from comfy.model_patcher import ModelPatcher
+
+    place = torch.device("cpu")
+    patcher = ModelPatcher(torch.nn.Identity(), place, place)
+    patcher.set_model_optimized_attention(get_attention_function("pytorch"))
+    options: dict[str, Any] = patcher.model_options["transformer_options"]
+    return options
 
 
 def draws() -> dict[str, Any]:

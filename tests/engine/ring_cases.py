@@ -21,8 +21,10 @@ from comfy_raylight.raylight.attention import SequenceAttention
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.raylight.layout import Layout, Segment, gather
+from comfy_raylight.raylight.masks import QueryMask, QueryMasks
 from comfy_raylight.raylight.mesh import Mesh
 
+from .named import named
 from .ranks import fork, mesh_of
 
 GRIDS = ((2, 1), (3, 1), (5, 1), (8, 1), (1, 2), (1, 3), (1, 5), (1, 8), (2, 2), (2, 3), (3, 2), (4, 2))
@@ -205,6 +207,39 @@ def masks(grid: Grid) -> None:
         for name, wrong in (("length", numbers(total + 1, seed=1)), ("rows", numbers(total - 1, total, seed=1))):
             call = partial(grid.attention(layout, order), plain, *map(flat, cut), heads, wrong)
             grid.hold(f"{len(order)} mask of another {name} is refused", refuses(grid, call))
+
+
+def parted(grid: Grid) -> None:
+    """A mask for each stretch of queries is what the whole mask of all of them is."""
+    heads = 5
+    for segments in ((Segment("a", 17), Segment("b", 2), Segment("c", 9)), (Segment("a", 23),)):
+        layout, order = grid.layout(segments)
+        total = layout.total(order)
+        q, k, v = (numbers(2, heads, total, WIDTH, seed=seed) for seed in (1, 2, 3))
+        cut = [layout.split(t, dim=2, over=order) for t in (q, k, v)]
+        low, rows = torch.zeros(1, 1, 1, total), numbers(1, heads, total - 13, total, seed=5)
+        low[..., 7:11], rows[..., 3] = torch.finfo().min, -torch.inf
+        given = QueryMasks(
+            (
+                QueryMask(0, 9, low, exact=True),
+                QueryMask(9, 9, rows),
+                QueryMask(9, total - 4, rows),
+                QueryMask(total - 4, total),
+            )
+        )
+        whole = torch.zeros(1, heads, total, total)
+        whole[:, :, :9], whole[:, :, 9 : total - 4] = low, rows
+        want = plain(q, k, v, heads, whole, skip_reshape=True)
+        outs = []
+        for switches in ({}, {"overlap": 2}):
+            attention = grid.attention(layout, order, **switches)
+            outs.append(attention(plain, *cut, heads, given, skip_reshape=True))
+            outs.append(attention(plain, *map(flat, cut), heads, mask=given))
+        grid.note(f"error {len(order)} parted mask", grid.whole(outs[0], layout, order), want)
+        grid.hold(f"{len(order)} parted mask forms", all(torch.equal(out, outs[0]) for out in outs))
+        swapped = QueryMasks((QueryMask(0, total - 13, rows), QueryMask(total - 13, total, low)))
+        out = grid.attention(layout, order)(plain, *cut, heads, swapped, skip_reshape=True)
+        grid.note(f"wrong {len(order)} parts of a mask", grid.whole(out, layout, order), want)
 
 
 def refuses(grid: Grid, call: Callable[[], object], words: str = "", *, collectives: int | None = 0) -> bool:
@@ -392,7 +427,7 @@ def groups(grid: Grid) -> None:
     grid.hold("sum", total.item() == sum(range(u.size * r.size)))
 
 
-CHECKS = (groups, shapes, masks, options, traffic, controls, users)
+CHECKS = (groups, shapes, masks, parted, options, traffic, controls, users, named)
 
 
 def check(rank: int, size: int, path: str, ulysses: int, ring: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from comfy_raylight.raylight.cuts import Entry
 from comfy_raylight.raylight.layout import Layout
 from comfy_raylight.raylight.plan import Blocks, Plan, Region
 
@@ -38,6 +39,11 @@ def as_first_rank(plan: Plan, name: str) -> Plan:
 def with_sites(plan: Plan, *sites: Any) -> Plan:
     """Other attention sites."""
     return _each(plan, lambda blocks: replace(blocks, attention=sites))
+
+
+def with_shared(plan: Plan, name: str, entry: Entry) -> Plan:
+    """Another entry for a shared argument."""
+    return _each(plan, lambda blocks: replace(blocks, shared={**blocks.shared, name: entry}))
 
 
 def without_whole(plan: Plan) -> Plan:

@@ -6,9 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from comfy_raylight.raylight.layout import Layout
+from comfy_raylight.raylight.masks import QueryMask, QueryMasks
+from comfy_raylight.raylight.plan import Plan
 
 from ..case import CHOOSES_BLOCK, EVERY, Case, Inputs, build, override, patched, random, run_original, skip
-from .changes import as_first_rank, with_sites
+from .changes import as_first_rank, with_shared, with_sites
 
 SIZES: dict[str, Any] = dict(
     in_channels=4, cross_attention_dim=60, attention_head_dim=12, num_attention_heads=5, caption_channels=16
@@ -16,6 +19,7 @@ SIZES: dict[str, Any] = dict(
 SPLIT = {"rope_type": "split"}
 LTX2 = ("comfy.ldm.lightricks.av_model", "")
 GUIDES = ("comfy.ldm.lightricks.model", "grid_mask")
+GUIDE_MASKS = ("comfy.ldm.lightricks.model", "class GuideAttentionMask")
 BEFORE_GUIDES = ("comfy.ldm.lightricks.model", "pe = precompute_freqs_cis")
 
 
@@ -46,13 +50,43 @@ def masked_text() -> Inputs:
     return (x, t, context, torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]])), more
 
 
-def keyframes(batch: int = 1, strength: float | None = None, dropped: int = 1) -> dict[str, Any]:
-    """The last of three frames of 3 x 5 is a keyframe, of which some tokens are dropped."""
+def keyframes(
+    batch: int = 1, strength: float | None = None, dropped: int = 1, pixels: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The last of three frames of 3 x 5 is a keyframe, of which some tokens are dropped.
+
+    Args:
+        pixels: rows and columns of latent that its mask of pixels is for.
+    """
     mask = torch.ones(batch, 1, 3, 3, 5)
     mask[:, :, 2].view(batch, 15)[:, :dropped] = -1
-    entry = {"pre_filter_count": 15, "strength": strength, "pixel_mask": None, "latent_shape": None}
+    entry: dict[str, Any] = {"pre_filter_count": 15, "strength": strength, "pixel_mask": None, "latent_shape": None}
+    if pixels is not None:
+        entry |= {"pixel_mask": soft_mask(), "latent_shape": (1, *pixels)}
     guides = {} if strength is None else {"guide_attention_entries": [entry]}
     return {"keyframe_idxs": random(batch, 3, 15, 2).abs() * 9, "denoise_mask": mask, **guides}
+
+
+def soft_mask() -> torch.Tensor:
+    """A mask in pixels for one guide: some of it nothing, some of it all."""
+    return random(1, 1, 1, 24, 40).add(0.5).clamp(0, 1)
+
+
+def two_guides() -> dict[str, Any]:
+    """Two of four frames of 3 x 5 are guides of their own strengths, one with a mask."""
+    entry = {"pre_filter_count": 15, "strength": 0.3, "pixel_mask": None, "latent_shape": None}
+    masked = {**entry, "strength": 1.5, "pixel_mask": soft_mask(), "latent_shape": (1, 3, 5)}
+    guides = {"guide_attention_entries": [entry, masked]}
+    return {"keyframe_idxs": random(1, 3, 30, 2).abs() * 9, "denoise_mask": torch.ones(1, 1, 4, 3, 5), **guides}
+
+
+def as_noisy(plan: Plan) -> Plan:
+    """Queries of guides get the masks of other queries."""
+
+    def entry(value: Any, layout: Layout) -> Any:
+        return QueryMasks((QueryMask(0, value.noisy_mask.shape[-1], value.noisy_mask, exact=True),))
+
+    return with_shared(plan, "self_attention_mask", entry)
 
 
 def dropped_frame() -> dict[str, Any]:
@@ -89,6 +123,9 @@ def switched_off(name: str) -> dict[str, Any]:
 
 video_case = partial(Case, family="LTXVModel", model=ltxv)
 av_case = partial(Case, family="LTXAVModel", model=ltxav, needs=LTX2)
+# their ranks hold tokens of other kinds, as the meshes differ
+guide_case = partial(video_case, meshes=("u2", "u3", "u5", "u2r2"), all_meshes=True)
+av_guide_case = partial(av_case, meshes=("u2", "u3", "u5", "u2r2"), all_meshes=True)
 wrong = partial(Case, wrong=True, meshes=("u2",))
 even = partial(video, shape=(4, 3, 5), timed=True)
 timed_av = partial(sound_and_video, timed=True)
@@ -109,11 +146,34 @@ CASES = (
     video_case(
         name="ltxv_old_keyframes", make=partial(video, keyframe_idxs=random(1, 3, 15).abs() * 9), needs=BEFORE_GUIDES
     ),
-    video_case(name="ltxv_guide", make=partial(video, timed=True, **keyframes(strength=0.4)), needs=GUIDES),
+    guide_case(name="ltxv_guide", make=partial(video, timed=True, **keyframes(strength=0.4)), needs=GUIDES),
     video_case(
         name="ltxv_guide_batch",
         model=split,
         make=partial(video, batch=2, timed=True, **keyframes(batch=2, strength=0.4, dropped=3)),
+        needs=GUIDES,
+    ),
+    *(
+        guide_case(name=f"ltxv_{name}", make=partial(video, shape=shape, timed=True, **guides), needs=GUIDES)
+        for name, shape, guides in (
+            ("guide_stronger", (3, 3, 5), keyframes(strength=1.7, dropped=0)),
+            ("guide_pixels", (3, 3, 5), keyframes(strength=0.6, dropped=0, pixels=(3, 5))),
+            # the last tokens of the guide have no weight of their own
+            ("guide_rest", (3, 3, 5), keyframes(strength=0.6, dropped=0, pixels=(2, 5))),
+            ("guides", (4, 3, 5), two_guides()),
+        )
+    ),
+    guide_case(
+        name="ltxv_guide_override",
+        make=partial(patched, partial(video, timed=True, **keyframes(strength=0.4)), override),
+        base=partial(video, timed=True),
+        needs=GUIDES,
+        ring_raises="UnsupportedError",
+    ),
+    guide_case(
+        name="ltxv_guide_turns",
+        make=partial(video, timed=True, **keyframes(strength=0.4)),
+        modes=("trunk", "turns", "kernel"),
         needs=GUIDES,
     ),
     video_case(
@@ -144,6 +204,14 @@ CASES = (
         change=partial(as_first_rank, name="pe"),
     ),
     wrong(
+        name="no_ltxv_guide_masks",
+        family="LTXVModel",
+        model=ltxv,
+        make=partial(video, timed=True, **keyframes(strength=0.1, dropped=0)),
+        change=as_noisy,
+        needs=GUIDE_MASKS,
+    ),
+    wrong(
         name="no_ltxv_timestep",
         family="LTXVModel",
         model=ltxv,
@@ -160,7 +228,9 @@ CASES = (
     av_case(name="ltxav_spatial", make=partial(timed_av, denoise_mask=spatial_mask())),
     av_case(name="ltxav_keyframes", make=partial(ragged, **keyframes())),
     av_case(name="ltxav_dropped_frame", make=partial(timed_av, **dropped_frame())),
-    av_case(name="ltxav_guide", make=partial(ragged, **keyframes(strength=0.4))),
+    av_guide_case(name="ltxav_guide", make=partial(ragged, **keyframes(strength=0.4))),
+    av_guide_case(name="ltxav_guide_pixels", make=partial(ragged, **keyframes(strength=1.4, pixels=(3, 5)))),
+    av_guide_case(name="ltxav_guides", make=partial(timed_av, **two_guides())),
     av_case(name="ltxav_silent", make=partial(sound_and_video, sound=0)),
     av_case(name="ltxav_silent_timed", make=partial(sound_and_video, sound=0, timed=True)),
     av_case(name="ltxav_ref_sound", make=partial(timed_av, ref_audio={"tokens": random(1, 2, 128)})),
