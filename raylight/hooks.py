@@ -20,7 +20,7 @@ from .mesh import Mesh
 from .plan import Blocks, Head, Plan, RowPlan, Site, Whole
 from .replaced import Comparison, Replaced
 from .row_hooks import RowInstallation
-from .sites import Attend, Sites
+from .sites import Attend, Named, Sites
 from .slots import Slot, modules
 from .whole_patches import show_whole
 
@@ -446,6 +446,7 @@ class _SiteHook:
         self._owner = owner
         self._index = index
         self._site = site
+        self._named = Named(module)
         self._options = Slot.need(module, "transformer_options")
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -459,7 +460,7 @@ class _SiteHook:
             orders = [order for order in (site.order, site.also) if order]
             made = [forward.attention(self._owner, layout, order, site.replicated_query) for order in orders]
             attention = made[0] if len(made) == 1 else ByLength(made, [layout.local(order) for order in orders])
-        self._owner.sites.enter(self._options, args, kwargs, attention)
+        self._owner.sites.enter(self._options, args, kwargs, attention, named=self._named())
         return tuple(args), kwargs
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:

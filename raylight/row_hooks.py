@@ -19,11 +19,12 @@ from .kernels import LocalKernel
 from .layout import Layout, Segment
 from .mesh import Mesh
 from .names import functions, name_of
+from .overrides import OVERRIDE
 from .plan import RowPlan
 from .replaced import REMEDY
-from .row_patches import OVERRIDE, SHAPE, WholePatches
+from .row_patches import SHAPE, WholePatches
 from .row_rules import RowParallel
-from .sites import Attend, Sites
+from .sites import Attend, Named, Sites
 from .slots import Slot, modules
 from .strips import ROWS, Rows, Strips
 
@@ -223,6 +224,7 @@ class _AttentionHook:
 
     def __init__(self, owner: RowInstallation, module: nn.Module) -> None:
         self._owner = owner
+        self._named = Named(module)
         self._options = Slot.need(module, "transformer_options")
         self._context = Slot.need(module, "context")
         self._x = Slot.need(module, "x")
@@ -236,7 +238,7 @@ class _AttentionHook:
         args, kwargs = list(args), dict(kwargs)
         patches = forward.patches
         if patches is None:
-            self._owner.sites.enter(self._options, args, kwargs, None)
+            self._owner.sites.enter(self._options, args, kwargs, None, named=self._named())
             return tuple(args), kwargs
         options = self._options.read(args, kwargs) or {}
         if SHAPE not in options:
@@ -244,7 +246,8 @@ class _AttentionHook:
         attention = self._attention(args, kwargs, patches, options)
         if attention is not None:
             attention = patches.apart(attention)
-        self._owner.sites.enter(self._options, args, kwargs, attention, shown=patches.shown(options))
+        shown = patches.shown(options)
+        self._owner.sites.enter(self._options, args, kwargs, attention, named=self._named(), shown=shown)
         return tuple(args), kwargs
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -9,12 +9,12 @@ import torch
 
 from .errors import UnsupportedError
 from .names import name_of
+from .overrides import OVERRIDE
 from .plan import RowPlan
 from .row_rules import RowParallel
 from .strips import ROWS, Rows
 
 Patch = Callable[..., Any]
-OVERRIDE = "optimized_attention_override"
 ORIGINAL = "original_shape"
 SHAPE = "activations_shape"
 """Where ComfyUI's transformers say which map their tokens are from, [batch, channels, rows, width]."""

@@ -11,11 +11,11 @@ from .comm import Comm
 from .cuts import Split
 from .errors import UnsupportedError
 from .layout import Layout, gather
+from .overrides import OVERRIDE
 
 Patch = Callable[..., Any]
 MASK = "attn_mask"
 """Always whole, in what a patch is given and in what it returns."""
-OVERRIDE = "optimized_attention_override"
 
 
 def show_whole(

@@ -10,7 +10,21 @@ from typing import Any
 import torch
 from comfy_raylight.raylight.plan import Plan, Region
 
-from ..case import CHOOSES_BLOCK, EVERY, TRUNK, Case, Inputs, build, draws, override, patched, random, skip, without
+from ..case import (
+    CHOOSES_BLOCK,
+    EVERY,
+    TRUNK,
+    Case,
+    Inputs,
+    backend,
+    build,
+    draws,
+    override,
+    patched,
+    random,
+    skip,
+    without,
+)
 from .changes import as_first_rank
 
 
@@ -163,6 +177,15 @@ CASES = (
         modes=EVERY[:-1],
         base=video,
         ring_raises="UnsupportedError",
+    ),
+    Case(
+        name="wan_backend",
+        family="WanModel",
+        model=wan,
+        make=partial(patched, video, backend),
+        meshes=("u2", "u3", "r2", "u2r2"),
+        all_meshes=True,
+        needs=("comfy.model_patcher", "def set_model_optimized_attention"),
     ),
     Case(name="wan_patches", family="WanModel", model=wan, make=partial(patched, video, looks_across), needs=WAN_ATTN),
     Case(
