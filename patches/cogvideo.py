@@ -15,6 +15,6 @@ COGVIDEOX = Plan(
             attention=("",),
         ),
         # the norms before it treat every token by itself
-        exit=Head("proj_out", output=Split(1, "img")),
+        exit=Head("proj_out", outputs=(Split(1, "img"),)),
     )
 )

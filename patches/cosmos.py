@@ -19,7 +19,7 @@ PREDICT2 = Plan(
             outputs=(Split(1, grid=3),),
             attention=("self_attn",),
         ),
-        exit=Head("final_layer", shared=MODULATION, output=Split(1, grid=3)),
+        exit=Head("final_layer", shared=MODULATION, outputs=(Split(1, grid=3),)),
     )
 )
 

@@ -23,6 +23,6 @@ QWEN = Plan(
             patch_mask=Split(1, "txt"),
         ),
         # references are dropped after it; the text ends at the last block
-        exit=Head("proj_out", output=Split(1, "img")),
+        exit=Head("proj_out", outputs=(Split(1, "img"),)),
     )
 )

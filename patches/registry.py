@@ -17,9 +17,12 @@ from .ernie import ERNIE
 from .flux import FLUX
 from .hidream import HIDREAM
 from .hunyuan import HUNYUAN3D_21, hunyuan_video
+from .ideogram import IDEOGRAM4
 from .kandinsky import KANDINSKY5
+from .krea import KREA2
 from .ltx import LTXAV, LTXV
 from .lumina import LUMINA, PIXEL_SPACE
+from .minimax import MINIMAX
 from .mochi import MOCHI
 from .omnigen import OMNIGEN2
 from .pixart import PIXART
@@ -58,6 +61,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "WanModel_S2V": Family("Wan 2.2 S2V", S2V),
         "AnimateWanModel": Family("Wan 2.2 Animate", ANIMATE),
         "SCAILWanModel": Family("Wan SCAIL", WAN),
+        "SCAIL2WanModel": Family("Wan SCAIL-2", WAN),
         "WanDancerModel": Family("WanDancer", DANCER),
         "Flux": Family("Flux.1 dev, schnell, Fill, Kontext; Flux.2; LongCat-Image; Ovis-Image", FLUX),
         "Chroma": Family("Chroma", chroma),
@@ -68,6 +72,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "QwenImageTransformer2DModel": Family("Qwen-Image, Qwen-Image-Edit, Qwen-Image-Layered", QWEN),
         "NextDiT": Family("Lumina Image 2, NewBie, Z-Image, Z-Image omni", LUMINA),
         "NextDiTPixelSpace": Family("Z-Image pixel space", PIXEL_SPACE),
+        "MiniMaxH3Model": Family("MiniMax-H3: video with sound, references, keyframes", MINIMAX),
+        "SingleStreamDiT": Family("Krea 2", KREA2),
+        "Ideogram4Transformer2DModel": Family("Ideogram 4", IDEOGRAM4),
         "LTXVModel": Family("LTX-Video: keyframes, guides", LTXV),
         "LTXAVModel": Family("LTX-2, LTX-2.3: video with sound", LTXAV),
         "OpenAISignatureMMDITWrapper": Family("Stable Diffusion 3, 3.5 medium and large", SD3),

@@ -15,6 +15,6 @@ SD3 = Plan(
             # 3.5 medium has a second attention, over the image alone
             attention=(Site(also=("img",)),),
         ),
-        exit=Head("final_layer", output=Split(1, "img")),
+        exit=Head("final_layer", outputs=(Split(1, "img"),)),
     )
 )

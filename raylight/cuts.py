@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +55,29 @@ class Split:
             value = value.flatten(self.dim, self.dim + self.grid - 1)
         whole = gather(value, dim=self.dim, over=self.over, layout=layout, comm=comm)
         return whole.unflatten(self.dim, layout.segment(self.over[0]).grid) if self.grid > 1 else whole
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Joins an output that is of some tokens only, start:stop of the whole sequence.
+
+    Attributes:
+        arg: the argument of the module, (start, stop, ...), that says which.
+        dim: the token dim of the output.
+    """
+
+    arg: str
+    dim: int = 0
+    over: tuple[str, ...] = ("x",)
+
+    def join(self, value: torch.Tensor, given: tuple[Any, ...], layout: Layout, comm: Comm) -> torch.Tensor:
+        """The output for all tokens given[0]:given[1], with equal bytes on every rank: a collective."""
+        if all(layout.replicated(name) for name in self.over):
+            return comm.broadcast(value)
+        ranks = [replace(layout, rank=rank) for rank in range(layout.size)]
+        start, stop, *_ = given
+        sizes = [each.boundary(stop, over=self.over) - each.boundary(start, over=self.over) for each in ranks]
+        return torch.cat(comm.all_gather(value, dim=self.dim, sizes=sizes), self.dim)
 
 
 def _padded(dim: int, grid: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention import ByLength, SequenceAttention
 from .cost import Work
-from .cuts import Entry
+from .cuts import Entry, Stretch
 from .draws import same_draws
 from .errors import PlanError, RaylightError
 from .kernels import LocalKernel
@@ -421,22 +421,31 @@ class _HeadHook:
         self._index = index
         self._head = head
         self._shared = _Shared(head.at, module, head.shared, head.optional)
+        self._says = {out: Slot.need(module, out.arg) for out in head.outputs if isinstance(out, Stretch)}
+        self._said: dict[Stretch, Any] = {}
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         forward = self._owner.forward
         if forward is None or self._owner.per_block(self._index):
             return None
         args, kwargs = list(args), dict(kwargs)
+        self._said = {stretch: slot.read(args, kwargs) for stretch, slot in self._says.items()}
         self._shared.cut(forward, self._owner.layout(self._index), args, kwargs)
         return tuple(args), kwargs
 
-    def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         forward = self._owner.forward
         if forward is None or self._owner.per_block(self._index):
             return None
-        layout = self._owner.layout(self._index)
+        layout, comm = self._owner.layout(self._index), self._owner.mesh.sequence
         forward.layouts[self._index] = None
-        return self._head.output.join(output, layout, self._owner.mesh.sequence)
+        joined = tuple(
+            out.join(value, self._said[out], layout, comm)
+            if isinstance(out, Stretch)
+            else out.join(value, layout, comm)
+            for value, out in zip(_several(output), self._head.outputs, strict=True)
+        )
+        return joined if isinstance(output, tuple) else joined[0]
 
 
 class _SiteHook:

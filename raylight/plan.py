@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .cuts import Entry, Split, Stream
+from .cuts import Entry, Split, Stream, Stretch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +65,18 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Head:
-    """A module after the last block that treats every token by itself: its small output is joined, not its input.
+    """A module after the last block that treats every token by itself: its small outputs are joined, not its input.
 
     Attributes:
         at: path from the root.
         shared: arguments that it gets whole, and their local form.
-        output: how its one output is joined.
+        outputs: how its outputs are joined, in their order.
         optional: names in `shared` that some versions of the model do not have.
     """
 
     at: str
     shared: Mapping[str, Entry] = field(default_factory=dict)
-    output: Split = field(default_factory=lambda: Split(1))
+    outputs: tuple[Split | Stretch, ...] = (Split(1),)
     optional: tuple[str, ...] = ()
 
 

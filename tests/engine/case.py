@@ -132,9 +132,11 @@ def build(path: str, rest: Mapping[str, Any] | None = None, **wanted: Any) -> to
     space = importlib.import_module(module)
     cls = getattr(space, name)
     known = set(inspect.signature(cls.__init__).parameters)
-    if "kwargs" in known:
+    base = cls
+    while "kwargs" in inspect.signature(base.__init__).parameters and base.__base__ is not torch.nn.Module:
         # it hands the rest on
-        known |= set(inspect.signature(cls.__base__.__init__).parameters)
+        base = base.__base__
+        known |= set(inspect.signature(base.__init__).parameters)
     if hasattr(space, name + "Params"):
         known |= {field.name for field in fields(getattr(space, name + "Params"))}
     model = cls(**{key: value for key, value in (place | wanted).items() if key in known}, **(rest or {}))

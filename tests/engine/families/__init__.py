@@ -1,6 +1,7 @@
 """Parity cases, a module per group of families; `CASES` is all of them."""
 
 from . import (
+    autumn,
     chroma,
     controls,
     cosmos,
@@ -25,6 +26,7 @@ CASES = (
     *half.CASES,
     *wan.CASES,
     *wan_variants.CASES,
+    *autumn.CASES,
     *flux.CASES,
     *chroma.CASES,
     *hunyuan.CASES,
