@@ -95,6 +95,24 @@ def _wan(**extras: Any) -> Inputs:
 
 
 V20 = (0, 20, 1)
+V33 = (0, 33, 0)
+H3 = Inputs(shape="24,3,6,10;32,2,7", tokens=9, context=40)
+H3_REFERENCES = [
+    {"kind": "image", "latent_h": 4, "latent_w": 6, "latent": {"randn": [1, 24, 1, 4, 6]}},
+    {
+        "kind": "video_audio",
+        "latent_t": 2,
+        "latent_h": 4,
+        "latent_w": 4,
+        "ref_audio_t": 5,
+        "latent": {"randn": [1, 24, 2, 4, 4]},
+        "audio_latent": {"randn": [1, 32, 2, 5]},
+    },
+]
+H3_KEYFRAMES = [
+    {"resolved_frame_index": 0, "latent": {"randn": [1, 24, 1, 6, 10]}, "audio_latent": {"randn": [1, 32, 2, 2]}},
+    {"resolved_frame_index": 8, "latent": {"randn": [1, 24, 1, 6, 10]}},
+]
 GRID = (3, 14, 18)
 FP8 = "fp8_e4m3fn"
 IMAGE = Inputs(channels=16, height=26, width=30, tokens=19, context=64)
@@ -153,6 +171,15 @@ FAMILIES: Mapping[str, Family] = {
     "wan_scail": Family(
         model="SCAILWanModel",
         since=V20,
+        inputs=_wan(
+            clip_vision_output=_clip_vision(),
+            pose_video_latent=_latent(16, 3, 8, 10),
+            reference_latents=[_latent(16, 1, 14, 18)],
+        ),
+    ),
+    "wan_scail2": Family(
+        model="SCAIL2WanModel",
+        since=V33,
         inputs=_wan(
             clip_vision_output=_clip_vision(),
             pose_video_latent=_latent(16, 3, 8, 10),
@@ -288,6 +315,36 @@ FAMILIES: Mapping[str, Family] = {
             tokens=19,
             context=64,
             extras={"frame_rate": 24.0, "unprocessed_ltxav_embeds": True},
+        ),
+    ),
+    "h3": Family(model="MiniMaxH3Model", since=V33, inputs=H3),
+    "h3_masks": Family(model="MiniMaxH3Model", recipe="h3", since=V33, inputs=dataclasses.replace(H3, kept=1), cfg=1.0),
+    "h3_references": Family(
+        model="MiniMaxH3Model",
+        recipe="h3",
+        since=V33,
+        inputs=dataclasses.replace(H3, extras={"minimax_refs": H3_REFERENCES}),
+    ),
+    "h3_keyframes": Family(
+        model="MiniMaxH3Model",
+        recipe="h3",
+        since=V33,
+        inputs=dataclasses.replace(H3, extras={"minimax_keyframes": H3_KEYFRAMES}),
+    ),
+    "krea2": Family(
+        model="SingleStreamDiT",
+        since=V33,
+        inputs=Inputs(
+            channels=16, height=14, width=18, tokens=9, context=80, extras={"reference_latents": [_latent(16, 6, 10)]}
+        ),
+    ),
+    "ideogram4": Family(
+        model="Ideogram4Transformer2DModel",
+        since=V33,
+        large=True,
+        weight_dtype=FP8,
+        inputs=Inputs(
+            channels=128, height=7, width=9, tokens=9, context=53248, extras={"attention_mask": {"mask": [9, 7]}}
         ),
     ),
     "cosmos": Family(

@@ -185,6 +185,45 @@ def ltxav(size: Sizes) -> Keys:
     return {**ltxv(size), "audio_adaln_single.linear.weight": ()}
 
 
+def minimax(size: Sizes) -> Keys:
+    dim, emb = size["dim"], size["emb"]
+    return {
+        **_layers("blocks.{}.norm1.weight", size["layers"]),
+        **_layers("token_refiner.blocks.{}.norm1.weight", 1),
+        "video_patch_proj.weight": (dim, 24 * 4),
+        "audio_patch_proj.weight": (dim, 32),
+        "final_layer.video_out.weight": (24 * 4, dim),
+        "final_layer.audio_out.weight": (32, dim),
+        "blocks.0.attn.q_norm.weight": (128,),
+        "blocks.0.attn.qkv_proj.weight": (3 * size["heads"] * 128, dim),
+        "blocks.0.mlp.fc1.weight": (2 * size["ffn"], dim),
+        "condition_proj.weight": (dim, size["context"]),
+        "time_embedder.proj_in.weight": (emb, emb),
+        "time_embedder.proj_out.weight": (emb, emb),
+        "rope.inv_freq": (16,),
+    }
+
+
+def krea2(size: Sizes) -> Keys:
+    dim = size["heads"] * 128
+    return {
+        **_layers("blocks.{}.prenorm.scale", size["layers"]),
+        "first.weight": (dim, 16 * 4),
+        "blocks.0.attn.wq.weight": (dim, dim),
+        "blocks.0.attn.wk.weight": (dim, dim),
+        "txtfusion.projector.weight": (1, 2),
+        "txtfusion.layerwise_blocks.0.prenorm.scale": (size["context"],),
+    }
+
+
+def ideogram4(size: Sizes) -> Keys:
+    return {
+        **_layers("layers.{}.attention_norm1.weight", size["layers"]),
+        "embed_image_indicator.weight": (),
+        "input_proj.weight": (18 * 256, 128),
+    }
+
+
 def cosmos(size: Sizes) -> Keys:
     return {
         "blocks.block0.blocks.0.block.attn.to_q.0.weight": (size["dim"], size["dim"]),

@@ -107,6 +107,11 @@ RECIPES: Mapping[str, Recipe] = {
     "wan_scail": Recipe(
         keys=markers.wan(channels=20, patch_embedding_pose__weight=()), detected="WAN21_SCAIL", size=WAN
     ),
+    "wan_scail2": Recipe(
+        keys=markers.wan(channels=20, patch_embedding_pose__weight=(), patch_embedding_mask__weight=()),
+        detected="WAN21_SCAIL2",
+        size=WAN,
+    ),
     "wan_dancer": Recipe(
         keys=markers.wan(channels=36, patch_embedding_global__weight=()), detected="WAN22_WanDancer", size=WAN
     ),
@@ -175,6 +180,15 @@ RECIPES: Mapping[str, Recipe] = {
         size={"dim": 4096, "layers": 48},
         config={"rope_type": "split"},
     ),
+    "h3": Recipe(
+        keys=markers.minimax,
+        detected="MiniMaxH3",
+        size={"dim": 128, "heads": 5, "ffn": 128, "layers": 3, "context": 40, "emb": 32},
+        # what the model divides positions by; a checkpoint brings it
+        spread=(("rope.inv_freq", 0.3, 0.1),),
+    ),
+    "krea2": Recipe(keys=markers.krea2, detected="Krea2", size={"heads": 5, "layers": 2, "context": 40}),
+    "ideogram4": Recipe(keys=markers.ideogram4, detected="Ideogram4", dtype=FP8, size={"layers": 1}),
     "cosmos": Recipe(keys=markers.cosmos, detected="CosmosT2V", dtype=FP8, size={"dim": 480}),
     "cosmos2": Recipe(keys=markers.predict2, detected="CosmosT2IPredict2", dtype=FP8),
     "anima": Recipe(keys=markers.anima, detected="Anima", dtype=FP8),

@@ -20,7 +20,7 @@ def made(value: Any, generator: torch.Generator) -> Any:
     """What a description stands for; anything that is none stands for itself.
 
     Descriptions are dicts with one key: `randn` (a shape), `ints` (the limit, then a shape), `mask` (tokens, then
-    how many of them count) and `object` (its attributes).
+    how many of them count) and `object` (its attributes). They may stand inside of lists and other dicts.
     """
     match value:
         case {"randn": shape}:
@@ -33,6 +33,8 @@ def made(value: Any, generator: torch.Generator) -> Any:
             return SimpleNamespace(**{name: made(each, generator) for name, each in attributes.items()})
         case list():
             return [made(each, generator) for each in value]
+        case dict():
+            return {name: made(each, generator) for name, each in value.items()}
         case _:
             return value
 
@@ -86,7 +88,7 @@ class RLTestLatent:
     """An empty or random latent, with frames (5-D) or without (4-D); height and width are the latent's own.
 
     `shape` replaces all of them: the dims after the batch, separated by commas, and several latents by semicolons.
-    The first `kept` frames are masked, so that sampling keeps them.
+    The first `kept` frames are masked, so that sampling keeps them; of sound beside a video the first parts in time.
     """
 
     CATEGORY = CATEGORY
@@ -129,12 +131,13 @@ class RLTestLatent:
         latents = [torch.zeros(batch, *size) for size in sizes]
         if not empty:
             latents = [torch.randn(latent.shape, generator=generator) for latent in latents]
-        if len(latents) > 1:
-            return ({"samples": _nested(latents)},)
-        result = {"samples": latents[0]}
+        result = {"samples": _nested(latents) if len(latents) > 1 else latents[0]}
         if kept:
-            result["noise_mask"] = torch.ones(batch, 1, *sizes[0][1:])
-            result["noise_mask"][:, :, :kept] = 0
+            masks = [torch.ones(batch, 1, *size[1:]) for size in sizes]
+            masks[0][:, :, :kept] = 0
+            for mask in masks[1:]:
+                mask[..., :kept] = 0
+            result["noise_mask"] = _nested(masks) if len(masks) > 1 else masks[0]
         return (result,)
 
 
