@@ -70,6 +70,15 @@ def ltx2(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
     return [video, sound], t, draw(1, 256, 2 * 3840), None
 
 
+def h3(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
+    # each 17 frames have 5 latent ones, the first of them for one frame and the others for four
+    more = frames % 17
+    latent = 5 * (frames // 17) + (1 + -(-(more - 1) // 4) if more else 0)
+    latents = [draw(1, 24, latent, height // 16, width // 16), draw(1, 32, 2, -(-frames * 40 // 24))]
+    # the text is refined, as a sampler's step passes it
+    return latents, constant(draw, 700.0), draw(1, 256, H3_WIDTH)
+
+
 def sdxl(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
     # both conditions of a picture, as ComfyUI batches them
     return draw(2, 4, height // 8, width // 8), constant(draw, 500.0).repeat(2), draw(2, 77, 2048), draw(2, 2816)
@@ -78,6 +87,8 @@ def sdxl(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
 def pooled(width: int) -> Callable[[Draw], Mapping[str, Any]]:
     return lambda draw: {"pooled_output": draw(1, width)}
 
+
+H3_WIDTH = 5376
 
 MODELS: Mapping[str, Model] = {
     "small": Model("wan", 4, lambda n: {"dim": 256, "ffn": 512, "layers": n}, (5, 64, 64), wan),
@@ -88,6 +99,21 @@ MODELS: Mapping[str, Model] = {
     ),
     "zimage": Model("zimage", 30, lambda n: {"layers": n, "context": 2560}, (1, 1024, 1024), zimage),
     "ltxv": Model("ltxv", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltxv),
+    "h3": Model(
+        "h3",
+        50,
+        lambda n: {
+            "dim": H3_WIDTH,
+            "heads": 56,
+            "ffn": 14336,
+            "layers": n,
+            "context": 5120,
+            "frequencies": 256,
+            "time": 2688,
+        },
+        (124, 768, 1344),
+        h3,
+    ),
     "sdxl": Model("sdxl_base", 1, lambda n: {}, (1, 1024, 1024), sdxl, pooled(1280)),
     "ltx2": Model("ltx2", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltx2),
 }

@@ -186,7 +186,7 @@ def ltxav(size: Sizes) -> Keys:
 
 
 def minimax(size: Sizes) -> Keys:
-    dim, emb = size["dim"], size["emb"]
+    dim = size["dim"]
     return {
         **_layers("blocks.{}.norm1.weight", size["layers"]),
         **_layers("token_refiner.blocks.{}.norm1.weight", 1),
@@ -198,8 +198,8 @@ def minimax(size: Sizes) -> Keys:
         "blocks.0.attn.qkv_proj.weight": (3 * size["heads"] * 128, dim),
         "blocks.0.mlp.fc1.weight": (2 * size["ffn"], dim),
         "condition_proj.weight": (dim, size["context"]),
-        "time_embedder.proj_in.weight": (emb, emb),
-        "time_embedder.proj_out.weight": (emb, emb),
+        "time_embedder.proj_in.weight": (dim, size["frequencies"]),
+        "time_embedder.proj_out.weight": (size["time"], dim),
         "rope.inv_freq": (16,),
     }
 

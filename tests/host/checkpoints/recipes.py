@@ -183,7 +183,7 @@ RECIPES: Mapping[str, Recipe] = {
     "h3": Recipe(
         keys=markers.minimax,
         detected="MiniMaxH3",
-        size={"dim": 128, "heads": 5, "ffn": 128, "layers": 3, "context": 40, "emb": 32},
+        size={"dim": 128, "heads": 5, "ffn": 128, "layers": 3, "context": 40, "frequencies": 32, "time": 32},
         # what the model divides positions by; a checkpoint brings it
         spread=(("rope.inv_freq", 0.3, 0.1),),
     ),
