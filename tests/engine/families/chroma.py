@@ -38,7 +38,8 @@ def chroma(mmdit: tuple[int, ...] = (), dit: tuple[int, ...] = (), **more: Any) 
 
 def radiance(**more: Any) -> torch.nn.Module:
     nerf = dict(nerf_hidden_size=4, nerf_mlp_ratio=2, nerf_depth=2, nerf_max_freqs=2, nerf_tile_size=0)
-    rest = dict(in_channels=3, out_channels=3, nerf_final_head_type="conv", nerf_embedder_dtype=None, use_x0=False)
+    rest = dict(in_channels=3, out_channels=3, nerf_final_head_type="conv", nerf_embedder_dtype=None)
+    rest |= dict(use_x0=False, use_sequential_txt_ids=False)
     path = "comfy.ldm.chroma_radiance.model.ChromaRadiance"
     return build(path, **{**SIZES, **REST, **GUIDE, **nerf, **rest, **more})
 
@@ -52,6 +53,7 @@ pixels = partial(image, channels=3)
 tiles = partial(radiance, nerf_tile_size=4)
 CHROMA_ATTN = ("comfy.ldm.flux.layers", "attn1_patch")
 RADIANCE_X0 = ("comfy.ldm.chroma_radiance.model", "use_x0")
+RADIANCE_IDS = ("comfy.ldm.chroma_radiance.model", "use_sequential_txt_ids")
 case = partial(Case, family="Chroma", model=chroma, make=image)
 pixel_case = partial(Case, family="ChromaRadiance", model=radiance, make=pixels)
 few = partial(case, meshes=FEW)
@@ -96,6 +98,12 @@ CASES = (
         model=partial(radiance, use_x0=True),
         make=partial(pixels, batch=2, size=(6, 10)),
         needs=RADIANCE_X0,
+    ),
+    pixel_case_few(
+        name="radiance_text_ids",
+        model=partial(radiance, use_sequential_txt_ids=True),
+        make=partial(pixels, batch=2),
+        needs=RADIANCE_IDS,
     ),
     pixel_case_few(name="radiance_control", make=partial(pixels, control=residuals()), modes=CHOOSES_BLOCK),
     pixel_case_few(name="radiance_skip", make=partial(patched, pixels, partial(skip, *ends)), modes=CHOOSES_BLOCK),
