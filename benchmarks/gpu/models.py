@@ -27,6 +27,7 @@ class Model:
         inputs: arguments of a call, from a function that draws tensors, frames, height and width: the latent, a
             timestep, a text, and others.
         condition: what a sampler's conditioning has beside the text.
+        once: keyword arguments of a call that a sampler makes once in a run, from frames, height and width.
     """
 
     recipe: str
@@ -35,6 +36,7 @@ class Model:
     extent: tuple[int, int, int]
     inputs: Callable[[Draw, int, int, int], tuple[Any, ...]]
     condition: Callable[[Draw], Mapping[str, Any]] = lambda draw: {}
+    once: Callable[[int, int, int], Mapping[str, Any]] = lambda frames, height, width: {}
 
 
 def constant(draw: Draw, value: float) -> Any:
@@ -71,12 +73,24 @@ def ltx2(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
 
 
 def h3(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
+    latent, sound = h3_lengths(frames)
+    latents = [draw(1, 24, latent, height // 16, width // 16), draw(1, 32, 2, sound)]
+    # the text is refined, as a sampler's step passes it
+    return latents, constant(draw, 700.0), draw(1, H3_TEXT, H3_WIDTH)
+
+
+def h3_lengths(frames: int) -> tuple[int, int]:
+    """Latent frames of video, and of its sound."""
     # each 17 frames have 5 latent ones, the first of them for one frame and the others for four
     more = frames % 17
-    latent = 5 * (frames // 17) + (1 + -(-(more - 1) // 4) if more else 0)
-    latents = [draw(1, 24, latent, height // 16, width // 16), draw(1, 32, 2, -(-frames * 40 // 24))]
-    # the text is refined, as a sampler's step passes it
-    return latents, constant(draw, 700.0), draw(1, 256, H3_WIDTH)
+    return 5 * (frames // 17) + (1 + -(-(more - 1) // 4) if more else 0), -(-frames * 40 // 24)
+
+
+def h3_layout(frames: int, height: int, width: int) -> dict[str, Any]:
+    from comfy.ldm.minimax.model import PackedLayout
+
+    latent, sound = h3_lengths(frames)
+    return {"minimax_payload": {"layout": PackedLayout(H3_TEXT, latent, height // 16, width // 16, sound)}}
 
 
 def sdxl(draw: Draw, frames: int, height: int, width: int) -> tuple[Any, ...]:
@@ -88,7 +102,7 @@ def pooled(width: int) -> Callable[[Draw], Mapping[str, Any]]:
     return lambda draw: {"pooled_output": draw(1, width)}
 
 
-H3_WIDTH = 5376
+H3_WIDTH, H3_TEXT = 5376, 256
 
 MODELS: Mapping[str, Model] = {
     "small": Model("wan", 4, lambda n: {"dim": 256, "ffn": 512, "layers": n}, (5, 64, 64), wan),
@@ -113,6 +127,7 @@ MODELS: Mapping[str, Model] = {
         },
         (124, 768, 1344),
         h3,
+        once=h3_layout,
     ),
     "sdxl": Model("sdxl_base", 1, lambda n: {}, (1, 1024, 1024), sdxl, pooled(1280)),
     "ltx2": Model("ltx2", 48, lambda n: {"dim": 4096, "layers": n}, (121, 704, 1280), ltx2),
