@@ -45,7 +45,7 @@ class Case:
         base: plain inputs of the same model, for the forward after one that raised.
         modes: "trunk" and "block" force a granularity, "auto" lets the engine choose; "turns",
             "synced" and "kernel" choose and switch an option on, "wrapped" is a DIFFUSION_MODEL wrapper.
-        meshes: where to run it (names of `ranks.MESHES`); () is everywhere.
+        meshes: where to run it (names of `meshes.MESHES`); () is everywhere.
         all_meshes: whether it runs on all of them by default too.
         needs: (module, text): the module's source must hold the text in this ComfyUI; ("module", "") that
             the module is there.

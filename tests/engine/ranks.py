@@ -2,7 +2,8 @@
 
 With "" for the root the collectives run by themselves, else all cases whose names match the pattern. The
 ranks are forked from one process that has imported everything and computed the references, since importing
-ComfyUI once per rank would take longer than all cases. Results are one JSON object.
+ComfyUI once per rank would take longer than all cases. Results are one JSON object. What is wrong is printed,
+and the exit code is 1 then: a case that cannot be built or that raises is one wrong case, and all others run.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import json
 import logging
 import multiprocessing
 import os
+import queue
 import sys
 import tempfile
+import time
 import traceback
-import zlib
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,45 +33,24 @@ from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.hooks import install
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.tests.host.host_waits import HostWaits
-from comfy_raylight.tests.host.large import LARGE
 
 from . import collectives, row_bytes
 from .case import Case, cast
-from .families import CASES, even
+from .families import CASES
+from .in_step import Agreement, OutOfStepError, Parts
+from .meshes import ALONE, MESHES, meshes_of
+from .verdicts import summary
 
-MESHES: dict[str, tuple[int, int]] = {
-    "u2": (2, 1),
-    "u3": (3, 1),
-    "u5": (5, 1),
-    "u8": (8, 1),
-    "r2": (1, 2),
-    "r3": (1, 3),
-    "u2r2": (2, 2),
-    "u4r2": (4, 2),
-}
-"""Ulysses and ring degrees by name; a case's `meshes` are some of these."""
-ALWAYS = ("u2",)
-"""Whether every case runs on all of its meshes; by default on ALWAYS, and on one of the others by its name."""
 GROUPS = (2, 3, 8)
 """World sizes at which the collectives run by themselves."""
 TIMEOUT = timedelta(seconds=60)
+FINISH_S = 900.0
+"""Bound of all that is run on one mesh."""
 SWITCHES: dict[str, dict[str, Any]] = {
     "synced": {"sync_ulysses": True},
     "turns": {"overlap": 3},
     "kernel": {"attention": "TORCH_MATH"},
 }
-
-
-def meshes_of(case: Case) -> tuple[str, ...]:
-    """The meshes that a case runs on."""
-    if not (case.every or LARGE):
-        return ()
-    found = case.meshes or tuple(MESHES)
-    others = [name for name in found if name not in ALWAYS]
-    if LARGE or case.all_meshes or case in even.CASES or not others:
-        return found
-    one = others[zlib.crc32(case.name.encode()) % len(others)]
-    return tuple(name for name in found if name in (*ALWAYS, one))
 
 
 def enter_comfy(root: str) -> None:
@@ -105,8 +88,8 @@ def same_on_all(output: Any, mesh: Mesh) -> bool:
     return mesh.control.all_reduce(torch.as_tensor(different), op="max").item() == 0
 
 
-def run_case(case: Case, model: Any, reference: Any, mesh: Mesh, mode: str) -> dict[str, Any]:
-    """One case in one mode against the single-process output."""
+def run_case(mesh: Mesh, *, case: Case, model: Any, reference: Any, mode: str) -> dict[str, Any]:
+    """One case in one mode against the single-process output; it may raise on any of the ranks."""
     used = copy.copy(mesh)
     used.parallel = dataclasses.replace(mesh.parallel, **SWITCHES.get(mode, {}))
     granularity: Any = mode if mode in ("trunk", "block") else None
@@ -132,16 +115,15 @@ def run_case(case: Case, model: Any, reference: Any, mesh: Mesh, mode: str) -> d
         result["bytes"] = float(sum(leaf.double().sum().item() for leaf in leaves(out))).hex()
         result["same"] = same_on_all(out, mesh)
     except Exception as problem:
-        result.update(raised=type(problem).__name__, text=str(problem))
-        if case.raises or case.ring_raises:
-            # the next forward must start clean
-            args, kwargs = case.plain()
-            out = installation.wrapper(forward_of(model), *args, **kwargs)
-            installation.remove()
-            args, kwargs = case.plain()
-            result["clean"] = difference(out, forward_of(model)(*args, **kwargs))
-        elif not case.wrong:
+        if not (case.raises or case.ring_raises):
             raise
+        result.update(raised=type(problem).__name__, text=str(problem))
+        # the next forward must start clean
+        args, kwargs = case.plain()
+        out = installation.wrapper(forward_of(model), *args, **kwargs)
+        installation.remove()
+        args, kwargs = case.plain()
+        result["clean"] = difference(out, forward_of(model)(*args, **kwargs))
     finally:
         installation.remove()
     result["collectives"] = mesh.collectives - before
@@ -162,24 +144,38 @@ def forward_of(model: Any) -> Any:
     return model.forward if control_plan_for(model) else getattr(model, "_forward", model.forward)
 
 
-def parity(rank: int, size: int, path: str, name: str, prepared: list[Any]) -> dict[str, Any]:
-    """Every case that runs on a mesh, in all of its modes."""
+def parity(
+    rank: int, size: int, path: str, agreement: Agreement, *, name: str, prepared: list[Any]
+) -> dict[str, dict[str, Any]]:
+    """Every case on one mesh, in its modes up to the first that goes wrong on any rank."""
     ulysses, ring = MESHES[name]
-    mesh = mesh_of(ParallelConfig(world=size, ulysses=ulysses, ring=ring, cfg=1), rank=rank, path=path)
-    results: dict[str, Any] = {}
+    parallel = ParallelConfig(world=size, ulysses=ulysses, ring=ring, cfg=1)
+
+    def make(number: int) -> Mesh:
+        return mesh_of(parallel, rank=rank, path=f"{path}{number}")
+
+    results: dict[str, dict[str, Any]] = {}
+    lost = ""
     # as ComfyUI runs prompts
     with torch.inference_mode():
+        parts = Parts(make, rank=rank, agreement=agreement)
         for case, model, reference in prepared:
-            if name in meshes_of(case):
-                modes = case.modes_on(name, size)
+            found = results[case.name] = {}
+            for mode in case.modes_on(name, size):
+                if lost:
+                    found[mode] = {"broke": lost, "lost": True}
+                    break
+                run = partial(run_case, case=case, model=model, reference=reference, mode=mode)
                 try:
-                    results[case.name] = {m: run_case(case, model, reference, mesh, m) for m in modes}
-                except Exception as error:
-                    error.add_note(f"in {case.name} on {name}")
-                    raise
-    # one that leaves early would break connections that others still make
-    mesh.control.all_reduce(torch.zeros(1))
-    mesh.close()
+                    found[mode], well = parts.run(run)
+                except OutOfStepError as error:
+                    found[mode] = {"broke": f"the ranks of {name} got out of step: {error}", "lost": True}
+                    lost = f"not run, since the ranks of {name} got out of step in {case.name}"
+                    break
+                if not (well or case.wrong):
+                    break
+        if not lost:
+            parts.close()
     return results
 
 
@@ -206,10 +202,16 @@ def work(rank: int, results: Any, job: Any, *args: Any) -> None:
         results.put((rank, traceback.format_exc()))
 
 
-def fork(size: int, job: Any, *extra: Any) -> dict[int, Any]:
-    """Run a job on `size` ranks; what each returned, by rank."""
+def fork(size: int, job: Any, *extra: Any, agreement: Agreement | None = None) -> dict[int, Any]:
+    """Run a job on `size` ranks; what each returned, by rank, or a text that says why it did not.
+
+    Args:
+        agreement: of the ranks, which hear by it of one that is gone; the job gets it after `extra`.
+    """
     context = multiprocessing.get_context("fork")
     results = context.Queue()
+    if agreement is not None:
+        extra = (*extra, agreement)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "store")
         processes = [
@@ -217,8 +219,24 @@ def fork(size: int, job: Any, *extra: Any) -> dict[int, Any]:
         ]
         for process in processes:
             process.start()
+        found: dict[int, Any] = {}
+        end = time.monotonic() + FINISH_S
         try:
-            return dict(results.get(timeout=900) for _ in processes)
+            while len(found) < size:
+                # before the look: what they had to say is there by now
+                ended = [rank for rank, process in enumerate(processes) if not process.is_alive()]
+                try:
+                    rank, result = results.get(timeout=1)
+                    found[rank] = result
+                except queue.Empty:
+                    late = range(size) if time.monotonic() > end else ended
+                    for rank in set(late) - found.keys():
+                        code = processes[rank].exitcode
+                        why = f"ended with code {code}" if rank in ended else f"did not finish in {FINISH_S:.0f} s"
+                        found[rank] = f"rank {rank} {why}"
+                        if agreement is not None:
+                            agreement.leave()
+            return dict(sorted(found.items()))
         finally:
             for process in processes:
                 process.join(10)
@@ -240,51 +258,107 @@ def noise_of(case: Case, reference: Any) -> float:
     return difference(reference, forward_of(case.build().float())(*args, **kwargs))
 
 
-ALONE = {"wan_t2v": ("TORCH", "TORCH_MATH"), "wan_override": ("TORCH",), "flux": ("TORCH", "TORCH_MATH")}
-"""Cases that also run on a mesh of one process, and the kernels they run with."""
-
-
-def one_process(prepared: list[tuple[Case, Any, Any]]) -> dict[str, float]:
+def one_process(prepared: list[tuple[Case, Any, Any]]) -> dict[str, float | str]:
     """Errors on one process without torch.distributed: the engine must change nothing, or only the kernel."""
-    results = {}
+    results: dict[str, float | str] = {}
     with torch.inference_mode():
         for case, model, reference in prepared:
             for attention in ALONE.get(case.name, ()):
-                mesh = Mesh.single(ParallelConfig(world=1, attention=attention))
-                installation = install(model, case.plan(model), mesh, kernel=kernels.chosen(mesh.parallel))
-                args, kwargs = case.inputs()
-                out = installation.wrapper(forward_of(model), *args, **kwargs)
-                installation.remove()
-                results[f"{case.name}-{attention}"] = difference(out, reference)
+                try:
+                    results[f"{case.name}-{attention}"] = single(case, model, reference, attention)
+                except Exception:
+                    results[f"{case.name}-{attention}"] = traceback.format_exc()
     return results
 
 
-def main(root: str, result: str, chosen: str = "*") -> None:
-    """Compute the chosen cases' references, then all ranks' results, and write them down."""
+def single(case: Case, model: Any, reference: Any, attention: str) -> float:
+    """The error of one case with one kernel on a mesh of this process."""
+    mesh = Mesh.single(ParallelConfig(world=1, attention=attention))
+    installation = install(model, case.plan(model), mesh, kernel=kernels.chosen(mesh.parallel))
+    try:
+        args, kwargs = case.inputs()
+        return difference(installation.wrapper(forward_of(model), *args, **kwargs), reference)
+    finally:
+        installation.remove()
+
+
+def rows() -> dict[str, dict[int, Any]]:
+    """What ranks that share a picture send, by model and number of ranks; a text where a model is not to be built."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, (build, make) in row_bytes.MODELS.items():
+        try:
+            with torch.inference_mode():
+                model = build()
+        except Exception:
+            why = traceback.format_exc()
+            found[name] = {size: {0: why} for size in row_bytes.SIZES}
+        else:
+            found[name] = {size: fork(size, row_bytes.job, model, make) for size in row_bytes.SIZES}
+    return found
+
+
+def prepare(cases: Sequence[Case]) -> tuple[list[tuple[Case, Any, Any]], dict[str, Any]]:
+    """Models and references of all that can be built, and of the others why not; the noise of those in bf16."""
+    prepared: list[tuple[Case, Any, Any]] = []
+    about: dict[str, Any] = {"noise": {}, "absent": [], "unbuilt": {}}
+    # inference mode throughout, as ComfyUI runs prompts: tensors made in it cannot be used outside
+    with torch.inference_mode():
+        for case in cases:
+            try:
+                if not case.available():
+                    about["absent"].append(case.name)
+                    continue
+                model, reference = reference_of(case)
+                if case.half:
+                    about["noise"][case.name] = noise_of(case, reference)
+            except Exception:
+                about["unbuilt"][case.name] = traceback.format_exc()
+            else:
+                prepared.append((case, model, reference))
+    return prepared, about
+
+
+def compare(root: str, cases: Sequence[Case]) -> dict[str, Any]:
+    """Compute the references of cases with the ComfyUI at `root`, then all ranks' results."""
+    enter_comfy(root)
+    prepared, report = prepare(cases)
+    report["alone"] = one_process(prepared)
+    report["ranks"] = {}
+    for name, (ulysses, ring) in MESHES.items():
+        size, there = ulysses * ring, [each for each in prepared if name in meshes_of(each[0])]
+        job = partial(parity, name=name, prepared=there)
+        report["ranks"][name] = fork(size, job, agreement=Agreement(size))
+    return report
+
+
+def main(root: str, result: str, chosen: str = "*") -> int:
+    """Run what is asked for, write it down, say what is wrong; 1 if anything is."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    everything: dict[str, Any] = {}
-    if root:
-        enter_comfy(root)
-        prepared: list[tuple[Any, Any, Any]] = []
-        # inference mode throughout, as ComfyUI runs prompts: tensors made in it cannot be used outside
-        with torch.inference_mode():
-            for case in CASES:
-                if meshes_of(case) and case.available() and fnmatch.fnmatch(case.name, chosen):
-                    prepared.append((case, *reference_of(case)))
-            everything["noise"] = {case.name: noise_of(case, reference) for case, _, reference in prepared if case.half}
-        everything["alone"] = one_process(prepared)
-        with torch.inference_mode():
-            built = {name: (build(), make) for name, (build, make) in row_bytes.MODELS.items()}
-        everything["rows"] = {size: fork(size, row_bytes.job, built) for size in row_bytes.SIZES}
-        everything["ranks"] = {
-            name: fork(ulysses * ring, parity, name, prepared) for name, (ulysses, ring) in MESHES.items()
-        }
-    else:
-        everything["ranks"] = {size: fork(size, alone) for size in GROUPS}
-    with open(result, "w", encoding="utf-8") as file:
-        json.dump(everything, file)
+    if not root:
+        write(result, {"ranks": {size: fork(size, alone) for size in GROUPS}})
+        return 0
+    cases = [case for case in CASES if meshes_of(case) and fnmatch.fnmatch(case.name, chosen)]
+    report = compare(root, cases)
+    report["rows"] = rows()
+    return judge(cases, write(result, report))
+
+
+def write(path: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a report, and return it as those read it who load the file."""
+    text = json.dumps(report)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def judge(cases: Sequence[Case], report: Mapping[str, Any]) -> int:
+    """Print which cases are right and which are not; 1 if any is wrong or cannot be built."""
+    found = summary(cases, report)
+    sys.stdout.write(found.text())
+    return int(found.bad)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    sys.exit(main(*sys.argv[1:4]))

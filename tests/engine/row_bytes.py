@@ -58,23 +58,20 @@ def closed_form(model: torch.nn.Module, inputs: Inputs, *, rank: int, size: int)
     return sent
 
 
-def job(rank: int, size: int, path: str, models: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Bytes by kind of the second forward, which tests nothing any more, and their closed form, for every model."""
+def job(rank: int, size: int, path: str, model: Any, make: Any) -> dict[str, Any]:
+    """Bytes by kind of a model's second forward, which tests nothing any more, and their closed form."""
     from .ranks import mesh_of
 
     mesh = mesh_of(ParallelConfig(world=size, ulysses=size, ring=1, cfg=1), rank=rank, path=path)
-    found: dict[str, Any] = {}
     with torch.inference_mode():
-        for name, (model, make) in models.items():
-            wanted = closed_form(model, make(), rank=rank, size=size)
-            installation = install(model, plan_for(model), mesh)
-            for _ in range(2):
-                before = mesh.bytes
-                args, kwargs = make()
-                installation.wrapper(model._forward, *args, **kwargs)
-            installation.remove()
-            sent = {kind: float(count - before.get(kind, 0)) for kind, count in mesh.bytes.items()}
-            found[name] = {"sent": {kind: count for kind, count in sent.items() if count}, "closed form": wanted}
+        wanted = closed_form(model, make(), rank=rank, size=size)
+        installation = install(model, plan_for(model), mesh)
+        for _ in range(2):
+            before = mesh.bytes
+            args, kwargs = make()
+            installation.wrapper(model._forward, *args, **kwargs)
+        installation.remove()
+    sent = {kind: float(count - before.get(kind, 0)) for kind, count in mesh.bytes.items()}
     mesh.control.all_reduce(torch.zeros(1))
     mesh.close()
-    return found
+    return {"sent": {kind: count for kind, count in sent.items() if count}, "closed form": wanted}

@@ -9,9 +9,9 @@ from typing import Any
 from comfy_raylight.patches.registry import FAMILIES, UNSPLIT
 from comfy_raylight.tests.host import documents
 
-from . import residency_ranks
+from . import residency_ranks, verdicts
 from .families import CASES
-from .ranks import MESHES
+from .meshes import MESHES
 
 BEGIN, END = "<!-- families: written by the tests -->\n", "<!-- end of families -->\n"
 
@@ -48,7 +48,7 @@ def error_table(results: Mapping[str, Any]) -> str:
         cases = [case for case in CASES if case.family == name and not (case.wrong or case.raises or case.half)]
         cells = []
         for mesh in MESHES:
-            table = results["ranks"][mesh]["0"]
+            (table, *_) = verdicts.tables_of(results["ranks"][mesh])
             errors = [r["error"] for c in cases for r in table.get(c.name, {}).values() if "error" in r]
             cells.append(_rounded_up(max(errors)) if errors else "")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from . import verdicts
 from .conftest import comfy_roots
 from .families import CASES
 
@@ -39,8 +40,7 @@ ASKING = {
 def watched(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, list[str]]]]:
     """The names of cases and what was seen of them, on every mesh."""
     for ranks in results["ranks"].values():
-        assert isinstance(ranks["0"], dict), ranks["0"]
-        for name, modes in ranks["0"].items():
+        for name, modes in verdicts.tables_of(ranks)[0].items():
             yield from ((name, result) for result in modes.values() if "asked" in result)
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def reporter(
     arguments: Callable[[Path], Sequence[object]] = lambda root: (),
     *,
     timeout: float,
+    codes: Collection[int] = (0,),
 ) -> Callable[[Path | None], Report]:
     """What gives the report of a script for a ComfyUI; a test that asks fails with its log where there is none.
 
@@ -32,6 +33,7 @@ def reporter(
             None), the JSON file to write, and `arguments` of the root.
         folder: for reports and logs.
         timeout: seconds for one run.
+        codes: exit codes of a run that has written its report.
     """
     path = [str(TESTS), str(TESTS.parent / "workers" / "import_root"), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -52,7 +54,7 @@ def reporter(
             code = subprocess.run(
                 command, env=environment, stdout=file, stderr=file, timeout=timeout, check=False
             ).returncode
-        if code:
+        if code not in codes or not out.is_file():
             return f"the driver ended with {code}:\n{log.read_text(errors='replace')[-4000:]}"
         report: Report = json.loads(out.read_text(encoding="utf-8"))
         return report
