@@ -65,10 +65,12 @@ def main() -> int:
     """Set up, then run the comparison in the environment."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = _options()
-    if Path(sys.prefix).resolve() == (setup.HOME / "venv").resolve():
+    root = options.comfy or setup.COMFY
+    if setup.inside(root):
         return compare(options)
     try:
-        python = setup.ensure(more=[options.comfy] if options.comfy else [])
+        setup.ensure()
+        python = setup.ensure(root)
     except setup.SetupError as error:
         print(error, file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from host import setup  # noqa: E402  (tests/ is on the path now)
 
 
 def enter(comfy: Path | None) -> int | None:
-    """Be in the environment with ComfyUI booted, and return None; else run this command there for its exit code.
+    """Be in a ComfyUI's environment with it booted, and return None; else run this command there for its exit code.
 
     Args:
         comfy: root of a ComfyUI; None is the test host.
@@ -31,10 +31,12 @@ def within(comfy: Path | None) -> int | None:
     if comfy is not None and not ((comfy / "main.py").is_file() and (comfy / "comfy").is_dir()):
         print(f"--comfy names {comfy}, which holds no ComfyUI (no main.py and comfy/). Correct it.", file=sys.stderr)
         return 1
-    if Path(sys.prefix).resolve() == (setup.HOME / "venv").resolve():
+    root = comfy or setup.COMFY
+    if setup.inside(root):
         return None
     try:
-        python = setup.ensure(more=[comfy] if comfy else [])
+        setup.ensure()
+        python = setup.ensure(root)
     except setup.SetupError as error:
         print(error, file=sys.stderr)
         return 1

@@ -31,9 +31,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of tests/host/faults.py, by default all")
     parser.add_argument("--write", action="store_true", help="write the table into docs/operations.md")
     options = parser.parse_args()
-    if Path(sys.prefix).resolve() == (setup.HOME / "venv").resolve():
+    root = options.comfy or setup.COMFY
+    if setup.inside(root):
         return run(options)
-    python = setup.ensure(more=[options.comfy] if options.comfy else [])
+    setup.ensure()
+    python = setup.ensure(root)
     return subprocess.run([str(python), *sys.argv], check=False).returncode
 
 

@@ -29,8 +29,8 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help="write the files")
     options = parser.parse_args()
-    if Path(sys.prefix).resolve() != (setup.HOME / "venv").resolve():
-        return subprocess.run([str(setup.ensure(more=options.comfy)), *sys.argv], check=False).returncode
+    if not setup.inside():
+        return subprocess.run([str(setup.ensure()), *sys.argv], check=False).returncode
     from host import help_pages
     from host.server import ComfyServer
 
@@ -38,7 +38,7 @@ def main() -> int:
     for root in options.comfy or [setup.COMFY]:
         with (
             tempfile.TemporaryDirectory() as folder,
-            ComfyServer(root, base=Path(folder)) as server,
+            ComfyServer(root, base=Path(folder), python=setup.ensure(root)) as server,
             server.client() as client,
         ):
             published |= help_pages.of_pack(client.object_info())

@@ -36,9 +36,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NODE", help="by default all that are registered")
     parser.add_argument("--write", action="store_true", help="write the table into docs/nodes.md")
     options = parser.parse_args()
-    if Path(sys.prefix).resolve() == (setup.HOME / "venv").resolve():
+    if setup.inside():
         return run(options)
-    python = setup.ensure(more=options.comfy)
+    python = setup.ensure()
     return subprocess.run([str(python), *sys.argv], check=False).returncode
 
 
@@ -71,7 +71,7 @@ def outcomes(root: Path, only: list[str] | None) -> dict[str, Outcome | None]:
     from comfy_raylight.tests.host.server import ComfyServer
 
     with tempfile.TemporaryDirectory() as folder:
-        server = ComfyServer(root, base=Path(folder), threads=1)
+        server = ComfyServer(root, base=Path(folder), python=setup.ensure(root), threads=1)
         counterparts.write_files(server)
         with server, server.client() as client:
             nodes = only or counterparts.nodes_of_pack(client.object_info())

@@ -36,10 +36,15 @@ LTXV: Mapping[str, Any] = {
 """The smallest of LTXV's layout that goes up 32 times in space and 8 times in time, as ComfyUI takes for granted."""
 
 
-def write(folder: Path, *, comfy_root: Path) -> None:
-    """Write wan, ltxv, taesd and, on demand, oobleck as FOLDER/NAME.safetensors, in a process of its own."""
+def write(folder: Path, *, comfy_root: Path, python: Path | None = None) -> None:
+    """Write wan, ltxv, taesd and, on demand, oobleck as FOLDER/NAME.safetensors, in a process of its own.
+
+    Args:
+        comfy_root: the ComfyUI that must detect them.
+        python: interpreter with ComfyUI's packages, by default the running one.
+    """
     done = subprocess.run(
-        [sys.executable, "-B", "-m", "decode.files", str(comfy_root), str(folder)],
+        [str(python or sys.executable), "-B", "-m", "decode.files", str(comfy_root), str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "workers" / "import_root")))},
         capture_output=True,
         text=True,

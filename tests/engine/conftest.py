@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests import conftest as shared
 from comfy_raylight.tests.host.reports import reporter
 
 TIMEOUT_S = 1800
 
 
 def comfy_roots() -> list[Any]:
-    """The ComfyUI roots that RAYLIGHT_TEST_COMFY lists, named by their version."""
-    found = []
-    for index, root in enumerate(filter(None, os.environ.get("RAYLIGHT_TEST_COMFY", "").split(os.pathsep))):
-        version = Path(root, "comfyui_version.py")
-        match = re.search(r'__version__ = "([^"]+)"', version.read_text() if version.is_file() else "")
-        found.append(pytest.param(root, id=match[1] if match else f"comfy{index}"))
-    return found
+    """The ComfyUIs of this process as parameters, named as everywhere."""
+    roots = shared.comfy_roots()
+    return [pytest.param(str(root), id=name) for root, name in zip(roots, shared.ids_of(roots), strict=True)]
 
 
 @pytest.fixture(scope="session")

@@ -69,12 +69,13 @@ class Parts:
         self._mesh: Mesh | None = make(0)
 
     def run(self, part: Callable[[Mesh], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """What a part returns here, or what it raised, and whether all ranks came through it with equal collectives.
+        """What a part returns here, and whether all ranks came through it with equal numbers of collectives.
 
-        Raises:
-            OutOfStepError: the ranks cannot go on.
+        Of one that raised it is "raised", "text" and, as a traceback, "broke". "broke" and "lost" is all there is of a
+        part in which a rank was lost, and of those that come later, which are not run.
         """
-        assert self._mesh is not None
+        if self._mesh is None:
+            return {"broke": "not run, since the ranks got out of step before", "lost": True}, False
         before = self._mesh.collectives
         try:
             result = part(self._mesh)
@@ -85,22 +86,30 @@ class Parts:
         if said == BROKE:
             # ranks that wait for this one in a collective hear of it now, and not when that times out
             self._drop()
-        told = self._agreement.on_all(self._rank, said)
-        in_step = said != BROKE and len(set(told)) == 1
-        if not in_step:
+        try:
+            told = self._agreement.on_all(self._rank, said)
+            in_step = said != BROKE and len(set(told)) == 1
+            if not in_step:
+                self._renew()
+        except OutOfStepError as error:
             self._drop()
-            self._number += 1
-            try:
-                self._mesh = self._make(self._number)
-            except Exception as error:
-                self._agreement.leave()
-                raise OutOfStepError(f"no new mesh: {error}") from error
+            return {"broke": f"the ranks got out of step: {error}", "lost": True}, False
         return result, in_step
 
     def close(self) -> None:
         """Leave the mesh when all have come here: one that left early would break connections that others make."""
-        self._agreement.on_all(self._rank, 0)
+        if self._mesh is not None:
+            self._agreement.on_all(self._rank, 0)
+            self._drop()
+
+    def _renew(self) -> None:
         self._drop()
+        self._number += 1
+        try:
+            self._mesh = self._make(self._number)
+        except Exception as error:
+            self._agreement.leave()
+            raise OutOfStepError(f"no new mesh: {error}") from error
 
     def _drop(self) -> None:
         if self._mesh is not None:

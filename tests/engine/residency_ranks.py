@@ -11,7 +11,9 @@ import fnmatch
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from comfy_raylight.tests.host.large import LARGE
 
 from .case import Case, patched, skip
 from .families import CASES, wan
+from .in_step import Agreement, Parts
 from .ranks import enter_comfy, fork, forward_of, leaves, mesh_of
 
 MESHES: dict[str, tuple[int, int]] = {"u2": (2, 1), "u3": (3, 1), "u2r2": (2, 2)}
@@ -259,22 +262,35 @@ def ranks_of(case: Case) -> tuple[str, ...]:
     return tuple(MESHES) if LARGE or case.family == FAST[0] else ("u2",)
 
 
-def parity(rank: int, size: int, path: str, name: str, prepared: list[Any]) -> dict[str, Any]:
-    """Every case on one mesh."""
+def on_mesh(
+    mesh: Mesh, *, case: Case, model: Any, reference: Any, variants: tuple[list[tuple[str, bool]], ...]
+) -> dict[str, Any]:
+    """A case in all its variants."""
+    alone, together = variants
+    return by_itself(case, model, reference, mesh, alone) | with_sequence(case, model, mesh, together)
+
+
+def parity(rank: int, size: int, path: str, agreement: Agreement, *, name: str, prepared: list[Any]) -> dict[str, Any]:
+    """Every case on one mesh; "broke" says why there is nothing of one."""
     ulysses, ring = MESHES[name]
     parallel = ParallelConfig(world=size, ulysses=ulysses, ring=ring, cfg=1, residency="sharded")
-    mesh = mesh_of(parallel, rank=rank, path=path)
+
+    def make(number: int) -> Mesh:
+        return mesh_of(parallel, rank=rank, path=f"{path}{number}")
+
+    jobs: dict[str, Callable[[Mesh], dict[str, Any]]] = {
+        case.name: partial(on_mesh, case=case, model=model, reference=reference, variants=variants_of(case, name))
+        for case, model, reference in prepared
+    }
+    jobs |= {"changes of path": changes_of_path, "goes wrong": goes_wrong}
     results: dict[str, Any] = {}
     with torch.inference_mode():
-        for case, model, reference in prepared:
-            if name in ranks_of(case):
-                alone, together = variants_of(case, name)
-                results[case.name] = by_itself(case, model, reference, mesh, alone)
-                results[case.name] |= with_sequence(case, model, mesh, together)
-        results["changes of path"] = changes_of_path(mesh)
-        results["goes wrong"] = goes_wrong(mesh)
-    mesh.control.all_reduce(torch.zeros(1))
-    mesh.close()
+        parts = Parts(make, rank=rank, agreement=agreement)
+        for title, job in jobs.items():
+            results[title], well = parts.run(job)
+            if not well:
+                results[title].setdefault("broke", "another rank did not come through with as many collectives")
+        parts.close()
     return results
 
 
@@ -284,12 +300,22 @@ def main(root: str, result: str, pattern: str = "*") -> None:
     logging.disable(logging.WARNING)
     enter_comfy(root)
     prepared: list[tuple[Case, Any, Any]] = []
+    unbuilt: dict[str, Any] = {}
     with torch.inference_mode():
         for case in chosen(pattern):
-            model = built(case)
-            args, kwargs = case.inputs()
-            prepared.append((case, model, forward_of(model)(*args, **kwargs)))
-    found = {name: fork(ulysses * ring, parity, name, prepared) for name, (ulysses, ring) in MESHES.items()}
+            try:
+                model = built(case)
+                args, kwargs = case.inputs()
+                prepared.append((case, model, forward_of(model)(*args, **kwargs)))
+            except Exception:
+                unbuilt[case.name] = {"broke": traceback.format_exc()}
+    found: dict[str, dict[int, Any]] = {}
+    for name, (ulysses, ring) in MESHES.items():
+        size, there = ulysses * ring, [each for each in prepared if name in ranks_of(each[0])]
+        ranks = fork(size, partial(parity, name=name, prepared=there), agreement=Agreement(size))
+        found[name] = {
+            rank: {**table, **unbuilt} if isinstance(table, dict) else table for rank, table in ranks.items()
+        }
     with open(result, "w", encoding="utf-8") as file:
         json.dump(found, file)
 

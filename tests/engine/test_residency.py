@@ -60,11 +60,14 @@ def test_table_is_written(request: pytest.FixtureRequest, residency: Any) -> Non
     TABLE.write_text("\n".join(sections), encoding="utf-8", newline="\n")
 
 
-def of_all_ranks(found: dict[str, Any], mesh: str, name: str) -> list[dict[str, Any]]:
-    tables = list(found[mesh].values())
+def of_all_ranks(results: dict[str, Any], mesh: str, name: str) -> list[dict[str, Any]]:
+    tables = list(results[mesh].values())
     for table in tables:
         assert isinstance(table, dict), table
-    return [table[name] for table in tables if name in table]
+    found = [table[name] for table in tables if name in table]
+    for result in found:
+        assert "broke" not in result, result["broke"]
+    return found
 
 
 def check(results: list[dict[str, Any]]) -> None:

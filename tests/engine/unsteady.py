@@ -22,7 +22,7 @@ from comfy_raylight.raylight.mesh import Mesh
 
 from .case import Case, build, without
 from .families import wan
-from .in_step import Agreement, OutOfStepError, Parts
+from .in_step import Agreement, Parts
 from .ranks import compare, fork, judge, mesh_of, write
 
 ON = ("u2", "u3")
@@ -108,15 +108,11 @@ PARTS: dict[str, Callable[[Mesh], dict[str, Any]]] = {
 
 
 def steps(rank: int, size: int, path: str, agreement: Agreement) -> dict[str, Any]:
-    """What a rank has of each part, and "lost" with why it could not go on."""
+    """What a rank has of each part."""
     parallel = ParallelConfig(world=size, ulysses=size, ring=1, cfg=1)
     parts = Parts(lambda number: mesh_of(parallel, rank=rank, path=f"{path}{number}"), rank=rank, agreement=agreement)
-    found: dict[str, Any] = {}
-    try:
-        for name, part in PARTS.items():
-            found[name] = parts.run(part)
-    except OutOfStepError as error:
-        found["lost"] = str(error)
+    found = {name: parts.run(part) for name, part in PARTS.items()}
+    parts.close()
     return found
 
 

