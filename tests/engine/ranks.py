@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import gc
 import json
 import logging
 import multiprocessing
@@ -186,6 +187,8 @@ def alone(rank: int, size: int, path: str) -> dict[str, Any]:
 def work(rank: int, results: Any, job: Any, *args: Any) -> None:
     """One forked rank: put (rank, what the job returns, or a traceback) into `results`."""
     torch.set_num_threads(1)
+    # what came with the fork is there to stay: collections in this process need not look at it, nor copy its pages
+    gc.freeze()
     try:
         results.put((rank, job(rank, *args)))
     except Exception:
