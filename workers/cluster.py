@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError
 from . import node_facts, placement, processes
 from .messages import HostEnvironment
+from .ray_private import private
 
 PACK_ROOT = Path(__file__).resolve().parents[1]
 COUNTED = {"cpu": "CPU", "cuda": "GPU", "xpu": "GPU", "npu": "NPU"}
@@ -91,7 +91,7 @@ def _choose(config: PoolConfig, device_type: str, interrupted: Callable[[], bool
 
 def _nodes(device_type: str) -> list[placement.Node]:
     name = COUNTED.get(device_type, device_type)
-    free = state.available_resources_per_node()
+    free = private("ray._private.state.available_resources_per_node", use="sees which machines are free")()
     return [
         placement.Node(
             id=node["NodeID"],

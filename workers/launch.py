@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -18,13 +19,12 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
-from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError, WorkerError
 from . import actor, cluster, devices
 from .messages import HostEnvironment
+from .ray_private import private
 from .ray_watch import RayWatch, knock
 
 log = logging.getLogger(__name__)
@@ -299,11 +299,13 @@ def _choose_authentication(address: str) -> None:
     """
     if MODE in os.environ or ":" not in address or "//" in address:
         return
+    read_again = private("ray._raylet.Config", use="chooses how to join a cluster").initialize
+    connect = private("ray._raylet.GcsClient", use="chooses how to join a cluster")
     for mode in ("disabled", "token"):
         os.environ[MODE] = mode
-        Config.initialize("")
+        read_again("")
         try:
-            GcsClient(address=address)
+            connect(address=address)
         except ray.exceptions.AuthenticationError as error:
             if mode == "token":
                 raise ConfigError(
@@ -357,12 +359,13 @@ def _loopback_only() -> Iterator[None]:
     The public switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0) is read when ray is imported, which may have
     happened before us.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    before = private("ray._private.ray_constants.ENABLE_RAY_CLUSTER", use="keeps a local Ray from the network")
+    constants: Any = sys.modules["ray._private.ray_constants"]
+    constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
