@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import threading
@@ -65,8 +66,9 @@ class Parts:
         self._make = make
         self._rank = rank
         self._agreement = agreement
-        self._number = 0
-        self._mesh: Mesh | None = make(0)
+        self._made = 0
+        self._mesh: Mesh | None = None
+        self._renew()
 
     def run(self, part: Callable[[Mesh], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """What a part returns here, and whether all ranks came through it with equal numbers of collectives.
@@ -97,19 +99,23 @@ class Parts:
         return result, in_step
 
     def close(self) -> None:
-        """Leave the mesh when all have come here: one that left early would break connections that others make."""
+        """Leave the mesh when all have come here: one that left early would break what others still exchange."""
         if self._mesh is not None:
-            self._agreement.on_all(self._rank, 0)
+            # nothing is run after this: a rank that is lost now takes nothing along
+            with contextlib.suppress(OutOfStepError):
+                self._agreement.on_all(self._rank, 0)
             self._drop()
 
     def _renew(self) -> None:
         self._drop()
-        self._number += 1
         try:
-            self._mesh = self._make(self._number)
+            self._mesh = self._make(self._made)
         except Exception as error:
             self._agreement.leave()
-            raise OutOfStepError(f"no new mesh: {error}") from error
+            raise OutOfStepError(f"no mesh: {error}") from error
+        self._made += 1
+        # one that fails at once must not break connections that others still make
+        self._agreement.on_all(self._rank, 0)
 
     def _drop(self) -> None:
         if self._mesh is not None:

@@ -44,19 +44,26 @@ def summary(cases: Sequence[Case], report: Mapping[str, Any]) -> Summary:
     verdicts: dict[str, str] = {}
     for case in compared:
         found = {mesh: wrong(case, mesh, report) or apart(case, mesh, report) for mesh in meshes_of(case)}
-        verdicts[case.name] = "; ".join(f"{mesh}: {last_line(why)}" for mesh, why in found.items() if why)
+        verdicts[case.name] = by_reason({mesh: last_line(why) for mesh, why in found.items() if why})
     for name, error in report["alone"].items():
         verdicts[f"alone {name}"] = last_line(wrong_alone(name, error))
     for model, sizes in report.get("rows", {}).items():
-        verdicts[f"rows {model}"] = "; ".join(
-            f"{size} ranks: {last_line(why)}" for size, ranks in sizes.items() if (why := wrong_rows(ranks))
-        )
+        why = {f"{size} ranks": last_line(wrong_rows(ranks)) for size, ranks in sizes.items() if wrong_rows(ranks)}
+        verdicts[f"rows {model}"] = by_reason(why)
     return Summary(
         right=[name for name, why in verdicts.items() if not why],
         wrong={name: why for name, why in verdicts.items() if why},
         unbuilt={name: last_line(why) for name, why in report["unbuilt"].items()},
         absent=report["absent"],
     )
+
+
+def by_reason(found: Mapping[str, str]) -> str:
+    """Places and what was wrong there, in one line."""
+    places: dict[str, list[str]] = {}
+    for place, why in found.items():
+        places.setdefault(why, []).append(place)
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in places.items())
 
 
 def last_line(text: str) -> str:
