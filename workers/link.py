@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy
 import torch
@@ -77,12 +77,12 @@ class ModelLink:
         self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."), kind=self.KIND)
         self.together = cfg.Together()
         self._refer = refer
-        self._others: dict[int, Self] = {}
+        self._others: dict[int, ModelLink] = {}
         self._environment = describe()
         self._told: set[str] = set()
         self._lock = threading.RLock()
 
-    def at(self, replica: int) -> Self:
+    def at(self, replica: int) -> ModelLink:
         """The way to the same model on another replica; it lives as long as this one does."""
         if replica == self.replica:
             return self

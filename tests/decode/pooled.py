@@ -41,8 +41,7 @@ def main(root: str, result: str, folder: str) -> None:
                 results[f"seconds of {check.__name__}"] = time.monotonic() - began
                 Path(result).write_text(json.dumps(results), encoding="utf-8")
             except Exception as error:
-                error.add_note(f"in {check.__name__}")
-                raise
+                raise RuntimeError(f"in {check.__name__}") from error
 
 
 def pool(world: int, **more: Any) -> Any:

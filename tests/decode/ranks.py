@@ -109,8 +109,8 @@ def strips_job(rank: int, size: int, path: str, everything: list[Prepared], heig
                             name = f"{family.name}, {verb} by seams, {height} rows"
                             results[name] = error(found, wholes[height], strips)
                     except Exception as problem:
-                        problem.add_note(f"in {verb} of {family.name}, {height} rows on {size} ranks")
-                        raise
+                        where = f"in {verb} of {family.name}, {height} rows on {size} ranks"
+                        raise RuntimeError(where) from problem
                 if (size, height) == CONTROL:
                     alone = divided(prepared, "decode", family.latent(height), rows, exchange=False)
                     results[f"{family.name}, without exchanges"] = error(alone, prepared.decoded[height], strips)

@@ -127,8 +127,7 @@ def test_anything_in_any_order(stage: Stage) -> None:
         try:
             assert stage.good() == wanted
         except (AssertionError, PromptError) as error:
-            error.add_note(f"after {', '.join(done)}")
-            raise
+            raise AssertionError(f"after {', '.join(done)}") from error
 
 
 def footprint(stage: Stage) -> dict[str, list[int]]:

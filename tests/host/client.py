@@ -13,7 +13,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import websocket
 
@@ -110,7 +110,7 @@ class ComfyClient:
         self._socket.shutdown()
         self._thread.join(5)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ComfyClient:
         return self
 
     def __exit__(self, *error: object) -> None:

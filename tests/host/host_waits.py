@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -52,7 +52,7 @@ class HostWaits:
         self.brought: set[str] = set()
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> HostWaits:
         self._stack.enter_context(_Asked(self.asked))
         self._stack.enter_context(_Brought(self.brought))
         return self

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 PROC = Path("/proc")
 
@@ -100,7 +99,7 @@ class PeakMemory:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> PeakMemory:
         self._thread.start()
         return self
 

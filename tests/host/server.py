@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
 from . import processes
 from .client import ComfyClient
@@ -127,7 +127,7 @@ class ComfyServer:
         """The end of the log."""
         return "\n".join(self.log().splitlines()[-lines:])
 
-    def start(self) -> Self:
+    def start(self) -> ComfyServer:
         """Start ComfyUI and wait until it answers."""
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ class ComfyServer:
             raise ServerError(f"Processes of ComfyUI cannot be ended: {[process.command for process in stuck]}")
         return killed
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ComfyServer:
         return self.start()
 
     def __exit__(self, *error: object) -> None:

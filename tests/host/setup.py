@@ -19,8 +19,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import tomllib
-
 log = logging.getLogger("raylight.host")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +140,9 @@ def _stamp(root: Path) -> str:
 
 def _wanted(root: Path) -> str:
     """One requirements file for everything: torch, the host's, the pack's, the tests'."""
+    # what Python 3.10 lacks, on which tests run, but not this
+    import tomllib
+
     lines = [f"{name}=={version}" for name, version in TORCH.items()]
     lines += [*_requirements(root), *_requirements(ROOT)]
     project = ROOT / "pyproject.toml"
