@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from comfy_raylight.tests import conftest
-from comfy_raylight.tests.host import setup
+from comfy_raylight.tests.host import documents, setup
 
 TESTS = Path(__file__).resolve().parent
 
@@ -83,3 +83,10 @@ def test_other_hosts_get_a_part_of_the_tests() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--compat", *paths]
     listed = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=True).stdout
     assert "test_entry.py::" in listed and "test_doors.py::" not in listed
+
+
+def test_a_section_of_one_version_leaves_the_others() -> None:
+    text = documents.with_section("", "# Title\n", "0.3.75", "old\n")
+    text = documents.with_section(text, "# Title\n", "0.33.0", "new\n")
+    assert text == "# Title\n\n## ComfyUI 0.33.0\n\nnew\n\n## ComfyUI 0.3.75\n\nold\n"
+    assert documents.with_section(text, "# Title\n", "0.3.75", "other\n") == text.replace("old", "other")

@@ -14,6 +14,7 @@ from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.errors import ConfigError
 from comfy_raylight.raylight.packing import ALIGN, Footprint, Packing, advice, arena_bytes, footprint
 from comfy_raylight.raylight.residency import units
+from comfy_raylight.tests.host import documents
 from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.reports import reporter
 
@@ -53,11 +54,11 @@ def test_table_is_written(request: pytest.FixtureRequest, residency: Any) -> Non
     if not request.config.getoption("--write-tables"):
         pytest.skip("only with --write-tables")
     assert LARGE, "the table has every mesh: set RAYLIGHT_TEST_LARGE=1"
-    sections = [INTRODUCTION]
+    text = TABLE.read_text(encoding="utf-8")
     for root in ROOTS:
         (path,) = root.values
-        sections.append(f"## ComfyUI {root.id}\n\n{tables.residency_table(residency(path))}")
-    TABLE.write_text("\n".join(sections), encoding="utf-8", newline="\n")
+        text = documents.with_section(text, INTRODUCTION, str(root.id), tables.residency_table(residency(path)))
+    TABLE.write_text(text, encoding="utf-8", newline="\n")
 
 
 def of_all_ranks(results: dict[str, Any], mesh: str, name: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.host import documents
 from comfy_raylight.tests.host.large import LARGE
 
 from . import tables
@@ -40,8 +41,8 @@ def test_errors_are_written(request: pytest.FixtureRequest, run_ranks: Any) -> N
     if not request.config.getoption("--write-tables"):
         pytest.skip("only with --write-tables")
     assert LARGE, "the table has every mesh: set RAYLIGHT_TEST_LARGE=1"
-    sections = [INTRODUCTION]
+    text = ERRORS.read_text(encoding="utf-8")
     for root in comfy_roots():
         (path,) = root.values
-        sections.append(f"## ComfyUI {root.id}\n\n{tables.error_table(run_ranks(path))}")
-    ERRORS.write_text("\n".join(sections), encoding="utf-8", newline="\n")
+        text = documents.with_section(text, INTRODUCTION, str(root.id), tables.error_table(run_ranks(path)))
+    ERRORS.write_text(text, encoding="utf-8", newline="\n")

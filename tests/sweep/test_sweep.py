@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from comfy_raylight.tests.conftest import SLOW, version_of
+from comfy_raylight.tests.host import documents
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.large import LARGE, WHY
 from comfy_raylight.tests.host.reports import reporter
@@ -113,7 +114,7 @@ def test_table_is_written(sweep: Any, comfy_root: Path) -> None:
     reports = [sweep(comfy_root, family) for family in families(comfy_root)]
     version, section = reports[0]["comfy"], _section(reports)
     old = TABLE.read_text(encoding="utf-8") if TABLE.is_file() else ""
-    new = _with_section(old, version, section)
+    new = documents.with_section(old, INTRODUCTION, version, section)
     if new != old:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(new, encoding="utf-8", newline="\n")
@@ -155,11 +156,3 @@ def _escaped(text: str) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _with_section(text: str, version: str, section: str) -> str:
-    """The file with one version's table replaced, newest version first."""
-    found = re.findall(r"^## ComfyUI (\S+)\n\n(.*?)(?=\n## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    sections = {**{name: body.strip("\n") + "\n" for name, body in found}, version: section}
-    order = sorted(sections, key=lambda name: [int(part) for part in re.findall(r"\d+", name)], reverse=True)
-    return "\n".join([INTRODUCTION, *(f"## ComfyUI {name}\n\n{sections[name]}" for name in order)])
