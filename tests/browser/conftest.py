@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 from comfy_raylight.tests.browser import files
 from comfy_raylight.tests.browser.canvas import NO_CHROMIUM, Canvas, chromium, opened
-from comfy_raylight.tests.conftest import comfy_roots
 from comfy_raylight.tests.host.client import ComfyClient
-from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.server import ComfyServer
 
 
@@ -30,13 +28,6 @@ def server(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(server: ComfyServer) -> Iterator[ComfyClient]:
     with server.client() as client:
         yield client
-
-
-@pytest.fixture
-def once(comfy_root: Path) -> None:
-    """What takes long runs on the first ComfyUI alone, unless RAYLIGHT_TEST_LARGE says otherwise."""
-    if not LARGE and comfy_root != comfy_roots()[0]:
-        pytest.skip("slow: RAYLIGHT_TEST_LARGE=1 runs it on every ComfyUI")
 
 
 @pytest.fixture(scope="package")

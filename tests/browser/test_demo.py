@@ -36,7 +36,6 @@ def frames(client: ComfyClient, server: ComfyServer, name: str, *words: str) -> 
     return shown.view(len(pictures), *pictures[0].size[::-1], 3) / 255
 
 
-@pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_words(client: ComfyClient, server: ComfyServer, case: tuple[str, str, str, str]) -> None:
     name, colour, shape, direction = case

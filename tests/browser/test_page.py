@@ -23,7 +23,6 @@ def wait_until(page: Canvas, condition: str) -> None:
     page.page.wait_for_function(condition, timeout=LIMIT_S * 1000, polling=50)
 
 
-@pytest.mark.usefixtures("once")
 def test_run(page: Canvas, server: ComfyServer) -> None:
     """The button starts it, the bar moves, and the picture appears."""
     before = set(server.output.glob("raylight_demo_*.webp"))
@@ -55,7 +54,6 @@ def test_run(page: Canvas, server: ComfyServer) -> None:
         assert animation.size == (64, 64) and getattr(animation, "n_frames", 1) == 17
 
 
-@pytest.mark.usefixtures("once")
 def test_cancel(page: Canvas) -> None:
     """The button in the page ends a run between two steps."""
     page.drop(DEMO)
@@ -102,7 +100,6 @@ def test_help(page: Canvas, server: ComfyServer, name: str) -> None:
     page.open()
 
 
-@pytest.mark.usefixtures("once")
 def test_client(server: ComfyServer, tmp_path: Path) -> None:
     """The client of the examples queues the demo and saves what it makes."""
     command = [sys.executable, str(ROOT / "examples" / "client.py"), str(ROOT / "examples" / "api" / "demo.json")]
