@@ -105,41 +105,47 @@ class BlockPatcher(MappedPatcher):
         divided = self.divided
         self._take_branches(number)
         for key in filter(self._is_branch, wanted):
-            functions_of(divided.homes[key]).append(self._branch(key, divided.homes[key]))
+            patch = BlockPatch(key, self.patches[key], self.weights.patch_dtype)
+            functions_of(divided.homes[key]).append(patch)
         merged = {key for key in wanted if not self._is_branch(key)}
         if merged or any(not self._is_branch(key) for key in divided.applied.get(number, {})):
-            self._merge(number, merged)
+            if divided.blocks.residency == "streamed":
+                divided.blocks.patch_when_gathered(number, merged, self._patch_here)
+            else:
+                self._merge(number, merged)
 
     def _take_branches(self, number: int) -> None:
         for key in filter(self._is_branch, self.divided.applied.get(number, {})):
             functions_of(self.divided.homes[key]).clear()
 
     def _is_branch(self, key: str) -> bool:
-        """Whether patches are added where the weight is used: there is no part of it to add them to."""
-        return self.divided.blocks.residency == "streamed" or is_blocks(self.divided.homes[key])
+        """Whether patches are added where a layer uses the weight: a patched one would be another type than it is.
 
-    def _branch(self, key: str, home: Home) -> Any:
-        """A function that adds the patches to a weight for the length of one use of it."""
-        if not is_blocks(home):
-            _, to_quantised, to_plain = comfy.model_patcher.get_key_weight(self.model, key)
-            if to_quantised is not None:
-                return comfy.model_patcher.LowVramPatch(key, self.patches, to_plain, to_quantised)
-        return BlockPatch(key, self.patches[key], self.weights.patch_dtype)
+        That is so of GGUF's blocks, and of a file that a CPU computes in a wider dtype: resident, the sum is that.
+        """
+        home = self.divided.homes[key]
+        wider = self.load_device.type == "cpu" and home.dtype not in (None, home.tensor.dtype)
+        return is_blocks(home) or (wider and self.divided.blocks.residency == "streamed")
 
     def _merge(self, number: int, keys: set[str]) -> None:
         """Patch weights of a block as ComfyUI does, each whole, and keep this rank's part of them."""
-        device = self.load_device
         homes = {key: self.divided.homes[key] for key in self.divided.blocks.keys[number]}
         modules = {homes[key].module for key in keys}
         for home in homes.values():
             if home.module in modules:  # beside a weight, its scale
-                home.put(self._native(home, device))
+                home.put(self._native(home, self.load_device))
         for key in keys:
-            # a reference to the map, where ComfyUI would copy the weight off the device
-            self.backup[key] = Backup(homes[key].tensor, False)
-            comfy.model_patcher.ModelPatcher.patch_weight_to_device(self, key, device_to=device)
-            del self.backup[key]
+            self._patch_here(key)
         self.divided.blocks.change(number, keys)
+
+    def _patch_here(self, key: str) -> None:
+        """Patch a weight that is on the device as ComfyUI does, without a copy of what it was."""
+        # a reference to the map, where ComfyUI would copy the weight off the device
+        self.backup[key] = Backup(self.divided.homes[key].tensor, False)
+        try:
+            comfy.model_patcher.ModelPatcher.patch_weight_to_device(self, key, device_to=self.load_device)
+        finally:
+            del self.backup[key]
 
 
 def _force_cast(module: Any, force: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..raylight.packing import Footprint, footprint, gigabytes
 from ..raylight.residency import Rotation
 from .adopt import Home, is_layer, parts
 from .loading import normal_tensors
+from .patched_block import PatchedBlock, set_data
 
 SMALL_BYTES = 64 << 20
 """On a CPU, gathering takes the cores that compute: ahead of use it pays up to blocks of about this size."""
@@ -61,8 +62,8 @@ class BlockWeights:
         model: the diffusion model.
         homes: where its parameters live, by their keys.
         comm: the ranks that have parts of them.
-        residency: "sharded" or "streamed". Streamed weights take patches in functions of ComfyUI's layers, so
-            those of other modules, which are small, stay whole.
+        residency: "sharded" or "streamed". Streamed weights that are patched as they are used have the patch in a
+            function of ComfyUI's layers, so those of other modules, which are small, stay whole.
         prefetch: one of config.PREFETCHES.
 
     Attributes:
@@ -190,6 +191,21 @@ class BlockWeights:
         block.release()
         self.rotation.resize()
 
+    def patch_when_gathered(self, number: int, keys: Iterable[str], patch: Callable[[str], None]) -> None:
+        """Have some weights of a block patched whenever it is gathered; all others are as in the file from now on.
+
+        Only where parts are streamed.
+
+        Args:
+            patch: makes a parameter, by its key, the patched one, of the same dtype.
+        """
+        assert isinstance(self._parts, Streams)
+        homes = {key: self._homes[key] for key in keys}
+        plain = self._plain[number]
+        self._blocks[number] = (
+            PatchedBlock(plain, homes, patch, ranks=self._comm.size, device=self._device) if homes else plain
+        )
+
     def _at_device(self, keys: Sequence[str]) -> None:
         """Parameters that placeholders and views can be put into: on the device, their scales as in the file."""
         for key in keys:
@@ -209,11 +225,7 @@ class BlockWeights:
             return None
 
         def put(value: torch.Tensor) -> None:
-            parameter: Any = home.parameter  # patches and moves replace it
-            if hasattr(parameter, "_qdata"):
-                parameter._qdata = value
-            else:
-                parameter.data = value
+            set_data(home.parameter, value)  # patches and moves replace it
 
         converted = self._device.type != "cpu" and len(parts(home.tensor)) == 1
         return Leaf(tensor, (home.dtype if converted else None) or tensor.dtype, put)

@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "workers" / "import_ro
 from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.bench import Bench, apart, boot, forward, inputs
-from comfy_raylight.tests.weights.files import write_gguf, write_variant
+from comfy_raylight.tests.weights.files import KITCHEN, absent, write_gguf, write_variant
 
 TOLERANCE = 1e-5
 EFFECT = 1e-3
@@ -43,16 +43,17 @@ FILES = (
     "scaled",
     "layers",
     "comfy_quant",
+    *KITCHEN,
     "Q8_0",
     "Q4_K",
     "IQ4_XS",
 )
-PATCHED = ("fp32", "bf16", "scaled", "layers", "Q8_0")
+PATCHED = ("fp32", "bf16", "scaled", "layers", "comfy_quant", *KITCHEN, "Q8_0")
 SLACK_BYTES = 2 << 20
 SETTLED_S = 20.0
 RANKS = (2, 3, 4)
 SOME = FILES if LARGE else ("bf16", "scaled", "layers", "comfy_quant", "Q8_0")
-CHAINED = PATCHED if LARGE else ("bf16", "scaled", "Q8_0")
+CHAINED = PATCHED if LARGE else ("bf16", "scaled", "int8_convrot", "nvfp4", "Q8_0")
 MORE = RANKS if LARGE else RANKS[:2]
 CHECKS = [
     *(f"{kind} file {name} on 2" for kind in KINDS for name in SOME),
@@ -62,10 +63,6 @@ CHECKS = [
     "error of one rank on 3",
     "refusals on 2",
 ]
-
-
-REQUANTISED = ("scaled", "layers", "comfy_quant")
-"""Where patches are merged ComfyUI quantises the sum again; where a layer is patched as it is used it does not."""
 
 
 class Absent(Exception):
@@ -83,7 +80,6 @@ class Story:
     Attributes:
         plain: ComfyUI's own result by (file, number of the patch set).
         whole: that of a worker's model whose weights are resident.
-        unmerged: that of ComfyUI where it has loaded no layer, and patches each as it is used.
     """
 
     def __init__(self, bench: Bench) -> None:
@@ -91,12 +87,10 @@ class Story:
         self.paths: dict[str, Path] = {}
         self.plain: dict[tuple[str, int], torch.Tensor] = {}
         self.whole: dict[tuple[str, int], torch.Tensor] = {}
-        self.unmerged: dict[tuple[str, int], torch.Tensor] = {}
         self.patches: dict[tuple[str, int], Any] = {}
         self.absent: dict[str, str] = {}
 
     def prepare(self, names: list[str]) -> None:
-        import comfy.utils
         from comfy_raylight.tests.weights.driver import patched
 
         bench = self.bench
@@ -106,8 +100,8 @@ class Story:
         ]
         sets = [[], [(files[0], 0.7)], [(files[0], 0.7), (files[1], -0.5)], [(files[2], 0.5)], [(files[1], -0.5)]]
         for name in names:
-            if name == "comfy_quant" and not hasattr(comfy.utils, "convert_old_quants"):
-                self.absent[name] = "this ComfyUI refuses the layout"
+            if absent(name):
+                self.absent[name] = absent(name)
                 continue
             if name[0] in "QI":
                 self.paths[name], state = write_gguf(bench.base, bench.path(".gguf"), name)
@@ -119,25 +113,10 @@ class Story:
             for number, chain in enumerate(sets if name in PATCHED else sets[:1]):
                 wanted = patched(plain, *chain)
                 self.plain[name, number] = bench.run(wanted)
-                if name in REQUANTISED and chain:
-                    self.unmerged[name, number] = unloaded(wanted)
                 self.patches[name, number] = wanted.patches
                 put(model, self.patches[name, number], number)
                 self.whole[name, number] = bench.run(model)
             model.close()
-
-
-def unloaded(patcher: Any) -> torch.Tensor:
-    """The output of ComfyUI's own model with no room for any layer."""
-    import torch
-    from comfy_raylight.workers.loading import normal_tensors
-
-    with normal_tensors():
-        patcher.detach()
-        patcher.partially_load(torch.device("cpu", 0), extra_memory=1)
-        output = forward(patcher.model)
-        patcher.detach()
-    return output
 
 
 def put(model: WorkerModel, patches: Any, number: int) -> None:
@@ -206,17 +185,12 @@ class Rank:
 
     def patches(self, name: str) -> None:
         story, model = self.story, self.model(name)
-        streamed = self.mesh.parallel.residency == "streamed"
         for number in (1, 2, 0, 3, 1, 4, 0):
             put(model, story.patches[name, number], number)
             got, wanted = run(model), story.whole[name, number]
-            if streamed and (name, number) in story.unmerged:
-                found = apart(got, story.unmerged[name, number])
-                must(found <= TOLERANCE, f"set {number} is {found:.1e} off what ComfyUI gives without merging")
-                must(apart(got, story.whole[name, 0]) > EFFECT, f"set {number} has no effect")
-            else:
-                must(bool((got == wanted).all()), f"set {number} is {apart(got, wanted):.1e} off resident weights")
-                must(apart(got, story.plain[name, number]) <= TOLERANCE, f"set {number} is off ComfyUI's")
+            must(bool((got == wanted).all()), f"set {number} is {apart(got, wanted):.1e} off resident weights")
+            must(apart(got, story.plain[name, number]) <= TOLERANCE, f"set {number} is off ComfyUI's")
+            must(not number or apart(got, story.whole[name, 0]) > EFFECT, f"set {number} has no effect")
             self.sizes(model)
         put(model, story.patches[name, 2], 2)
         before = run(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +109,82 @@ def comfy_quant(state: State) -> tuple[State, dict[str, str]]:
     for layer, config in json.loads(metadata["_quantization_metadata"])["layers"].items():
         made[layer + ".comfy_quant"] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
     return made, {}
+
+
+@dataclass(frozen=True)
+class Kitchen:
+    """A layout of the package comfy_kitchen, in which newer ComfyUIs keep weights.
+
+    Attributes:
+        format: ComfyUI's name of it.
+        layout: the package's.
+        options: of quantising.
+        config: what a layer's `comfy_quant` says beside the format.
+    """
+
+    format: str
+    layout: str
+    options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+GROUP = {"convrot_groupsize": 64}
+"""Columns that are rotated together: a small model's layers have fewer than the default takes."""
+KITCHEN = {
+    "int8": Kitchen("int8_tensorwise", "TensorWiseINT8Layout"),
+    "int8_convrot": Kitchen(
+        "int8_tensorwise",
+        "TensorWiseINT8Layout",
+        {"per_channel": True, "convrot": True, **GROUP},
+        {"convrot": True, **GROUP},
+    ),
+    "w4a4": Kitchen("convrot_w4a4", "TensorCoreConvRotW4A4Layout", GROUP, GROUP),
+    "w4a8": Kitchen("asym_w4a8_int8", "AsymW4A8Int8Layout", GROUP, GROUP),
+    "nvfp4": Kitchen("nvfp4", "TensorCoreNVFP4Layout"),
+    "mxfp8": Kitchen("mxfp8", "TensorCoreMXFP8Layout"),
+}
+
+
+def by_kitchen(kind: Kitchen, state: State) -> tuple[State, dict[str, str]]:
+    """The linear layers that `layers` has in fp8, as the package quantises them."""
+    import comfy_kitchen.tensor
+    import torch
+
+    layout = getattr(comfy_kitchen.tensor, kind.layout)
+    config = {"format": kind.format, **kind.config}
+    made: State = {}
+    for key, value in state.items():
+        if is_linear(key, value) and ".ffn." in key:
+            tensors = layout.state_dict_tensors(*layout.quantize(value.to(torch.bfloat16), **kind.options))
+            # as published files have them: dtypes that not every reader knows are bytes there
+            made |= {key + name: viewable(tensor) for name, tensor in tensors.items()}
+            name = key.replace(".weight", ".comfy_quant")
+            made[name] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+        else:
+            made[key] = value.to(torch.bfloat16)
+    return made, {}
+
+
+for _name, _kind in KITCHEN.items():
+    SAFETENSORS[_name] = functools.partial(by_kitchen, _kind)
+
+
+def viewable(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
+
+
+def absent(name: str) -> str:
+    """Why the ComfyUI of this process cannot have a variant; "" where it can."""
+    import comfy.quant_ops
+    import comfy.utils
+
+    if name in (*KITCHEN, "comfy_quant") and not hasattr(comfy.utils, "convert_old_quants"):
+        return "this ComfyUI refuses the layout"
+    if name in KITCHEN and KITCHEN[name].format not in comfy.quant_ops.QUANT_ALGOS:
+        return "this ComfyUI does not know the format"
+    return ""
 
 
 def cast(state: State, dtype: str) -> State:
