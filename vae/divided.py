@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
+from ..raylight.errors import UnsupportedError
 from ..raylight.row_rules import COPIED_BYTES, RowParallel
 from ..raylight.strips import Rows
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Attention of [batch, channels, ..., rows, width] over all positions, where keys may be more than queries."""
+PICTURE_DIMS = 4
+"""Dims of something with rows, at least."""
 
 
 @contextmanager
@@ -32,6 +35,12 @@ def strip_of(
     own = [module.optimized_attention for module in found]
 
     def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if q.ndim < PICTURE_DIMS:  # ranks whose strips differ would disagree on the size of what is exchanged
+            raise UnsupportedError(
+                f"{type(model).__name__} attends to positions that are not in rows",
+                f"its attention is over {tuple(q.shape)}, as over windows of the picture",
+                rows.remedy,
+            )
         return attention(q, rows.gather(k), rows.gather(v))
 
     try:

@@ -126,9 +126,15 @@ def _way(mode: Mode, facts: Sequence[VAEFacts]) -> tuple[Way, str]:
     """What a mode comes to for these ranks, and why, where that is not what was asked for first.
 
     Raises:
-        UnsupportedError: seamless was asked for, and cannot be.
+        UnsupportedError: seamless or tiles were asked for, and cannot be.
     """
     first = facts[0]
+    if mode == "tiles" and not first.tiles:
+        raise UnsupportedError(
+            f"The tiles of {first.family} cannot be dealt out to workers",
+            first.refusal,
+            "Set mode to auto, or use ComfyUI's own VAE Decode (Tiled)",
+        )
     if first.ranks == 0:
         return "whole", first.refusal
     if mode == "tiles":

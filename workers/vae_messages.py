@@ -75,7 +75,8 @@ class VAEFacts:
 
     Attributes:
         family: class of the model.
-        ranks: how many ranks have rows to do, the first ones of the pool; 0 where there are no rows (sound).
+        ranks: how many ranks have rows to do, the first ones of the pool; 0 where there are no rows (sound), or none
+            that can be cut.
         difference: between this rank's strip and the whole, in the self-test; infinity where it did not run.
         limit: how large that may be.
         refusal: why it did not run, "" where it did.
@@ -83,6 +84,7 @@ class VAEFacts:
         budget: bytes that a VAE that cuts time by size would make at once; 0 for one that does not.
         shape: of the result: [batch, (frames,) rows, width, channels] of pixels, or of a latent as it comes.
         dtype: of the result, as a torch dtype.
+        tiles: whether ComfyUI's tiled decode cuts the tiles; some VAEs do that by themselves.
     """
 
     family: str
@@ -94,6 +96,7 @@ class VAEFacts:
     budget: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    tiles: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from .vae_loading import attend
 from .vae_messages import Block, DecodeRequest, EncodeRequest, PartReply, VAEPlan
 from .wire import Line
 
+COLOURS = 3
+"""A VAE that makes fewer channels makes sound."""
 PIXEL_ROWS = -3
 """The dim of rows in [batch, (frames,) rows, width, channels]."""
 
@@ -26,6 +28,15 @@ PIXEL_ROWS = -3
 def output_dtype(vae: Any) -> torch.dtype:
     """Type of ComfyUI's pixels and latents: older versions know fp32 only."""
     return vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
+
+
+def undividable(vae: Any) -> str:
+    """Why no strips of this VAE's pictures can be right, whatever a small test of it shows; "" for nothing."""
+    if vae.output_channels < COLOURS or vae.latent_dim == 1 or getattr(vae, "extra_1d_channel", None) is not None:
+        return "it has no rows"
+    if getattr(vae, "handles_tiling", False):
+        return "it cuts large pictures into tiles of its own, which strips would move"
+    return ""
 
 
 def latent_shape(vae: Any, plan: VAEPlan) -> tuple[int, ...]:

@@ -76,21 +76,24 @@ class WorkerVAEs:
             UnsupportedError: the VAE makes something other than pictures or sound.
         """
         vae = self._vae(request.spec)
-        shape = vae_strips.latent_shape(vae, request)
-        has_rows = len(shape) - 2 in ROW_DIMS and getattr(vae, "extra_1d_channel", None) is None
-        ranks = min(mesh.parallel.world, shape[-2]) if has_rows else 0
-        if not has_rows:
+        refusal = vae_strips.undividable(vae)
+        shape = vae_strips.latent_shape(vae, request) if not refusal else ()
+        if not refusal and len(shape) - 2 not in ROW_DIMS:
+            refusal = "it has no rows"
+        if refusal:
             return VAEFacts(
                 family=type(vae.first_stage_model).__name__,
                 ranks=0,
                 difference=float("inf"),
                 limit=0.0,
-                refusal="it has no rows",
+                refusal=refusal,
                 batch=1,
                 budget=0,
                 shape=(),
                 dtype=vae_strips.output_dtype(vae),
+                tiles=not getattr(vae, "handles_tiling", False),
             )
+        ranks = min(mesh.parallel.world, shape[-2])
         # a group can only be made by all ranks together
         comm = mesh.first(ranks)
         if comm is None:

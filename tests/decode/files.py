@@ -37,7 +37,7 @@ LTXV: Mapping[str, Any] = {
 
 
 def write(folder: Path, *, comfy_root: Path, python: Path | None = None) -> None:
-    """Write wan, ltxv, taesd and, on demand, oobleck as FOLDER/NAME.safetensors, in a process of its own.
+    """Write wan, ltxv, taesd, those of newer.py and, on demand, oobleck as FOLDER/NAME.safetensors, in a process.
 
     Args:
         comfy_root: the ComfyUI that must detect them.
@@ -64,6 +64,7 @@ def main(root: str, folder: str) -> None:
     from safetensors.torch import save_file
 
     from .families import WAN, fill, made_of
+    from .newer import NEWER, make_small
 
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,10 @@ def main(root: str, folder: str) -> None:
     for name, (build, metadata) in makers.items():
         state = {key: value.clone().contiguous() for key, value in fill(build()).state_dict().items()}
         save_file(state, path / f"{name}.safetensors", metadata=metadata or None)
+    make_small()
+    for name, one in NEWER.items():
+        if one.exists:
+            save_file(one.state(), path / f"{name}.safetensors", metadata=dict(one.metadata) or None)
 
 
 if __name__ == "__main__":

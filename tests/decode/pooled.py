@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import importlib
 import json
@@ -23,6 +24,7 @@ from comfy_raylight.tests.engine.ranks import enter_comfy
 from comfy_raylight.tests.weights.memory import Watch, private
 
 from .families import random
+from .newer import NEWER, make_small
 
 Results = dict[str, Any]
 
@@ -148,6 +150,47 @@ def sound(results: Results, folder: Path) -> None:
     for mode in ("auto", "tiles"):
         found = run(workers, latent, spec(folder, "oobleck"), mode=mode)
         results[f"sound, {mode}"] = torch.equal(found, wanted) and wanted.std().item() > 1e-4
+    workers.close()
+
+
+def newer(results: Results, folder: Path) -> None:
+    """VAEs of ComfyUI 0.33: what ComfyUI's own nodes give, or an error that says why not."""
+    from comfy_raylight.raylight.errors import UnsupportedError
+    from comfy_raylight.workers.decode import encode_on
+
+    def words(call: Callable[[], torch.Tensor]) -> str:
+        try:
+            call()
+        except UnsupportedError as error:
+            return str(error)
+        return ""
+
+    nodes: Any = importlib.import_module("nodes")
+    make_small()
+    workers = pool(2)
+    for name in [name for name, one in NEWER.items() if one.exists]:
+        one, file, of = NEWER[name], vae(folder, name), spec(folder, name)
+        latent = random(*one.latent, seed=3)
+        whole = flat(file.decode(latent))
+        if one.auto == "tiles":
+            wanted = nodes.VAEDecodeTiled().decode(file, {"samples": latent}, 64, 32, 8, 4)[0]
+        else:
+            wanted = whole
+        results[f"newer, {name}, spread"] = wanted.std().item()
+        results[f"newer, {name}, auto"] = torch.equal(flat(run(workers, latent, of, mode="auto")), wanted)
+        if one.refused[0]:
+            results[f"newer, {name}, seamless"] = words(functools.partial(run, workers, latent, of))
+        elif one.pixels:
+            results[f"newer, {name}, tiles"] = words(functools.partial(run, workers, latent, of, mode="tiles"))
+        if one.pixels:
+            pixels = random(*one.pixels, seed=4).sigmoid()
+            encode = functools.partial(encode_on, workers, pixels, of, keep=True)
+            if one.refused[1]:
+                results[f"newer, {name}, encode"] = words(encode)
+            else:
+                made, wanted = encode(), file.encode(pixels)
+                results[f"newer, {name}, encode"] = ((made - wanted).abs().max() / wanted.abs().max()).item()
+        results[f"newer, {name}, alive"] = workers.alive()
     workers.close()
 
 
@@ -390,6 +433,7 @@ CHECKS = (
     tiled,
     encoded,
     sound,
+    newer,
     without_sharing,
     on_disk,
     kept,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from comfy_raylight.tests.conftest import SLOW
 
+from .newer import NEWER
 from .pooled import LATENTS
 
 CLOSE = 1e-5
@@ -41,6 +42,24 @@ def test_encode_equals_vae_encode(found: Found, comfy_root: Path, name: str) -> 
 @pytest.mark.parametrize("mode", ("auto", "tiles"))
 def test_sound_is_decoded_on_one_rank(found: Found, comfy_root: Path, mode: str) -> None:
     assert found(comfy_root)[f"sound, {mode}"]
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_vaes_equal_comfyui_or_are_refused(found: Found, comfy_root: Path, name: str) -> None:
+    """Those that cut pictures by themselves, or attend to all of one, are never cut into strips."""
+    one, prefix = NEWER[name], f"newer, {name}, "
+    results = {key.removeprefix(prefix): value for key, value in found(comfy_root).items() if key.startswith(prefix)}
+    if not results:
+        pytest.skip("this ComfyUI does not have it")
+    assert results["spread"] > 1e-3 and results["auto"] and results["alive"]
+    if one.refused[0]:
+        assert one.refused[0] in results["seamless"] and "Set mode to auto or tiles" in results["seamless"]
+    elif one.pixels:
+        assert "tiles of its own" in results["tiles"] and "VAE Decode (Tiled)" in results["tiles"]
+    if one.refused[1]:
+        assert one.refused[1] in results["encode"] and "VAE Encode" in results["encode"]
+    elif one.pixels:
+        assert results["encode"] <= CLOSE
 
 
 @pytest.mark.parametrize("way", ("seamless", "tiles"))
