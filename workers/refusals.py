@@ -184,6 +184,16 @@ def refuse_training() -> NoReturn:
     )
 
 
+def refuse_another_device() -> NoReturn:
+    """Core's nodes that give a model, or a copy of it, to another device of this process."""
+    _refuse(
+        "MultiGPU CFG Split, or Select Model Device,",
+        "it loads the model on another device of this process, and the devices of the pool are its workers'",
+        "Remove the node: cfg_degree of Ray Init Actor computes conditions on several devices at once, and gpu_indices "
+        "says on which",
+    )
+
+
 def _refuse(
     name: str,
     why: str,

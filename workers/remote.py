@@ -69,7 +69,9 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
 
 def _patcher(base: Any, shadow: torch.nn.Module, link: ModelLink, dtype: torch.dtype) -> RemotePatcher:
     base.diffusion_model = remote_module(shadow, link, base, dtype)
-    patcher = RemotePatcher(base, model_management.get_torch_device(), model_management.unet_offload_device())
+    device = model_management.get_torch_device()
+    patcher = RemotePatcher(base, device, model_management.unet_offload_device())
+    base.raylight_device = device
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, lending.__name__, lending.lend)
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, cores.__name__, cores.leave)
     return patcher
@@ -339,6 +341,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def __deepcopy__(self, memo: Any) -> NoReturn:
         refusals.refuse_copying()
 
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refusals.refuse_another_device()
+
     def patched(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, ComfyUI applies object patches to the stand-in."""
         patched: contextlib.AbstractContextManager[None] = self.model.diffusion_model.patched()
@@ -355,6 +360,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def pre_run(self) -> None:
         """Sampling begins: refuse by name what cannot run on the workers."""
+        if self.load_device != self.model.raylight_device:
+            refusals.refuse_another_device()
         refusals.check(self)
         self.model.diffusion_model.refuse_strangers(self.object_patches)
         super().pre_run()

@@ -511,6 +511,43 @@ def state_shared_with_a_post_cfg_function_is_refused(bench: Bench) -> None:
     must(not set(verbs) & {"forward", "define", "patch"}, f"the workers were asked before: {verbs}")
 
 
+@fact
+def devices_of_this_process_are_refused(bench: Bench) -> None:
+    """Core's nodes for several devices, of which a CPU has one: ComfyUI is told of another."""
+    import comfy.model_management
+    import torch
+    from comfy_raylight.raylight.errors import UnsupportedError
+
+    if "MultiGPU_WorkUnits" not in registered():
+        raise Absent("this ComfyUI does not have the nodes")
+    cpu = torch.device("cpu")
+    for name, inputs in (("MultiGPU_WorkUnits", {"max_gpus": 2}), ("SelectModelDevice", {"device": "default"})):
+        chosen = node(name, model=bench.far, **inputs)
+        must(difference(bench.picture(chosen), bench.first) == 0, f"{name} changes the picture where nothing is chosen")
+    devices = comfy.model_management.get_all_torch_devices
+    comfy.model_management.get_all_torch_devices = lambda exclude_current=False: [cpu, torch.device("meta")]
+    try:
+        for name, inputs in (("MultiGPU_WorkUnits", {"max_gpus": 2}), ("SelectModelDevice", {"device": "gpu:1"})):
+            try:
+                node(name, model=bench.far, **inputs)
+            except UnsupportedError as error:
+                must("MultiGPU CFG Split" in str(error) and "cfg_degree" in str(error), f"no name or remedy: {error}")
+            else:
+                raise AssertionError(f"{name} was not refused")
+        chosen = node("SelectModelDevice", model=bench.far, device="gpu:0")
+        must(difference(bench.picture(chosen), bench.first) == 0, "the device that it has changes the picture")
+    finally:
+        comfy.model_management.get_all_torch_devices = devices
+    moved = bench.far.clone()
+    moved.load_device = torch.device("cpu", 1)  # as SelectModelDevice sets the CPU, where there is another device
+    try:
+        bench.picture(moved)
+    except UnsupportedError as error:
+        must("Select Model Device" in str(error), f"no name: {error}")
+    else:
+        raise AssertionError("a model that was moved was not refused")
+
+
 # ---- what crosses, what stays --------------------------------------------------------------------
 
 
@@ -713,6 +750,8 @@ def state(bench: Bench, function: Callable[[Bench], None]) -> dict[str, Any]:
     """One fact."""
     try:
         function(bench)
+    except Absent as absent:
+        return {"absent": str(absent)}
     except Exception as error:
         logging.exception("%s", function.__name__)
         return {"pool": f"{type(error).__name__}: {error}"}

@@ -53,5 +53,7 @@ def test_equals_plain(results: Callable[[Path], dict[str, Any]], comfy_root: Pat
 @pytest.mark.parametrize("name", driver.FACTS)
 def test_fact(results: Callable[[Path], dict[str, Any]], comfy_root: Path, name: str) -> None:
     result = results(comfy_root)[name]
+    if "absent" in result:
+        pytest.skip(result["absent"])
     assert "pool" not in result, result["pool"]
     assert result["afterwards"] == 0, f"afterwards the bare model differs by {result['afterwards']:.1e}"
