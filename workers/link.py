@@ -17,7 +17,7 @@ from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ..raylight.errors import UnsupportedError, WorkerError
 from ..raylight.names import functions
-from . import deferred, numerics, random_states
+from . import deferred, numerics, random_states, refusals
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
@@ -259,6 +259,7 @@ class ModelLink:
         def strip(options: Any) -> Any:
             if not isinstance(options, dict):
                 return options
+            refusals.check_options(options)
             kept = {key: value for key, value in options.items() if key not in DRIVER_ONLY}
             found.extend(functions(kept))
             return kept

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FORGETS = "clear_kv_cache"
+"""A method of a model that keeps keys and values for its next call, and knows whose they are by the identity of a
+tensor (HiDream O1): here a tensor is another one at every call, or has taken the place of one that is gone."""
 EVERYTHING = 1e30
 """What ComfyUI's own unload_all_models asks free_memory for."""
 
@@ -304,6 +307,8 @@ class WorkerModel:
         """
         function = getattr(self.diffusion, method)
         forward = method in ("forward", "_forward")
+        if forward and hasattr(self.diffusion, FORGETS):
+            getattr(self.diffusion, FORGETS)()
         if self._installation is not None and forward:
             function = partial(self._installation.wrapper, function)
 

@@ -36,6 +36,8 @@ DRIVER_FUNCTIONS = (
     "denoise_mask_function",
 )
 """Entries of model_options whose callables run around the model, in the driver."""
+FILLED = {"animate2_cache": "WanAnimate2Cache", "ar_state": "The sampler ar_video"}
+"""Entries of transformer_options that the model fills for its next calls, and who puts them there."""
 HARMLESS = (
     types.NoneType,
     bool,
@@ -182,6 +184,12 @@ def refuse_training() -> NoReturn:
         "its weights are on the workers, without gradients",
         "Load it with ComfyUI's own loader (Load Diffusion Model) to train a LoRA",
     )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse entries of transformer_options that the model is to fill: this process never sees what is in them."""
+    for key in FILLED.keys() & options.keys():
+        _refuse(FILLED[key], "the model keeps what it has computed there for its next calls, and it is on the workers")
 
 
 def refuse_another_device() -> NoReturn:

@@ -21,7 +21,7 @@ from ..raylight import cfg, cost, kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
-from . import links, memory, numerics, random_states
+from . import filled, links, memory, numerics, random_states
 from .arena import ArenaRef, is_open
 from .control_loading import WorkerControl
 from .deferred import Computed, Evaluation, Result, outline
@@ -224,12 +224,14 @@ class Runner:
                 random_states.put(request.random)
             numerics.put(request.numerics)
             started, waited = time.perf_counter(), self.mesh.seconds
+            held = filled.state(args, kwargs)
             output = model.run(request.method, args, kwargs, self.wire.cancelled)
             queued = time.perf_counter() - started
             # what is queued is not done: a rank that only says so could fail, or be killed, unnoticed
             links.finish(model_management.get_torch_device())
             took, waited = time.perf_counter() - started, self.mesh.seconds - waited
             model.note(queued, took, (args, kwargs))
+            filled.check(held)
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         return ForwardReply(
             output=parcel,

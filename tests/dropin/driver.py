@@ -512,6 +512,33 @@ def state_shared_with_a_post_cfg_function_is_refused(bench: Bench) -> None:
 
 
 @fact
+def what_a_model_call_fills_for_the_next_one_is_refused(bench: Bench) -> None:
+    """By name where ComfyUI is known to do it, else once a call has done it."""
+    from comfy_raylight.raylight.errors import UnsupportedError
+
+    patched = bench.far.clone()
+    patched.model_options["transformer_options"]["seen"] = {"calls": []}
+    patched.set_model_patch_replace(
+        lambda args, extra: args["transformer_options"]["seen"]["calls"].append(1) or extra["original_block"](args),
+        "dit",
+        "double_block",
+        0,
+    )
+    causal = bench.far.clone()
+    causal.model_options["transformer_options"]["ar_state"] = {"kv_caches": []}
+    cases = [(patched, "transformer_options['seen']"), (causal, "sampler ar_video")]
+    if "WanAnimate2Cache" in registered():
+        cases.append((node("WanAnimate2Cache", model=bench.far, device="cpu", dtype="int8"), "WanAnimate2Cache"))
+    for model, words in cases:
+        try:
+            bench.picture(model)
+        except UnsupportedError as error:
+            must(words in str(error), f"the refusal does not say {words}: {error}")
+        else:
+            raise AssertionError(f"not refused: {words}")
+
+
+@fact
 def devices_of_this_process_are_refused(bench: Bench) -> None:
     """Core's nodes for several devices, of which a CPU has one: ComfyUI is told of another."""
     import comfy.model_management

@@ -330,6 +330,21 @@ def quantised_weights_merge_into_another_model(bench: Bench) -> None:
     must(narrow.weight("diffusion_model." + key).dtype == torch.bfloat16, "the dtype ComfyUI would have had")
 
 
+@check
+def what_a_model_keeps_for_its_next_call_is_cleared(bench: Bench) -> None:
+    """As HiDream O1 does, which is too large for a test."""
+    from comfy_raylight.tests.weights.bench import inputs
+
+    model = bench.mapped(write_variant(bench.base, bench.path(), "fp32"))
+    cleared: list[bool] = []
+    model.diffusion.clear_kv_cache = lambda: cleared.append(True)  # type: ignore[assignment]
+    bench.run(model)
+    args, kwargs = inputs()
+    for _ in range(2):
+        model.run("_forward", args, kwargs)
+    must(len(cleared) == 2, f"{len(cleared)} times in 2 calls")
+
+
 # ---- GGUF ----------------------------------------------------------------------------------------
 
 
