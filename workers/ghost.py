@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from typing import Any
 
 import comfy.model_base
 import comfy.model_detection
+import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -30,6 +32,8 @@ NO_DIFFUSION = frozenset(
 )
 """GGUF architectures (its `general.architecture`) that are text encoders."""
 
+QUANTISED_LAYERS, QUANTISED_KEY = "_quantization_metadata", ".comfy_quant"
+"""Where files say how layers are quantised: a text field, or a small tensor beside each."""
 NUMBERS = (torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.logspace)
 """What makes tensors of known numbers, which some models (PixArt) read back while they are built."""
 
@@ -70,6 +74,7 @@ def build(spec: ModelSpec) -> tuple[Any, Any]:
     """
     state, metadata = header(spec.path)
     check_metadata(spec.path, state, metadata)
+    check_formats(spec.path, state, metadata)
     options, keywords = load_options(spec)
     with torch.device("meta"), _StayOnMeta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading values into meta parameters is a no-op, and torch says so
@@ -113,6 +118,35 @@ def check_metadata(path: str, state: dict[str, torch.Tensor], metadata: dict[str
             "LTX-2 files need the text field 'config', which was lost when this one was converted",
             "Choose a file that was converted with its metadata",
         )
+
+
+def check_formats(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> None:
+    """Refuse layers quantised in a format that this ComfyUI does not know, of which it would only say a name.
+
+    Raises:
+        LoadError: the file needs a newer ComfyUI.
+    """
+    layers = _parsed((metadata or {}).get(QUANTISED_LAYERS, "")).get("layers", {})
+    configs = list(layers.values()) if isinstance(layers, dict) else []
+    small = (value for key, value in state.items() if key.endswith(QUANTISED_KEY) and not value.is_meta)
+    configs += [_parsed(value.numpy().tobytes()) for value in small]
+    formats = {config["format"] for config in configs if isinstance(config, dict) and "format" in config}
+    unknown = {str(name) for name in formats} - set(comfy.quant_ops.QUANT_ALGOS)
+    if unknown:
+        raise LoadError(
+            f"{os.path.basename(path)} is quantised as {', '.join(sorted(unknown))}, which this ComfyUI does not know",
+            f"it knows {', '.join(comfy.quant_ops.QUANT_ALGOS)}",
+            "Update ComfyUI, or choose a file of another kind",
+        )
+
+
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    """A JSON object, an empty one where it is none: that is for ComfyUI to say."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def without_weights(ghost: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, cast: torch.dtype | None) -> Any:

@@ -28,7 +28,7 @@ from comfy_raylight.tests.host.prompts import (
 )
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.adapters import write_adapter
-from comfy_raylight.tests.weights.files import write_gguf, write_variant
+from comfy_raylight.tests.weights.files import KITCHEN, write_gguf, write_variant
 from safetensors.torch import save_file
 
 from .test_sampling import FP32, latent
@@ -141,6 +141,27 @@ def test_gguf(server: ComfyServer, result: Run, more: dict[str, Any]) -> None:
     for chain in ([], [("deep-attn.safetensors", 0.7)]):
         prompt = with_ray_loras(pool(same, PoolCase(more=more)), chain, both_ways=False)
         assert apart(result(with_gguf(prompt, path.name)), result(with_stock_loras(plain(same), chain))) <= FP32
+
+
+@SLOW
+@pytest.mark.parametrize("more", KINDS)
+@pytest.mark.parametrize("kind", ("scaled", *KITCHEN))
+def test_lora_on_quantised_weights(
+    server: ComfyServer, result: Run, comfy_root: Path, kind: str, more: dict[str, Any]
+) -> None:
+    """Plain ComfyUI quantises the sum again; tests/weights has every kind of patch."""
+    if kind in KITCHEN:
+        pytest.importorskip("comfy_kitchen")
+        known = (comfy_root / "comfy" / "quant_ops.py").read_text(encoding="utf-8")
+        if f'"{KITCHEN[kind].format}"' not in known:
+            pytest.skip("this ComfyUI does not know the format")
+    sampling = dataclasses.replace(DEEP, file=f"deep-lora-{kind}.safetensors")
+    write_variant(server.models / DEEP.file, server.models / sampling.file, kind)
+    chain = [("deep-ffn.safetensors", 0.7)]
+    found = result(with_ray_loras(pool(sampling, PoolCase(more=more)), chain, both_ways=False))
+    expected = result(with_stock_loras(plain(sampling), chain))
+    assert apart(found, expected) <= FP32
+    assert apart(expected, result(plain(sampling))) > EFFECT
 
 
 def test_report(client: ComfyClient, files: None) -> None:

@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "workers" / "import_ro
 
 from comfy_raylight.tests.weights.adapters import ADAPTERS, write_adapter
 from comfy_raylight.tests.weights.bench import Bench, apart, boot, forward
-from comfy_raylight.tests.weights.files import SAFETENSORS, write_gguf, write_variant
+from comfy_raylight.tests.weights.files import KITCHEN, SAFETENSORS, absent, write_gguf, write_variant
 
 CHECK_LIMIT_S = 120
 TOLERANCE = 1e-5
@@ -128,17 +128,19 @@ def private_bytes(model: WorkerModel) -> int:
 
 # ---- files ---------------------------------------------------------------------------------------
 
-MUST_BE_PRIVATE = {"misaligned": 1.0, "scaled": 0.9, "layers": 1.0, "comfy_quant": 1.0}
+MUST_BE_PRIVATE = {"misaligned": 1.0, "scaled": 0.9, **dict.fromkeys(("layers", "comfy_quant", *KITCHEN), 1.0)}
 """At most this part of the weights: on a CPU ComfyUI turns what is not quantised into float32."""
 
 
 @each(SAFETENSORS, "file")
 def _(bench: Bench, name: str) -> None:
-    import comfy.utils
     from comfy_raylight.raylight.errors import LoadError
 
-    path = write_variant(bench.base, bench.path(), name)
-    if name == "comfy_quant" and not hasattr(comfy.utils, "convert_old_quants"):
+    try:
+        path = write_variant(bench.base, bench.path(), name)
+    except ImportError as error:
+        raise Absent(str(error)) from error
+    if absent(name):
         try:
             bench.mapped(path)
         except LoadError as error:
@@ -467,10 +469,8 @@ def _(bench: Bench, name: str) -> None:
         path, weights = write_gguf(bench.base, bench.path(".gguf"), name)
         plain = bench.plain_state(weights)
     else:
-        import comfy.utils
-
-        if name == "comfy_quant" and not hasattr(comfy.utils, "convert_old_quants"):
-            raise Absent("this ComfyUI refuses the layout")
+        if absent(name):
+            raise Absent(absent(name))
         path = write_variant(bench.base, bench.path(), name)
         plain = bench.plain(path)
     files = [
