@@ -205,6 +205,7 @@ class BlockWeights:
         self._blocks[number] = (
             PatchedBlock(plain, homes, patch, ranks=self._comm.size, device=self._device) if homes else plain
         )
+        self._blocks[number].release()  # to the placeholders that it is known by
 
     def _at_device(self, keys: Sequence[str]) -> None:
         """Parameters that placeholders and views can be put into: on the device, their scales as in the file."""
