@@ -17,7 +17,7 @@ ALLOWED = {
     "workers": {"loaders", "vae", "patches", "raylight"},
     "nodes": {"workers", "loaders", "vae", "patches", "raylight"},
 }
-RAY_IN = {"launch.py", "pool.py", "actor.py", "ray_watch.py", "cluster.py"}
+RAY_IN = {"launch.py", "pool.py", "actor.py", "ray_watch.py", "ray_keeper.py", "cluster.py"}
 COMFY = {
     "comfy",
     "comfy_api",

@@ -42,8 +42,8 @@ class Worker:
         begun = time.monotonic()
         os.environ.update(variables)
         self._choose_interface(ray.util.get_node_ip_address())
-        # Ray puts the driver's directories first, and any of them may hold a `nodes` or `utils` of its own
-        sys.path.insert(0, comfy_root)
+        # the folder that Ray was started from may hold anything, and is on the path where PYTHONPATH has an empty entry
+        sys.path[:] = [comfy_root, *(entry for entry in sys.path if entry not in ("", os.getcwd()))]
         node = ray.get_runtime_context().get_node_id()
         gc.disable()  # thousands of new objects that live for ever: collecting costs a tenth of the imports
         try:
@@ -76,13 +76,10 @@ class Worker:
                 for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                     os.environ.setdefault(variable, name)
 
-    def follow(self, driver_pid: int, helpers: list[tuple[int, float]]) -> None:
-        """End this process as soon as the driver's ends, and Ray's helpers. Only for a driver on the same host.
+    def follow(self, driver_pid: int) -> None:
+        """End this process as soon as the driver's ends. Only for a driver on the same host.
 
         Ray takes seconds to notice; a worker in a collective would not notice its closed connection.
-
-        Args:
-            helpers: processes by number and start time: after a kill -9 of the driver some outlive their raylet.
         """
         if self._follows or not hasattr(os, "pidfd_open"):
             return
@@ -94,7 +91,6 @@ class Worker:
             except ProcessLookupError:
                 os._exit(EXIT_DRIVER_GONE)
             wait([descriptor])
-            _end(helpers)
             os._exit(EXIT_DRIVER_GONE)
 
         threading.Thread(target=follow, name="raylight-follow-driver", daemon=True).start()
@@ -120,15 +116,3 @@ class Worker:
     def status(self) -> int:
         """Sign of life: answered while the main group works. Returns the rank."""
         return self._rank
-
-
-def _end(helpers: list[tuple[int, float]]) -> None:
-    import psutil
-
-    for pid, started in helpers:
-        try:
-            process = psutil.Process(pid)
-            if process.create_time() == started:
-                process.kill()
-        except psutil.Error:  # it has ended
-            continue

@@ -7,57 +7,47 @@ import contextlib
 import gc
 import logging
 import os
-import shutil
 import socket
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+from ray.job_config import JobConfig
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError, WorkerError
-from . import actor, cluster, devices
+from . import actor, cluster, devices, own_ray
 from .messages import HostEnvironment
-from .ray_private import private
 from .ray_watch import RayWatch, knock
 
 log = logging.getLogger(__name__)
 
-IMPORT_ROOT = Path(__file__).resolve().parent / "import_root"
 LOCAL = "local"
-OBJECT_STORE_BYTES = 256 << 20
-"""Ray's store of a local cluster: payloads do not go through it, so the smallest comfortable size."""
-OWN_SETTINGS = {"RAY_task_events_shutdown_flush_timeout_ms": "100", "RAY_memory_monitor_refresh_ms": "0"}
-"""Of our own Ray: leaving one whose control service is gone would otherwise take 5 s more; and its memory monitor
-would kill workers wherever the host's memory is 95 percent full, which ComfyUI's caches and pinned memory may well
-make it. The system's own killer comes when memory is out, and to Ray's workers first."""
 WORKER_SETTINGS = {"MALLOC_ARENA_MAX": "1"}
 """Of worker processes: one heap. malloc_trim gives back the end of glibc's first heap only; what is freed at the end of
 another thread's, up to 64 MiB, stays in the process."""
 POLL_S = 0.1
 CAUSE_WAIT_S = 2.0
 MODE = "RAY_AUTH_MODE"
-EXPECTED = ("Token authentication is enabled", "SIGTERM handler is not set")
+EXPECTED = "SIGTERM handler is not set"
 
 
-def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
+def ensure_ray(config: PoolConfig, lost: Callable[[str], None], interrupted: Callable[[], bool]) -> None:
     """Connect to the cluster the config names, else reuse this process's, else start a local one.
-
-    Ray's processes die with the thread that starts them: call it from ComfyUI's prompt thread, which
-    lives as long as ComfyUI.
 
     Args:
         lost: called from a thread of its own when a process of Ray ends by itself, or the cluster answers no more,
             with the process's name; it is to end what uses Ray, and then `stop_ray`.
 
     Raises:
-        ConfigError: the named cluster cannot be reached, or another one is connected already.
+        ConfigError: the named cluster cannot be reached, another one is connected already, or there is no place for the
+            files of a local one.
+        WorkerError: a local one did not start, or the user cancelled.
     """
     if ray.is_initialized():
         connected = ray.get_runtime_context().gcs_address
@@ -68,50 +58,36 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None]) -> None:
                 "Use one address in all workflows, or restart ComfyUI",
             )
         return
-    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    atexit.register(stop_ray)
     if config.address != LOCAL:
         _check_reachable(config.address)
         with _environment_kept():
             _choose_authentication(config.address)
             try:
-                ray.init(address=config.address, namespace=config.namespace, **options)
+                _connect(config.address, namespace=config.namespace)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise _unreachable(config.address, error) from error
-        atexit.register(stop_ray)
         RayWatch(lost, address=ray.get_runtime_context().gcs_address).start()
         return
-    host, _, port = config.dashboard.rpartition(":")
-    if config.dashboard:
-        options |= {"dashboard_host": host or "127.0.0.1", "dashboard_port": int(port)}
-    folder = tempfile.mkdtemp(prefix="rl_")  # short: a socket path may have 107 bytes
-    atexit.register(_stop_local, folder)
-    with _environment_kept(), _loopback_only(), _expected_messages_hidden():
-        os.environ.update(OWN_SETTINGS)
-        ray.init(
-            address=LOCAL,
-            num_cpus=0,
-            num_gpus=0,
-            object_store_memory=int(config.object_store_gb * (1 << 30)) or OBJECT_STORE_BYTES,
-            include_dashboard=bool(config.dashboard),
-            _temp_dir=folder,
-            **options,
-        )
-    RayWatch(lost).start()
+    own = own_ray.start(config, interrupted)
+    try:
+        with _environment_kept(), _loopback_only(), _expected_messages_hidden():
+            for name in own_ray.NOT_OURS:
+                os.environ.pop(name, None)
+            os.environ.update(own_ray.SETTINGS | {own_ray.TOKEN: own.token})
+            _read_authentication()
+            _connect(own.address)
+        RayWatch(lost, own=own).start()
+    except BaseException:
+        ray.shutdown()
+        own.end()
+        raise
 
 
-def helpers() -> list[tuple[int, float]]:
-    """Number and start time of the processes that Ray has started for this one, workers apart."""
-    found = []
-    for started in psutil.Process().children():
-        try:
-            if "/ray/" in " ".join(started.cmdline()):
-                family = [started, *started.children(recursive=True)]
-                found += [
-                    (each.pid, each.create_time()) for each in family if not each.name().startswith("ray::Worker")
-                ]
-        except psutil.Error:  # it has ended
-            continue
-    return found
+def own_folder() -> Path | None:
+    """The private folder of the local Ray that is connected."""
+    own = RayWatch.own_at_hand()
+    return own.folder.path if own else None
 
 
 def ray_ended(*, ask: bool = False) -> str:
@@ -125,11 +101,14 @@ def stop_ray() -> None:
     No reference to an object of Ray may be dropped meanwhile: Ray then ends the process. Its own errors are garbage
     with such references in them, which would be collected at any time.
     """
+    own = RayWatch.own_at_hand()
     RayWatch.stop()
     with _no_collection():
         if ray.is_initialized():  # or it is only one of those that were left before
             gc.collect()
         ray.shutdown()
+    if own is not None:
+        own.end()
 
 
 def seats(config: PoolConfig, environment: HostEnvironment, interrupted: Callable[[], bool]) -> list[cluster.Seat]:
@@ -152,7 +131,7 @@ def make_actors(
         "num_cpus": 0,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(environment), **WORKER_SETTINGS}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(config, environment), **WORKER_SETTINGS}},
     }
     if config.address != LOCAL and environment.device_type == "cuda":
         options["num_gpus"] = 1  # a shared cluster counts its GPUs; our own does not have to
@@ -288,6 +267,23 @@ def _unreachable(address: str, error: Exception) -> ConfigError:
     )
 
 
+def _connect(address: str, **options: Any) -> None:
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        configure_logging=False,
+        # of another kind of job Ray puts this process's current folder on the workers' search path
+        job_config=JobConfig(_client_job=True),
+        **options,
+    )
+
+
+def _read_authentication() -> None:
+    """Ray keeps the mode and the token that it has read; those of another cluster may have been before."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 def _choose_authentication(address: str) -> None:
     """Send Ray's token where the cluster wants it, and only there: otherwise the connection, or the first actor, fails.
 
@@ -297,15 +293,14 @@ def _choose_authentication(address: str) -> None:
     Raises:
         ConfigError: the cluster wants a token, and this user has none or another one.
     """
+    _read_authentication()
     if MODE in os.environ or ":" not in address or "//" in address:
         return
-    read_again = private("ray._raylet.Config", use="chooses how to join a cluster").initialize
-    connect = private("ray._raylet.GcsClient", use="chooses how to join a cluster")
     for mode in ("disabled", "token"):
         os.environ[MODE] = mode
-        read_again("")
+        _read_authentication()
         try:
-            connect(address=address)
+            GcsClient(address=address)
         except ray.exceptions.AuthenticationError as error:
             if mode == "token":
                 raise ConfigError(
@@ -319,13 +314,11 @@ def _choose_authentication(address: str) -> None:
             return
 
 
-def _python_path(environment: HostEnvironment) -> str:
-    return os.pathsep.join((str(IMPORT_ROOT), environment.comfy_root, "${PYTHONPATH}"))
-
-
-def _stop_local(folder: str) -> None:
-    stop_ray()
-    shutil.rmtree(folder, ignore_errors=True)
+def _python_path(config: PoolConfig, environment: HostEnvironment) -> str:
+    path = own_ray.search_path(environment.comfy_root)
+    if config.address != LOCAL:  # what other machines have there is theirs
+        path = [*path[:2], "${PYTHONPATH}"]
+    return os.pathsep.join(path)
 
 
 @contextlib.contextmanager
@@ -359,29 +352,24 @@ def _loopback_only() -> Iterator[None]:
     The public switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0) is read when ray is imported, which may have
     happened before us.
     """
-    before = private("ray._private.ray_constants.ENABLE_RAY_CLUSTER", use="keeps a local Ray from the network")
-    constants: Any = sys.modules["ray._private.ray_constants"]
-    constants.ENABLE_RAY_CLUSTER = False
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
 def _expected_messages_hidden() -> Iterator[None]:
-    """Two notices of Ray that say nothing to a ComfyUI user."""
+    """A notice of Ray that says nothing to a ComfyUI user."""
 
     def unexpected(record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith(EXPECTED)
 
-    loggers = [
-        logging.getLogger(f"ray._private.{name}") for name in ("worker", "authentication.authentication_token_setup")
-    ]
-    for logger in loggers:
-        logger.addFilter(unexpected)
+    logger = logging.getLogger("ray._private.worker")
+    logger.addFilter(unexpected)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(unexpected)
+        logger.removeFilter(unexpected)

@@ -45,11 +45,17 @@ class WorkerPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """Where the process groups of a pool meet."""
+    """Where the process groups of a pool meet.
 
-    host: str
-    port: int
+    Attributes:
+        file: on one machine, a file that only this user can open; "" for rank 0's store on `host` and `port`.
+        timeout: seconds that a rank waits there, and in a collective.
+    """
+
     timeout: float
+    file: str = ""
+    host: str = ""
+    port: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

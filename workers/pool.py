@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
+import psutil
+
 from ..loaders.content import content_key
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import Cancelled, LoadError, WorkerError
-from . import devices, links, processes
+from . import devices, links, private_folder, processes
 from .failures import dead, describe, failures_of, ray_lost
 from .messages import (
     Cancel,
@@ -32,6 +34,7 @@ from .messages import (
     Request,
     WorkerPlace,
 )
+from .private_folder import PrivateFolder
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +76,8 @@ class Member:
     place: WorkerPlace
     serving: Any
     connection: Connection
-    local: bool
+    process: psutil.Process | None
+    """None on another machine."""
     heartbeat: Any = None
     busy: bool = False
 
@@ -83,7 +87,7 @@ class Member:
         if not self.busy and self.connection.poll():
             return True
         # a killed process may hold its connection for some time yet, until the last of its threads has gone
-        return self.local and not processes.running(self.place.pid)
+        return self.process is not None and not processes.running(self.process)
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,14 @@ class Crew:
     """Workers that a pool has left: processes that have imported everything and hold nothing.
 
     Attributes:
-        actors, places, variables: by rank; the variables are those of the environment that they were started with.
+        actors, places, processes, variables: by rank; the variables are those of the environment that they were
+            started with.
         environment: what they know of this process.
     """
 
     actors: list[Any]
     places: list[WorkerPlace]
+    processes: list[psutil.Process]
     variables: list[dict[str, str]]
     environment: HostEnvironment
 
@@ -214,7 +220,8 @@ class Pool:
         self._launch = launch
         self._interrupted = interrupted
         self._actors: list[Any] = list(crew.actors) if crew else []
-        self._pids: list[int] = [place.pid for place in crew.places] if crew else []  # of this machine
+        self._processes: list[psutil.Process] = list(crew.processes) if crew else []  # of this machine
+        self._folder: PrivateFolder | None = None
         self._serving: list[Any] = []
         self._closed = False
         self._lost = ""
@@ -349,7 +356,7 @@ class Pool:
     def lose(self, process: str) -> None:
         """A process of Ray has ended: end the workers, and the pool then closes itself. May be called at any time."""
         self._lost = process
-        processes.end(self._pids, grace=0)
+        processes.end(self._processes, grace=0)
 
     def close(self) -> None:
         """End all workers, whatever state they are in."""
@@ -376,7 +383,7 @@ class Pool:
             self.close()
             return None
         places = [member.place for member in self.members]
-        crew = Crew(list(self._actors), places, self._variables, self._environment)
+        crew = Crew(list(self._actors), places, list(self._processes), self._variables, self._environment)
         self._forget_members()
         return crew
 
@@ -384,8 +391,8 @@ class Pool:
         """End those from rank `first` on."""
         if not self._lost:  # nobody answers, and what asks starts a new Ray
             self._launch.kill(self._actors[first:])
-        processes.end(self._pids[first:], grace=CLOSE_GRACE_S)
-        del self._actors[first:], self._pids[first:]
+        processes.end(self._processes[first:], grace=CLOSE_GRACE_S)
+        del self._actors[first:], self._processes[first:]
 
     def _forget_members(self) -> None:
         for member in self.members:
@@ -393,7 +400,10 @@ class Pool:
             member.actor = member.serving = member.heartbeat = None
         self._actors.clear()
         self._serving.clear()
-        self.members, self._pids = [], []
+        self.members, self._processes = [], []
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
     # ---- start ---------------------------------------------------------------------------------
 
@@ -405,7 +415,7 @@ class Pool:
         variables = self._variables = launch.worker_variables(config, environment)
         kept = crew.fitting(variables, environment) if crew and config.address == launch.LOCAL else 0
         self._end_workers(kept)
-        launch.ensure_ray(config, _ray_lost)
+        launch.ensure_ray(config, _ray_lost, self._interrupted)
         seats = launch.seats(config, environment, self._interrupted)
         if environment.device_type == "cpu":
             variables = [{**own, "OMP_NUM_THREADS": str(s.threads)} for own, s in zip(variables, seats, strict=True)]
@@ -420,12 +430,12 @@ class Pool:
         places += launch.gather(starting, timeout=START_TIMEOUT_S, what="start", interrupted=self._interrupted)
         begun = self._lap("workers", begun + self.laps["ray"])
         here = launch.node_id()
-        self._pids = [place.pid for place in places if place.node == here]
+        self._processes += [
+            processes.of(place.pid, name=f"Worker {place.rank}") for place in places[kept:] if place.node == here
+        ]
         single = self._single = all(place.node == here for place in places)
         self._connect(places, here, single)
-        store_host, store_port = self._store_address(places[0], single)
-        port = self._exchange_one(0, "open_store", store_host, store_port, GROUP_TIMEOUT_S)
-        meet = Rendezvous(host=store_host, port=port, timeout=GROUP_TIMEOUT_S)
+        meet = self._meeting(places[0])
         self.call_each(
             "join",
             [
@@ -460,9 +470,8 @@ class Pool:
         """Have each worker call back on one socket each, so that a death is seen at once."""
         key = secrets.token_bytes(32)
         # on one host a socket file that only this user can open; it has no port to collide on
-        private = single and hasattr(socket, "AF_UNIX")
-        where: dict[str, Any] = {"family": "AF_UNIX"} if private else {"address": (self._driver_host(single), 0)}
-        with Listener(backlog=len(places), authkey=key, **where) as listener:
+        where: Any = self._private_file("c") if single else (self._launch.host_address(), 0)
+        with Listener(where, backlog=len(places), authkey=key) as listener:
             self._serving = [actor.serve.remote(listener.address, key) for actor in self._actors]
             listener._listener._socket.settimeout(POLL_S)  # type: ignore[attr-defined]
             connections: dict[int, Connection] = {}
@@ -475,6 +484,7 @@ class Pool:
                     continue
                 _bound_sending(connection)
                 connections[pickle.loads(connection.recv_bytes())] = connection
+        local = {process.pid: process for process in self._processes}
         self.members = [
             Member(
                 rank=place.rank,
@@ -482,14 +492,13 @@ class Pool:
                 place=place,
                 serving=self._serving[place.rank],
                 connection=connections[place.rank],
-                local=place.node == here,
+                process=local[place.pid] if place.node == here else None,
             )
             for place in places
         ]
-        helpers = self._launch.helpers() if self.config.address == self._launch.LOCAL else []
         for member in self.members:
-            if member.local:
-                member.actor.follow.options(concurrency_group="control").remote(os.getpid(), helpers)
+            if member.process is not None:
+                member.actor.follow.options(concurrency_group="control").remote(os.getpid())
 
     def _check_connecting(self, deadline: float) -> None:
         if self._interrupted():
@@ -513,13 +522,24 @@ class Pool:
             return devices.topology(self.config, self.members[0].place.device.partition(":")[0])
         return f"workers on {', '.join(dict.fromkeys(member.place.host for member in self.members))}"
 
-    def _driver_host(self, single: bool) -> str:
-        return "127.0.0.1" if single else self._launch.host_address()
-
-    def _store_address(self, first: WorkerPlace, single: bool) -> tuple[str, int]:
+    def _meeting(self, first: WorkerPlace) -> Rendezvous:
+        """A file on one machine; on several, rank 0's store, which whoever reaches its port can talk to."""
+        if self._single:
+            return Rendezvous(file=self._private_file("g"), timeout=GROUP_TIMEOUT_S)
         wanted, _, port = self.config.rendezvous.rpartition(":")
-        host = "127.0.0.1" if single else first.host
-        return (wanted if wanted and not single else host), int(port) if port.isdigit() else 0
+        host = wanted or first.host
+        asked = int(port) if port.isdigit() else 0
+        return Rendezvous(
+            host=host, port=self._exchange_one(0, "open_store", host, asked, GROUP_TIMEOUT_S), timeout=GROUP_TIMEOUT_S
+        )
+
+    def _private_file(self, name: str) -> str:
+        """A name that nothing has yet, where only this user can make it."""
+        folder = self._launch.own_folder()
+        if folder is None:
+            self._folder = self._folder or private_folder.make()
+            folder = self._folder.path
+        return str(folder / f"{name}{secrets.token_hex(4)}")
 
     def _exchange_one(self, rank: int, verb: str, *arguments: Any) -> Any:
         return self.call(verb, *arguments, ranks=[rank])[0]
@@ -674,7 +694,7 @@ class Pool:
 
     def _dead(self, member: Member, verb: str) -> WorkerError:
         log.error("worker %d has ended: %s", member.rank, self._launch.why_ended(member.serving))
-        where = "" if member.local else f" on {member.place.host}"
+        where = "" if member.process else f" on {member.place.host}"
         return dead(member.rank, f"process {member.place.pid}{where}", verb)
 
     def _raise(self, groups: Sequence[dict[int, Failure]], counts: Sequence[int], verb: str) -> None:

@@ -1,37 +1,50 @@
-"""Processes of this host, by pid: whether one runs, how to end it, and the cores there are for them."""
+"""Processes of this host: whether one runs, how to end it, and the cores there are for them."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterable
 
 import psutil
 
+from ..raylight.errors import WorkerError
+
 log = logging.getLogger(__name__)
 
 
-def running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+def of(pid: int, *, name: str) -> psutil.Process:
+    """The process that has this number now, told from later ones by its start time.
+
+    Raises:
+        WorkerError: it has ended; `name` says what it was.
+    """
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        raise WorkerError(f"{name} (process {pid}) ended as it started", "", "Queue the prompt again") from None
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def end(pids: Iterable[int], *, grace: float) -> None:
+def end(processes: Iterable[psutil.Process], *, grace: float) -> None:
     """SIGKILL those that still run after `grace` seconds for all of them: a stopped process does not obey Ray."""
     deadline = time.monotonic() + grace
-    for pid in pids:
-        while running(pid) and time.monotonic() < deadline:
+    for process in processes:
+        while running(process) and time.monotonic() < deadline:
             time.sleep(0.01)
-        if running(pid):
+        if running(process):
             try:
-                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-            except ProcessLookupError:
-                log.debug("process %d ended by itself", pid)
+                process.kill()
+            except psutil.NoSuchProcess:
+                log.debug("process %d ended by itself", process.pid)
 
 
 def usable_cores() -> int:

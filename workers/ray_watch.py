@@ -1,4 +1,4 @@
-"""Notices when one of Ray's own processes ends, also between prompts.
+"""Notices when one of the processes that are Ray ends, also between prompts.
 
 A client of a Ray whose control service (gcs_server) is gone is ended by Ray after a minute, without an exception: that
 is ComfyUI's process. Disconnecting at once avoids it.
@@ -13,11 +13,11 @@ import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 
-import psutil
+from .own_ray import OwnRay
 
 log = logging.getLogger(__name__)
 
-PROCESSES = ("gcs_server", "raylet")
+CONTROL, KEEPER = "gcs_server", "keeper"
 KNOCK_S = 5.0
 MISSED = 2
 """Knocks without an answer after which a cluster's control service counts as gone; Ray itself waits for a minute."""
@@ -28,17 +28,19 @@ class RayWatch(threading.Thread):
 
     Args:
         lost: called with the name of a process that ended by itself.
-        address: "host:port" of the control service of a cluster that was joined, "" for a Ray of our own.
+        own: a Ray of our own.
+        address: "host:port" of the control service of a cluster that was joined instead.
     """
 
-    def __init__(self, lost: Callable[[str], None], *, address: str = "") -> None:
+    def __init__(self, lost: Callable[[str], None], *, own: OwnRay | None = None, address: str = "") -> None:
         super().__init__(name="raylight-watch-ray", daemon=True)
         self._lost = lost
+        self._own = own
         self._address = address
         self._over = self._silent = False
         self._end, self._wake = os.pipe()
-        own = not address and hasattr(os, "pidfd_open")
-        self._descriptors = {os.pidfd_open(pid): name for name, pid in _ours()} if own else {}
+        members = {**own.processes, KEEPER: own.keeper.pid} if own and hasattr(os, "pidfd_open") else {}
+        self._descriptors = {os.pidfd_open(pid): name for name, pid in members.items()}
 
     def run(self) -> None:
         """Wait, and tell."""
@@ -74,6 +76,11 @@ class RayWatch(threading.Thread):
         return ""
 
     @classmethod
+    def own_at_hand(cls) -> OwnRay | None:
+        """The Ray of our own that is at hand."""
+        return next((watch._own for watch in cls._at_hand()), None)
+
+    @classmethod
     def stop(cls) -> None:
         """The Ray at hand is over: what becomes of its processes is told to nobody any more."""
         for watch in cls._at_hand():
@@ -88,7 +95,7 @@ class RayWatch(threading.Thread):
 
     def _gone(self) -> str:
         if self._silent:
-            return PROCESSES[0]
+            return CONTROL
         return next((self._descriptors[ready] for ready in wait(list(self._descriptors), 0)), "")  # type: ignore[index]
 
 
@@ -109,14 +116,3 @@ def _answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _ours() -> Iterator[tuple[str, int]]:
-    # Ray starts them from the process that asks for it
-    for process in psutil.Process().children():
-        try:
-            name = process.name()
-        except psutil.NoSuchProcess:
-            continue
-        if name in PROCESSES:
-            yield name, process.pid

@@ -61,8 +61,8 @@ class _Ready:
 class Runner:
     """Holds the models of one worker and runs calls on them.
 
-    Order of verbs: `open_store` (rank 0), `join`, then any; `close` last. All ranks of a replica receive
-    the same requests in the same order, so the collectives inside them match.
+    Order of verbs: `open_store` (rank 0, for several machines), `join`, then any; `close` last. All ranks of a replica
+    receive the same requests in the same order, so the collectives inside them match.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,10 @@ class Runner:
         return self.mesh.rank % self.mesh.parallel.sequence == 0
 
     def open_store(self, host: str, port: int, timeout: float) -> int:
-        """Start the rendezvous store on `host`. `port` 0, or a port in use, means any free one. Returns the port."""
+        """Start the rendezvous store of several machines on `host`; returns its port.
+
+        `port` 0, or a port in use, means any free one.
+        """
         try:
             self._listener = socket.create_server((host, port))
         except OSError:
@@ -131,13 +134,13 @@ class Runner:
         if model_management.is_device_cpu(device):
             torch.set_num_threads(request.threads)
         meet = request.rendezvous
-        if self._store is None:
+        timeout = datetime.timedelta(seconds=meet.timeout)
+        if meet.file:
+            self._store = distributed.FileStore(meet.file, parallel.world)
+            self._store.set_timeout(timeout)
+        elif self._store is None:
             self._store = distributed.TCPStore(
-                meet.host,
-                meet.port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=datetime.timedelta(seconds=meet.timeout),
+                meet.host, meet.port, is_master=False, wait_for_workers=False, timeout=timeout
             )
         backend = distributed.get_default_backend_for_device(device)
         self._mesh = Mesh.create(
@@ -145,7 +148,7 @@ class Runner:
             rank=request.rank,
             store=self._store,
             backend=backend,
-            timeout=datetime.timedelta(seconds=meet.timeout),
+            timeout=timeout,
         )
 
     def share(self, ref: ArenaRef) -> bool:

@@ -250,7 +250,7 @@ def test_process_of_ray_killed(acquire: Acquire, model: Model, name: str, idle: 
 
     before = model.forward()
     processes = pids(model.pool)
-    (victim,) = [child for child in psutil.Process().children() if child.name() == name]
+    (victim,) = [child for child in psutil.Process().children(recursive=True) if child.name() == name]
     if idle:
         victim.kill()
         assert all_gone(processes) and not model.pool.alive()
