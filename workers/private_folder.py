@@ -23,6 +23,8 @@ SOCKET_PATH = 103
 BELOW = len("/rl-12345678/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store")
 """Of the longest path of a socket of Ray, after the folder that ours is in."""
 LONGEST = SOCKET_PATH - BELOW
+LAST = "/tmp"
+"""Where it is made when no variable says a better place."""
 TRIES = 5
 
 
@@ -73,7 +75,7 @@ def _places() -> Iterator[tuple[str, str]]:
     for name in ("TMPDIR", "XDG_RUNTIME_DIR"):
         if place := os.environ.get(name):
             yield name, place.rstrip("/") or "/"
-    yield "", "/tmp"
+    yield "", LAST
 
 
 def _unfit(place: str) -> str:

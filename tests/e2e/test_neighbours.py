@@ -9,16 +9,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host import machines, processes
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient
-from comfy_raylight.tests.host.faults import Stage
+from comfy_raylight.tests.host.faults import Stage, zombies
 from comfy_raylight.tests.host.prompts import INIT, LOADER
 from comfy_raylight.tests.host.server import ComfyServer, free_port
 
-GONE_S = 10.0
+GONE_S = 15.0
 
 
 @pytest.fixture
@@ -32,15 +33,47 @@ def other(comfy_root: Path, tmp_path: Path) -> Iterator[ComfyServer]:
         yield server
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=SLOW), signal.SIGKILL], ids=lambda how: how.name)
+HOW = [pytest.param(signal.SIGTERM, marks=SLOW), pytest.param(signal.SIGINT, marks=SLOW), signal.SIGKILL]
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how.name)
 def test_nothing_outlives_comfyui(other: ComfyServer, how: signal.Signals) -> None:
+    """No process, and nothing of the private folder."""
     with other.client() as client:
         stage = Stage(other, client)
         stage.good()
         assert len(stage.workers()) == 2
+    folder = folder_of(other.pid)
     members = processes.tree(other.pid)
     os.kill(other.pid, how)
     assert [process.command for process in processes.gone(members, wait=GONE_S)] == []
+    assert not folder.exists()
+
+
+@pytest.mark.timeout(900)
+def test_a_program_that_replaces_itself(other: ComfyServer) -> None:
+    """ComfyUI-Manager restarts ComfyUI so, between two prompts and within one: the process keeps its number."""
+    wanted = b""
+    for sampling in (False, True):
+        with other.client() as client:
+            stage = Stage(other, client)
+            wanted = wanted or stage.good()
+            if sampling:
+                stage.sampling(client.queue(stage.prompt(steps=4000)))
+            before, folder = processes.tree(other.pid)[1:], folder_of(other.pid)
+            other.restart()
+        assert [process.command for process in processes.gone(before, wait=GONE_S)] == []
+        assert not folder.exists()
+        with other.client() as client:
+            stage = Stage(other, client)
+            assert stage.good() == wanted
+            assert len(stage.workers()) == 2 and zombies(other.pid) == []
+
+
+def folder_of(pid: int) -> Path:
+    """The private folder of a ComfyUI's Ray: where its processes are."""
+    (raylet,) = [child for child in psutil.Process(pid).children(recursive=True) if child.name() == "raylet"]
+    return Path(raylet.cwd())
 
 
 @SLOW

@@ -155,6 +155,18 @@ class ComfyServer:
             raise
         return self
 
+    def restart(self) -> None:
+        """Have the program replace itself, and wait until the new one answers; test nodes are needed."""
+        route = f"{self.url}/raylight-test"
+        before = self._told(f"{route}/started")
+        urllib.request.urlopen(urllib.request.Request(f"{route}/restart", b"{}"), timeout=30).close()
+        end = time.monotonic() + self.timeout
+        while self._told(f"{route}/started") in (before, b""):
+            self.check()
+            if time.monotonic() > end:
+                raise ServerError(f"ComfyUI did not restart. The end of its log:\n{self.tail()}")
+            time.sleep(0.1)
+
     def stop(self, *, grace: float = 15.0) -> list[str]:
         """End ComfyUI and everything it started.
 
@@ -206,6 +218,14 @@ class ComfyServer:
             except OSError:
                 ignored = shutil.ignore_patterns(".git", ".host", "__pycache__", ".*_cache")
                 shutil.copytree(source, target, ignore=ignored)
+
+    def _told(self, url: str) -> bytes:
+        """What is there, nothing while nobody answers."""
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                return bytes(response.read())
+        except OSError:
+            return b""
 
     def _wait(self) -> None:
         end = time.monotonic() + self.timeout

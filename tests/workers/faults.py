@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,11 @@ def in_worker(pool: Any, look: Callable[[Any], Any], *, rank: int = 0) -> Any:
 
     asked = pool.members[rank].actor.__ray_call__.options(concurrency_group="control").remote(look)
     return ray.get(asked, timeout=120)
+
+
+def where_it_runs(worker: Any) -> tuple[str, list[str]]:
+    """A worker's current folder, and its search path."""
+    return os.getcwd(), list(sys.path)
 
 
 def wait_for_python(worker: Any) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
+import time
 from typing import Any
 
 import execution
@@ -9,6 +13,7 @@ from aiohttp import web
 from server import PromptServer
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {}
+STARTED = time.time()
 
 
 @PromptServer.instance.routes.post("/raylight-test/validate")
@@ -19,3 +24,16 @@ async def validate(request: web.Request) -> web.Response:
         manager.apply_replacements(prompt)
     fine, error, _, nodes = await execution.validate_prompt("validate", prompt, None)
     return web.json_response({"fine": fine, "error": error, "nodes": nodes})
+
+
+@PromptServer.instance.routes.post("/raylight-test/restart")
+async def restart(request: web.Request) -> web.Response:
+    """As ComfyUI-Manager restarts ComfyUI: the program replaces itself, and keeps its process."""
+    asyncio.get_running_loop().call_later(0.1, os.execv, sys.executable, [sys.executable, *sys.argv])
+    return web.json_response({})
+
+
+@PromptServer.instance.routes.get("/raylight-test/started")
+async def started(request: web.Request) -> web.Response:
+    """When this program began."""
+    return web.json_response(STARTED)
