@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import strangers
 from .comm import Comm, Meter
 from .config import AXES, ParallelConfig
 
@@ -46,6 +47,7 @@ class Mesh:
         self._timeout = timeout
 
     @classmethod
+    @strangers.refused()
     def create(
         cls, parallel: ParallelConfig, *, rank: int, store: dist.Store, backend: str, timeout: timedelta
     ) -> Mesh:
@@ -60,6 +62,7 @@ class Mesh:
 
         Raises:
             RuntimeError or torch.distributed.DistError: the ranks did not meet in time.
+            WorkerError: another user of the machine has come between them.
         """
         world = parallel.world
         assert 0 <= rank < world, (rank, world)
@@ -139,8 +142,9 @@ class Mesh:
             return world
         if count not in self._first:
             ranks = tuple(range(count))
-            group = dist.new_group(list(ranks), timeout=self._timeout) if count > 1 else None
-            control = dist.new_group(list(ranks), timeout=self._timeout, backend="gloo") if count > 1 else None
+            with strangers.refused():
+                group = dist.new_group(list(ranks), timeout=self._timeout) if count > 1 else None
+                control = dist.new_group(list(ranks), timeout=self._timeout, backend="gloo") if count > 1 else None
             mine = self.rank < count
             self._first[count] = self._comm(ranks, rank=self.rank, group=group, meter=self._meter) if mine else None
             if mine:
@@ -162,7 +166,8 @@ class Mesh:
             group = None
             if size > 1:
                 # the ranks of other sequences are somewhere else
-                group = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
+                with strangers.refused():
+                    group = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
             self._parts[size] = self._comm(ranks, rank=self.rank, group=group, meter=self._meter)
         part, comm = copy.copy(self), self._parts[size]
         alone = self._comm((self.rank,), rank=self.rank, group=None, meter=self._meter)
