@@ -42,8 +42,8 @@ ADDRESSES: dict[str, Any] = {
         "STRING",
         {
             "default": OLD_RENDEZVOUS,
-            "tooltip": "host:port where the workers meet. The default means any free port on this machine; "
-            "a port that is taken is replaced by a free one.",
+            "tooltip": "host:port where workers on several machines meet; those on one machine meet in a file. The "
+            "default means any free port, as a port does that is taken.",
         },
     ),
 }

@@ -109,7 +109,8 @@ class PoolConfig:
         devices: physical accelerator indices, one per worker; empty means the first ones. Not used on CPU.
         object_store_gb: Ray object store size in GiB for a local Ray; 0 means Ray's own small default here.
         dashboard: "host:port" of Ray's dashboard, or "" for none.
-        rendezvous: "host" or "host:port" rank 0's store listens on; "" means loopback and a free port.
+        rendezvous: "host" or "host:port" that rank 0's store listens on where workers are on several machines; "" means
+            its machine's address and a free port.
         check_links: run one all-reduce per axis after the start and log bandwidth.
         reader: how workers read model files, one of READERS.
         models_kept: models that stay mapped in the workers although no workflow uses them any more, at most,

@@ -78,9 +78,11 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None], interrupted: Cal
             _read_authentication()
             _connect(own.address)
         RayWatch(lost, own=own).start()
-    except BaseException:
+    except BaseException as error:
         ray.shutdown()
         own.end()
+        if isinstance(error, (OSError, RuntimeError, ValueError)):
+            raise WorkerError("Ray ended as it started", str(error), "Queue the prompt again") from error
         raise
 
 
@@ -154,8 +156,14 @@ def worker_variables(config: PoolConfig, environment: HostEnvironment) -> list[d
         variables = [{devices.VARIABLES[kind]: device} for device in devices.chosen(config, kind)]
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if config.address == LOCAL and loopback:
-        variables = [{**own, "GLOO_SOCKET_IFNAME": loopback} for own in variables]
+        meeting = {"GLOO_SOCKET_IFNAME": loopback, **_unless_set(NCCL_SOCKET_IFNAME=loopback, NCCL_RAS_ENABLE="0")}
+        variables = [{**own, **meeting} for own in variables]
     return variables
+
+
+def _unless_set(**variables: str) -> dict[str, str]:
+    """NCCL meets where other machines reach it, and answers any local user's questions, if it is not told otherwise."""
+    return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
 def kill(actors: list[Any]) -> None:

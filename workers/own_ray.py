@@ -53,7 +53,8 @@ class OwnRay:
 
     Attributes:
         address: of its control service.
-        token: whoever has it can run code as this user. It is in the environment of Ray's processes, and nowhere else.
+        token: whoever has it can run code as this user. It is in the environment of Ray's processes, and where there is
+            a dashboard, which asks for it, in the folder.
         folder: where everything of it is.
         processes: number of each of its processes that it cannot be without, by name.
         keeper: the process that ends them.
@@ -106,6 +107,9 @@ def start(config: PoolConfig, interrupted: Callable[[], bool]) -> OwnRay:
     except BaseException:
         _end(keeper, folder)
         raise
+    if config.dashboard:
+        (folder.path / "token").write_text(token)
+        log.info("Ray's dashboard at %s asks for the token in %s", config.dashboard, folder.path / "token")
     return OwnRay(answer.address, token, folder, answer.processes or {}, keeper)
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from ..raylight.errors import ConfigError
 log = logging.getLogger(__name__)
 
 PREFIX = "rl-"
-SOCKET_PATH = 103
-"""Bytes that the path of a socket file may have on every system (Linux takes four more)."""
+SOCKET_PATH = 107 if sys.platform == "linux" else 103
+"""Bytes that the path of a socket file may have."""
 BELOW = len("/rl-12345678/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store")
 """Of the longest path of a socket of Ray, after the folder that ours is in."""
 LONGEST = SOCKET_PATH - BELOW

@@ -88,7 +88,7 @@ def main() -> None:
     try:
         answer = _start(order)
     except Exception as error:
-        answer = Answer(error=" ".join([f"{type(error).__name__}: {error}", *_last_words()]))
+        answer = Answer(error=" ".join([f"{type(error).__name__}: {error}", *_first_words()]))
     os.write(answers, answer.packed())
     while True:
         try:
@@ -122,10 +122,10 @@ def _start(order: Order) -> Answer:
     return Answer(node.gcs_address, {name: node.all_processes[name][0].process.pid for name in WATCHED})
 
 
-def _last_words() -> Sequence[str]:
-    """The last line that each process of Ray wrote as it failed."""
-    logs = [path.read_text(errors="replace").split("\n") for path in Path("ray/session_latest/logs").glob("*.err")]
-    return [next((line for line in reversed(lines) if line.strip()), "") for lines in logs]
+def _first_words() -> Sequence[str]:
+    """The first line that each process of Ray wrote as it failed."""
+    logs = [path.read_text(errors="replace") for path in Path("ray/session_latest/logs").glob("*.err")]
+    return [log.strip().partition("\n")[0] for log in logs if log.strip()]
 
 
 def _adopt_orphans() -> None:

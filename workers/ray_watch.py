@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 
 from .own_ray import OwnRay
+from .ray_keeper import NAME
 
 log = logging.getLogger(__name__)
 
-CONTROL, KEEPER = "gcs_server", "keeper"
+CONTROL = "gcs_server"
 KNOCK_S = 5.0
 MISSED = 2
 """Knocks without an answer after which a cluster's control service counts as gone; Ray itself waits for a minute."""
@@ -39,7 +40,8 @@ class RayWatch(threading.Thread):
         self._address = address
         self._over = self._silent = False
         self._end, self._wake = os.pipe()
-        members = {**own.processes, KEEPER: own.keeper.pid} if own and hasattr(os, "pidfd_open") else {}
+        # the others end with the keeper
+        members = {NAME: own.keeper.pid, **own.processes} if own and hasattr(os, "pidfd_open") else {}
         self._descriptors = {os.pidfd_open(pid): name for name, pid in members.items()}
 
     def run(self) -> None:

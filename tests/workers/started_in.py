@@ -1,8 +1,9 @@
 """Starts a pool of two CPU workers in a process of its own, wherever that is, and says what it computes.
 
-    python started_in.py COMFY CHECKPOINT
+    python started_in.py COMFY CHECKPOINT [on]
 
-Prints JSON: a digest of a model call, a worker's folder and search path, and seconds; or the error and seconds.
+Prints JSON: a digest of a model call, a worker's folder and search path, and seconds; or the error and seconds. With
+`on` it computes until it is killed, and prints nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def main() -> None:
     begun, found = time.monotonic(), dict[str, Any]()
     try:
         pool = pools.acquire(config, environment, lambda: False)
-        output = Model(pool, Path(sys.argv[2])).forward()
+        model = Model(pool, Path(sys.argv[2]))
+        output = model.forward()
+        while sys.argv[3:] == ["on"]:
+            model.forward()
         found["folder"], found["path"] = in_worker(pool, where_it_runs)
         found["digest"] = hashlib.sha256(output.numpy().tobytes()).hexdigest()
     except RaylightError as error:

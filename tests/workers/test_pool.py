@@ -242,6 +242,8 @@ def test_worker_killed_between_calls(acquire: Acquire, model: Model) -> None:
         pytest.param("gcs_server", False, id="working-gcs_server"),
         pytest.param("raylet", True, id="idle-raylet"),
         pytest.param("raylet", False, id="working-raylet", marks=SLOW),
+        pytest.param("raylight-keeper", True, id="idle-keeper", marks=SLOW),
+        pytest.param("raylight-keeper", False, id="working-keeper"),
     ],
 )
 def test_process_of_ray_killed(acquire: Acquire, model: Model, name: str, idle: bool) -> None:

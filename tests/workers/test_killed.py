@@ -1,0 +1,65 @@
+"""kill -9 of ComfyUI's process at any moment of a pool's start and work leaves no process and no folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from comfy_raylight.tests.host.large import LARGE
+
+from . import started_in
+
+MOMENTS = [number / 8 for number in range(1, 11)] if LARGE else [0.4, 0.9]
+"""As parts of the time that a start and a call of a model take."""
+GONE_S = 15.0
+
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux only")
+
+
+@pytest.fixture
+def here() -> Iterator[Path]:
+    """Where the private folders are made."""
+    folder = Path(f"/tmp/rk{os.getpid()}")
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def inside(folder: Path) -> list[str]:
+    """Processes that are somewhere below a folder, as all are that a pool's Ray has started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd().startswith(f"{folder}/"):
+                found.append(process.name())
+        except psutil.Error:  # it has ended
+            continue
+    return found
+
+
+def test_killed_at_any_moment(here: Path, comfy_root: Path, tiny_wan: Path) -> None:
+    command = [sys.executable, started_in.__file__, str(comfy_root), str(tiny_wan)]
+    variables = {**os.environ, "TMPDIR": str(here)}
+    usual = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    seconds = json.loads(usual.stdout.splitlines()[-1])["seconds"]
+    assert inside(here) == [] and list(here.iterdir()) == []
+    seen = 0
+    for moment in MOMENTS:
+        process = subprocess.Popen([*command, "on"], env=variables)
+        time.sleep(moment * seconds)
+        seen += len(inside(here))
+        process.kill()
+        process.wait()
+        end = time.monotonic() + GONE_S
+        while (inside(here) or any(here.iterdir())) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert inside(here) == [] and list(here.iterdir()) == [], f"{moment} of {seconds:.0f} s"
+    assert seen, "nothing had started yet"
