@@ -111,7 +111,7 @@ def _start(order: Order) -> Answer:
             plasma_directory=order.store_folder or None,
             include_dashboard=bool(order.dashboard),
             dashboard_host=host or "127.0.0.1",
-            dashboard_port=int(port) if port else None,
+            dashboard_port=int(port) if port else None,  # type: ignore[arg-type]
             temp_dir=str(Path.cwd() / "ray"),
         ),
         head=True,

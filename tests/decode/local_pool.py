@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
 from comfy_raylight.tests.engine.ranks import mesh_of
+from comfy_raylight.workers import private_folder
 from comfy_raylight.workers.pool import Member, Pool
 
 CONTEXT: Any = multiprocessing.get_context("fork")
@@ -49,8 +49,8 @@ class LocalPool(Pool):
         self._lost = ""
         self._single = True
         self._next_id = 0
-        self._folder = tempfile.TemporaryDirectory()
-        store = os.path.join(self._folder.name, "store")
+        self._folder = private_folder.make()
+        store = str(self._folder.path / "store")
         pipes = [CONTEXT.Pipe() for _ in range(world)]
         self._actors = [
             # daemons: what goes wrong here must not wait for their end
@@ -59,7 +59,7 @@ class LocalPool(Pool):
         ]
         for process in self._actors:
             process.start()
-        self._pids = [process.pid for process in self._actors]
+        self._processes = [psutil.Process(process.pid) for process in self._actors]
         actor = SimpleNamespace(status=SimpleNamespace(remote=lambda: "alive"))
         self.members = [
             Member(
@@ -68,7 +68,7 @@ class LocalPool(Pool):
                 place=SimpleNamespace(pid=process.pid),  # type: ignore[arg-type]
                 serving=None,
                 connection=pipes[rank][0],
-                local=True,
+                process=self._processes[rank],
             )
             for rank, process in enumerate(self._actors)
         ]

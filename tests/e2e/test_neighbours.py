@@ -50,6 +50,7 @@ def test_nothing_outlives_comfyui(other: ComfyServer, how: signal.Signals) -> No
     assert not folder.exists()
 
 
+@SLOW
 @pytest.mark.timeout(900)
 def test_a_program_that_replaces_itself(other: ComfyServer) -> None:
     """ComfyUI-Manager restarts ComfyUI so, between two prompts and within one: the process keeps its number."""

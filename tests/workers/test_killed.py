@@ -1,4 +1,4 @@
-"""kill -9 of ComfyUI's process at any moment of a pool's start and work leaves no process and no folder."""
+"""A process with a pool that is killed at any moment, or replaces its program, leaves no process and no folder."""
 
 from __future__ import annotations
 
@@ -63,3 +63,17 @@ def test_killed_at_any_moment(here: Path, comfy_root: Path, tiny_wan: Path) -> N
             time.sleep(0.1)
         assert inside(here) == [] and list(here.iterdir()) == [], f"{moment} of {seconds:.0f} s"
     assert seen, "nothing had started yet"
+
+
+def test_replaced_by_another_program(here: Path, comfy_root: Path, tiny_wan: Path) -> None:
+    """The process keeps its number, and the former program's pool is as foreign to the new one as any."""
+    command = [sys.executable, started_in.__file__, str(comfy_root), str(tiny_wan), "between", "within"]
+    done = subprocess.run(
+        command, env={**os.environ, "TMPDIR": str(here)}, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == 3 and len({each["digest"] for each in told}) == 1
+    assert len({each["folder"] for each in told}) == 3
+    assert [each["zombies"] for each in told] == [[], [], []]
+    assert inside(here) == [] and list(here.iterdir()) == []
