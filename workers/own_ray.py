@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -125,8 +126,9 @@ def search_path(*more: str) -> Sequence[str]:
 def _wait_for_former() -> None:
     """A program that replaced itself (execv) has the keeper of the former one as a child, which has ended by itself."""
     for child in psutil.Process().children():
-        if child.name() == NAME and child.status() == psutil.STATUS_ZOMBIE:
-            os.waitpid(child.pid, 0)
+        with contextlib.suppress(psutil.Error):  # another child has gone meanwhile
+            if child.name() == NAME and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, 0)
 
 
 def _answer(keeper: subprocess.Popen[bytes], interrupted: Callable[[], bool]) -> Answer:

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from ..loaders.content import content_key
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import Cancelled, LoadError, WorkerError
-from . import devices, links, private_folder, processes
+from . import devices, links, processes
 from .failures import dead, describe, failures_of, ray_lost
 from .messages import (
     Cancel,
@@ -34,7 +34,9 @@ from .messages import (
     Request,
     WorkerPlace,
 )
-from .private_folder import PrivateFolder
+
+if TYPE_CHECKING:
+    from .private_folder import PrivateFolder
 
 log = logging.getLogger(__name__)
 
@@ -535,6 +537,8 @@ class Pool:
 
     def _private_file(self, name: str) -> str:
         """A name that nothing has yet, where only this user can make it."""
+        from . import private_folder
+
         folder = self._launch.own_folder()
         if folder is None:
             self._folder = self._folder or private_folder.make()

@@ -200,6 +200,9 @@ FAULTS: Mapping[str, Fault] = {
     "both": Fault("kill -9 of two workers at once", lambda s: s.kill(*s.workers()), "died"),
     "raylet": Fault("kill -9 of Ray's raylet", lambda s: s.kill(s.of_ray("raylet")), "Ray's raylet process ended"),
     "gcs": Fault("kill -9 of Ray's control service", lambda s: s.kill(s.of_ray("gcs_server")), "Ray's gcs_server"),
+    "keeper": Fault(
+        "kill -9 of the process that runs Ray", lambda s: s.kill(s.of_ray("raylight-keeper")), "Ray's raylight-keeper"
+    ),
     "stopped": Fault("a worker stops (SIGSTOP)", lambda s: s.kill(s.workers()[-1], how=signal.SIGSTOP), "stopped"),
     "exception": Fault(
         "a patch raises on one worker, inside the model", lambda s: None, "ValueError", prompt=raising(1), before=True
