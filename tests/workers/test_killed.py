@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from comfy_raylight.tests.host.large import LARGE
+from comfy_raylight.workers import private_folder
 
 from . import started_in
 
@@ -45,12 +46,17 @@ def inside(folder: Path) -> list[str]:
     return found
 
 
+def left(folder: Path) -> list[Path]:
+    """Private folders in it."""
+    return list(folder.glob(f"{private_folder.PREFIX}*"))
+
+
 def test_killed_at_any_moment(here: Path, comfy_root: Path, tiny_wan: Path) -> None:
     command = [sys.executable, started_in.__file__, str(comfy_root), str(tiny_wan)]
     variables = {**os.environ, "TMPDIR": str(here)}
     usual = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     seconds = json.loads(usual.stdout.splitlines()[-1])["seconds"]
-    assert inside(here) == [] and list(here.iterdir()) == []
+    assert inside(here) == [] and left(here) == []
     seen = 0
     for moment in MOMENTS:
         process = subprocess.Popen([*command, "on"], env=variables)
@@ -59,9 +65,9 @@ def test_killed_at_any_moment(here: Path, comfy_root: Path, tiny_wan: Path) -> N
         process.kill()
         process.wait()
         end = time.monotonic() + GONE_S
-        while (inside(here) or any(here.iterdir())) and time.monotonic() < end:
+        while (inside(here) or left(here)) and time.monotonic() < end:
             time.sleep(0.1)
-        assert inside(here) == [] and list(here.iterdir()) == [], f"{moment} of {seconds:.0f} s"
+        assert inside(here) == [] and left(here) == [], f"{moment} of {seconds:.0f} s"
     assert seen, "nothing had started yet"
 
 
@@ -76,4 +82,4 @@ def test_replaced_by_another_program(here: Path, comfy_root: Path, tiny_wan: Pat
     assert len(told) == 3 and len({each["digest"] for each in told}) == 1
     assert len({each["folder"] for each in told}) == 3
     assert [each["zombies"] for each in told] == [[], [], []]
-    assert inside(here) == [] and list(here.iterdir()) == []
+    assert inside(here) == [] and left(here) == []
