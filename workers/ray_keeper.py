@@ -31,6 +31,8 @@ NAME = "raylight-keeper"
 SET_NAME, SET_CHILD_SUBREAPER = 15, 36
 """Of Linux's prctl."""
 END_S = 15.0
+WORDS = 400
+"""Characters of a process of Ray's that a user is shown."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _start(order: Order) -> Answer:
 def _first_words() -> Sequence[str]:
     """The first line that each process of Ray wrote as it failed."""
     logs = [path.read_text(errors="replace") for path in Path("ray/session_latest/logs").glob("*.err")]
-    return [log.strip().partition("\n")[0] for log in logs if log.strip()]
+    return [log.strip().partition("\n")[0][:WORDS] for log in logs if log.strip()]
 
 
 def _adopt_orphans() -> None:
