@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import logging
 import os
+import signal
 import socket
 import time
 import traceback
@@ -33,6 +35,8 @@ WORKER_SETTINGS = {"MALLOC_ARENA_MAX": "1"}
 another thread's, up to 64 MiB, stays in the process."""
 POLL_S = 0.1
 CAUSE_WAIT_S = 2.0
+SIGACTION_BYTES = 256
+"""More than the structure has anywhere."""
 MODE = "RAY_AUTH_MODE"
 EXPECTED = "SIGTERM handler is not set"
 
@@ -276,14 +280,15 @@ def _unreachable(address: str, error: Exception) -> ConfigError:
 
 
 def _connect(address: str, **options: Any) -> None:
-    ray.init(
-        address=address,
-        log_to_driver=False,
-        configure_logging=False,
-        # of another kind of job Ray puts this process's current folder on the workers' search path
-        job_config=JobConfig(_client_job=True),
-        **options,
-    )
+    with _sigterm_kept():
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            # of another kind of job Ray puts this process's current folder on the workers' search path
+            job_config=JobConfig(_client_job=True),
+            **options,
+        )
 
 
 def _read_authentication() -> None:
@@ -351,6 +356,18 @@ def _environment_kept() -> Iterator[None]:
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """What ComfyUI does at SIGTERM is ComfyUI's: Ray's own handler, below Python's, would abort the process."""
+    action = ctypes.CDLL(None).sigaction
+    before = ctypes.create_string_buffer(SIGACTION_BYTES)
+    action(signal.SIGTERM, None, before)
+    try:
+        yield
+    finally:
+        action(signal.SIGTERM, before, None)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -62,8 +63,9 @@ def test_killed_at_any_moment(here: Path, comfy_root: Path, tiny_wan: Path) -> N
         process = subprocess.Popen([*command, "on"], env=variables)
         time.sleep(moment * seconds)
         seen += len(inside(here))
-        process.kill()
-        process.wait()
+        how = signal.SIGTERM if moment == MOMENTS[-1] else signal.SIGKILL
+        process.send_signal(how)
+        assert process.wait(GONE_S) == -how, "what Ray does at a signal is not what the process does"
         end = time.monotonic() + GONE_S
         while (inside(here) or left(here)) and time.monotonic() < end:
             time.sleep(0.1)
