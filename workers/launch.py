@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.job_config import JobConfig
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError, WorkerError
 from . import actor, cluster, devices, own_ray
 from .messages import HostEnvironment
+from .ray_private import private
 from .ray_watch import RayWatch, knock
 
 log = logging.getLogger(__name__)
@@ -293,8 +293,8 @@ def _connect(address: str, **options: Any) -> None:
 
 def _read_authentication() -> None:
     """Ray keeps the mode and the token that it has read; those of another cluster may have been before."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    private("ray._raylet.Config", use="chooses how to join a cluster").initialize("")
+    private("ray._raylet.AuthenticationTokenLoader", use="chooses how to join a cluster").instance().reset_cache()
 
 
 def _choose_authentication(address: str) -> None:
@@ -309,11 +309,12 @@ def _choose_authentication(address: str) -> None:
     _read_authentication()
     if MODE in os.environ or ":" not in address or "//" in address:
         return
+    connect = private("ray._raylet.GcsClient", use="chooses how to join a cluster")
     for mode in ("disabled", "token"):
         os.environ[MODE] = mode
         _read_authentication()
         try:
-            GcsClient(address=address)
+            connect(address=address)
         except ray.exceptions.AuthenticationError as error:
             if mode == "token":
                 raise ConfigError(
@@ -377,12 +378,13 @@ def _loopback_only() -> Iterator[None]:
     The public switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0) is read when ray is imported, which may have
     happened before us.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    before = private("ray._private.ray_constants.ENABLE_RAY_CLUSTER", use="keeps a local Ray from the network")
+    constants: Any = sys.modules["ray._private.ray_constants"]
+    constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
