@@ -8,6 +8,7 @@ from typing import Any
 from ..raylight.errors import ConfigError
 from ..workers import jobs as parallel
 from .mirrors import first_output
+from .numbers import check
 from .samplers import TOOLTIPS, core
 
 SEEDS = 8
@@ -80,6 +81,7 @@ class _DataParallel:
         return {"required": {name: described[name] for name in cls.ORDER}, "optional": dict(JOBS)}
 
     def sample(self, ray_actors: list[Any], noise_list: list[Any], jobs: Any = (0,), **lists: Any) -> tuple[Any, ...]:
+        check(JOBS, {"jobs": jobs[0]})
         seeds = [seed for noise in noise_list for seed in _seeds(noise)]
         model = ray_actors[0]
         lengths = [len(lists[name]) for name in LISTED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from ..loaders.source import fastsafetensors
@@ -9,6 +10,7 @@ from ..raylight.config import PREFETCHES, ParallelConfig, PoolConfig
 from ..raylight.errors import ConfigError
 from ..raylight.kernels import NAMES
 from ..workers import remote
+from .numbers import check
 
 OLD_RENDEZVOUS = "127.0.0.1:29500"
 """Default of the earlier pack's widget, saved in every file. A fixed port would make two ComfyUIs collide,
@@ -210,6 +212,7 @@ def pool_config(
     Raises:
         ConfigError: values that do not fit together; the message says what to change.
     """
+    check(OPTIONAL, {"mmap_cache_size": mmap_cache_size})
     if use_fastsafe:
         fastsafetensors()
     residency = "streamed" if FSDP_CPU_OFFLOAD else "sharded" if FSDP else "resident"
@@ -242,7 +245,9 @@ def _indices(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.replace(";", ",").split(",") if part.strip())
     except ValueError as error:
-        raise ConfigError("gpu_indices is not a list of numbers", repr(text), "Write for example 0,1") from error
+        raise ConfigError(
+            "gpu_indices is not a list of numbers", reprlib.repr(text), "Write for example 0,1"
+        ) from error
 
 
 def _address(text: str, name: str) -> str:
@@ -250,6 +255,6 @@ def _address(text: str, name: str) -> str:
     if text in ("", "None"):
         return ""
     _, _, port = text.rpartition(":")
-    if not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"{name} is not host:port", repr(text), "Write for example 127.0.0.1:8265, or None")
+    if not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{name} is not host:port", reprlib.repr(text), "Write for example 127.0.0.1:8265, or None")
     return text

@@ -8,6 +8,7 @@ import folder_paths
 
 from ..workers.loras import Chain, Lora, with_loras
 from .files import changed, find
+from .numbers import check
 
 FOLDERS = ("loras",)
 PREVIOUS: tuple[str, dict[str, Any]] = (
@@ -70,6 +71,7 @@ class RayLoraLoaderModelOnly(_LoraNode):
     def load(
         self, ray_actors: Any, lora_name: str, strength_model: float, prev_ray_lora: Chain | None = None
     ) -> tuple[Any, Chain]:
+        check({"strength_model": _strength(20.0)}, {"strength_model": strength_model})
         chain = (*(prev_ray_lora or ()), Lora(find(FOLDERS, lora_name), strength_model))
         return with_loras(ray_actors, chain), chain
 
@@ -91,4 +93,5 @@ class RayLoraLoader(_LoraNode):
         }
 
     def load(self, lora_name: str, strength_model: float, prev_ray_lora: Chain | None = None) -> tuple[Chain]:
+        check({"strength_model": _strength(100.0)}, {"strength_model": strength_model})
         return ((*(prev_ray_lora or ()), Lora(find(FOLDERS, lora_name), strength_model)),)

@@ -7,6 +7,7 @@ from typing import Any
 from ..workers import remote
 from ..workers.teacache import TeaCache, cached
 from .mirrors import SYNC
+from .numbers import check
 
 
 class RayTeaCache:
@@ -65,6 +66,16 @@ class RayTeaCache:
         verbose: bool = False,
         distributed_sync: bool = True,
     ) -> tuple[Any]:
+        numbers = {
+            "threshold": threshold,
+            "warmup_percent": warmup_percent,
+            "retention_interval": retention_interval,
+            "start_percent": start_percent,
+            "end_percent": end_percent,
+            "subsample_factor": subsample_factor,
+        }
+        declared = self.INPUT_TYPES()
+        check({**declared["required"], **declared["optional"]}, numbers)
         settings = TeaCache(
             threshold=threshold,
             warmup=warmup_percent,

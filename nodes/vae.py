@@ -10,6 +10,7 @@ from ..raylight.config import ModelSpec
 from ..workers import decode, remote
 from ..workers.vae_messages import MODES, Mode, TileSizes
 from .files import changed, find
+from .numbers import check
 
 FOLDERS = ("vae",)
 DTYPES = {"auto": "", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -32,6 +33,21 @@ RELEASE: dict[str, Any] = {
         "BOOLEAN",
         {"default": True, "tooltip": "Off: the workers keep the VAE, and the next prompt does not load it again."},
     )
+}
+TILES: dict[str, Any] = {
+    "tile_size": ("INT", {"default": 512, "min": 64, "max": 4096, "step": 32, "tooltip": "Tiles: side, in pixels."}),
+    "overlap": (
+        "INT",
+        {"default": 64, "min": 0, "max": 4096, "step": 32, "tooltip": "Tiles: what they share, in pixels."},
+    ),
+    "temporal_size": (
+        "INT",
+        {"default": 64, "min": 8, "max": 4096, "step": 4, "tooltip": "Tiles of videos: frames at a time."},
+    ),
+    "temporal_overlap": (
+        "INT",
+        {"default": 8, "min": 4, "max": 4096, "step": 4, "tooltip": "Tiles of videos: frames they share."},
+    ),
 }
 
 
@@ -67,22 +83,7 @@ class RayVAEDecodeDistributed(_VAENode):
                 **ACTORS,
                 "samples": ("LATENT", {"tooltip": "The latent to decode."}),
                 **_vae_inputs(),
-                "tile_size": (
-                    "INT",
-                    {"default": 512, "min": 64, "max": 4096, "step": 32, "tooltip": "Tiles: side, in pixels."},
-                ),
-                "overlap": (
-                    "INT",
-                    {"default": 64, "min": 0, "max": 4096, "step": 32, "tooltip": "Tiles: what they share, in pixels."},
-                ),
-                "temporal_size": (
-                    "INT",
-                    {"default": 64, "min": 8, "max": 4096, "step": 4, "tooltip": "Tiles of videos: frames at a time."},
-                ),
-                "temporal_overlap": (
-                    "INT",
-                    {"default": 8, "min": 4, "max": 4096, "step": 4, "tooltip": "Tiles of videos: frames they share."},
-                ),
+                **TILES,
                 **RELEASE,
             },
             "optional": {
@@ -107,6 +108,8 @@ class RayVAEDecodeDistributed(_VAENode):
         release_vae: bool,
         mode: Mode = "auto",
     ) -> tuple[Any]:
+        sizes = {"tile_size": tile_size, "overlap": overlap}
+        check(TILES, {**sizes, "temporal_size": temporal_size, "temporal_overlap": temporal_overlap})
         tiles = TileSizes(size=tile_size, overlap=overlap, frames=temporal_size, frame_overlap=temporal_overlap)
         pool = remote.on_pool(ray_actors)
         spec = _spec(pool, vae_name, vae_dtype)

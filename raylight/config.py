@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ PREFETCHES = ("auto", "on", "off")
 """When the next block's weights are gathered while one computes; "auto" is where that pays."""
 READERS = ("map", "private", "fastsafetensors")
 """Ways to read a model file (see loaders.source)."""
+MOST_WORKERS = 1024
+"""More than any pool has room for: what is made for each worker, and looked through, is bounded by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,13 @@ class ParallelConfig:
         if self.world < 1:
             raise ConfigError("The pool needs at least one worker", f"GPU is {self.world}", "Set GPU to 1 or more")
         degrees = {"ulysses_degree": self.ulysses, "ring_degree": self.ring, "cfg_degree": self.cfg}
+        for name, value in {"GPU": self.world, **degrees}.items():
+            if value > MOST_WORKERS:
+                raise ConfigError(
+                    f"{name} is larger than any pool can be",
+                    f"{reprlib.repr(value)}, and a pool has up to {MOST_WORKERS} workers",
+                    "Set GPU to the number of devices, and the degrees so that their product divides it",
+                )
         shown = ", ".join(f"{name}={value}" for name, value in degrees.items())
         if min(degrees.values()) < 0:
             raise ConfigError("A parallel degree is negative", shown, "Use 1 for an axis that is off")
@@ -130,17 +141,18 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         if self.devices and len(set(self.devices)) != len(self.devices):
-            raise ConfigError("gpu_indices names a device twice", str(list(self.devices)))
+            raise ConfigError("gpu_indices names a device twice", reprlib.repr(list(self.devices)))
         if self.devices and len(self.devices) < self.parallel.world:
             raise ConfigError(
                 "gpu_indices names fewer devices than there are workers",
-                f"{list(self.devices)} for GPU={self.parallel.world}",
+                f"{reprlib.repr(list(self.devices))} for GPU={self.parallel.world}",
                 "Name one device per worker, or leave gpu_indices empty",
             )
         if any(index < 0 for index in self.devices):
-            raise ConfigError("gpu_indices holds a negative number", str(list(self.devices)))
-        if self.object_store_gb < 0:
-            raise ConfigError("ray_object_store_gb is negative", str(self.object_store_gb), "Use 0 for Ray's default")
+            raise ConfigError("gpu_indices holds a negative number", reprlib.repr(list(self.devices)))
+        # a NaN would besides equal no running pool
+        if not (math.isfinite(self.object_store_gb) and self.object_store_gb >= 0):
+            raise ConfigError("ray_object_store_gb is no size", str(self.object_store_gb), "Use 0 for a small one")
         if self.models_kept < 1:
             raise ConfigError("mmap_cache_size is below 1", str(self.models_kept), "Use 1 or more")
         assert self.reader in READERS

@@ -34,6 +34,9 @@ def test_degrees(world: int, degrees: tuple[int, int, int], expected: dict[str, 
         (2, (-1, 1, 1), ("negative", "ulysses_degree=-1")),
         (0, (1, 1, 1), ("GPU is 0",)),
         (-2, (0, 0, 0), ("GPU is -2",)),
+        (10**12, (7, 1, 1), ("GPU is larger than any pool can be", "1000000000000", "up to 1024")),
+        (10**12, (0, 0, 0), ("GPU is larger",)),
+        (2, (1, 10**4000, 1), ("ring_degree is larger",)),
     ],
 )
 def test_bad_degrees(world: int, degrees: tuple[int, int, int], words: tuple[str, ...]) -> None:
@@ -41,12 +44,19 @@ def test_bad_degrees(world: int, degrees: tuple[int, int, int], words: tuple[str
         ParallelConfig(world=world, ulysses=degrees[0], ring=degrees[1], cfg=degrees[2])
     for word in words:
         assert word in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("devices", [(0,), (1, 1), (-1, 0)])
 def test_bad_devices(devices: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError):
         PoolConfig(parallel=ParallelConfig(world=2), devices=devices)
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), float("-inf"), -1.0])
+def test_bad_object_store(size: float) -> None:
+    with pytest.raises(ConfigError, match="ray_object_store_gb is no size"):
+        PoolConfig(parallel=ParallelConfig(world=2), object_store_gb=size)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..raylight.config import PoolConfig
 from ..raylight.errors import ConfigError
-from . import node_facts, placement, processes
+from . import limits, node_facts, placement, processes
 from .messages import HostEnvironment
 from .ray_private import private
 
@@ -81,6 +81,7 @@ def _choose(config: PoolConfig, device_type: str, interrupted: Callable[[], bool
             break
         time.sleep(POLL_S)
     if device_type == "cpu":  # cores can be shared
+        limits.check_cpu_workers(world, sum(node.total for node in nodes))
         return [next(node for node in nodes if node.id == here)] * world
     raise ConfigError(
         f"The Ray cluster has no room for {world} workers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from pathlib import Path
 
 from ..raylight.config import PoolConfig
@@ -34,7 +35,7 @@ def chosen(config: PoolConfig, device_type: str) -> list[str]:
     if unknown:
         raise ConfigError(
             "gpu_indices names devices that this machine does not have",
-            f"{', '.join(map(str, unknown))}; there are {', '.join(known)}",
+            f"{reprlib.repr(unknown)[1:-1]}; there are {', '.join(known)}",
             "Name others, or leave gpu_indices empty",
         )
     found = [str(index) for index in config.devices] or visible(device_type)

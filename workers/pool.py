@@ -21,7 +21,7 @@ import psutil
 from ..loaders.content import content_key
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import Cancelled, LoadError, WorkerError
-from . import devices, links, processes
+from . import devices, limits, links, processes
 from .failures import dead, describe, failures_of, ray_lost
 from .messages import (
     Cancel,
@@ -150,12 +150,18 @@ def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Calla
 
     Args:
         interrupted: ComfyUI's cancel flag, read while the driver waits.
+
+    Raises:
+        ConfigError: it asks for what there is not; the pool that runs goes on.
     """
+    from . import launch
+
     with _LOCK:
         _leave_lost_ray()
         pool = REGISTRY.get(config)
         if pool is not None and pool.alive():
             return pool
+        limits.check(config, environment, local=config.address == launch.LOCAL)
         old = next(iter(REGISTRY.values()), None)
         pool = Pool(config, environment, interrupted, old.retire() if old is not None else None)
         REGISTRY[config] = pool

@@ -47,12 +47,24 @@ BAD_POOLS = [
         id="FSDP without a sequence",
     ),
     pytest.param({"GPU": 2, "gpu_indices": "0,x"}, ("gpu_indices",), id="indices"),
+    pytest.param({"GPU": 10**12, "ulysses_degree": 7}, ("GPU is larger", "1000000000000"), id="endless workers"),
+    pytest.param(
+        {"GPU": 1000, "ulysses_degree": 0, "ring_degree": 0, "cfg_degree": 0},
+        ("GPU is 1000", "cores carry", "RAYLIGHT_MAX_CPU_WORKERS"),
+        id="workers beyond the cores",
+    ),
+    pytest.param({"ray_object_store_gb": float("nan")}, ("ray_object_store_gb is no size", "nan"), id="NaN"),
+    pytest.param({"ray_object_store_gb": float("inf")}, ("ray_object_store_gb is no size", "inf"), id="infinity"),
+    pytest.param({"ray_object_store_gb": 1e6}, ("ray_object_store_gb is a size", "1e+06"), id="store too large"),
+    pytest.param({"ray_object_store_gb": 0.01}, ("ray_object_store_gb is a size", "0.01"), id="store too small"),
     pytest.param({"ray_cluster_address": "127.0.0.1:1"}, ("127.0.0.1:1", "ray_cluster_address"), id="no such cluster"),
 ]
 
 
 @pytest.mark.parametrize("values,words", BAD_POOLS)
-def test_bad_pool(client: ComfyClient, values: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_bad_pool(server: ComfyServer, client: ComfyClient, values: dict[str, Any], words: tuple[str, ...]) -> None:
+    """It is refused before anything starts; the pool that runs is left alone."""
+    before = [worker.pid for worker in workers(server)]
     prompt = pool(GOOD)
     prompt[INIT]["inputs"].update(values)
     with pytest.raises(PromptError) as caught:
@@ -60,6 +72,27 @@ def test_bad_pool(client: ComfyClient, values: dict[str, Any], words: tuple[str,
     for word in words:
         assert word in caught.value.text
     assert caught.value.node == INIT
+    refused_later = "ray_cluster_address" in values
+    assert refused_later or [worker.pid for worker in workers(server)] == before
+
+
+def test_bad_numbers(client: ComfyClient) -> None:
+    """ComfyUI's own limits let NaN through, since it is neither too small nor too large."""
+    prompt = pool(GOOD)
+    prompt["cache"] = {
+        "class_type": "RayTeaCache",
+        "inputs": {
+            "ray_actors": [LOADER, 0],
+            "threshold": float("nan"),
+            "warmup_percent": 0.1,
+            "retention_interval": 8,
+            "start_percent": 0.15,
+            "end_percent": 0.95,
+        },
+    }
+    prompt[SAMPLER]["inputs"]["ray_actors"] = ["cache", 0]
+    with pytest.raises(PromptError, match="threshold is not a number that it can be: nan"):
+        client.run(prompt)
 
 
 BAD_FILES = [
