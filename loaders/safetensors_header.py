@@ -13,8 +13,12 @@ from .header import COUNT, RANK, Entry, RawFile, in_file_order, quoted
 
 HEADER_BYTES = 100_000_000
 """The format's own limit."""
-MAX_VALUES = 1 << 23
-"""A million tensors and more: each has eight brackets, braces and commas. Lists are what makes JSON take memory."""
+MAX_VALUES = 1 << 22
+"""Half a million tensors: each has eight brackets, braces and commas. A list takes twenty times its text's memory."""
+MAX_STRINGS = 1 << 20
+"""Two hundred thousand tensors: each has five texts. Short texts take thirty times the memory of what they say."""
+TEXT_BYTES = 1 << 27
+"""What the whole header may take as a str, twice, with what comes of it; beyond Latin-1, four bytes are a character."""
 EXTRA_LEVELS = 8
 """How deep a field that is not ours may be nested; the format's own reader stops at 128 for the whole header."""
 
@@ -70,9 +74,18 @@ def parse(file: RawFile) -> tuple[list[Entry], dict[str, str]]:
 def _json(file: RawFile, raw: bytes) -> dict[str, Any]:
     if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > MAX_VALUES:
         raise file.refuse("its header has more values than any model has")
+    unescaped = raw.replace(b"\\\\", b"") if b"\\" in raw else raw
+    if unescaped.count(b'"') - unescaped.count(b'\\"') > 2 * MAX_STRINGS:
+        raise file.refuse(f"its header has more than {MAX_STRINGS} texts, which no model has")
+    del unescaped
+    wide = not raw.isascii() or b"\\u" in raw
+    if len(raw) * (4 if wide else 1) > TEXT_BYTES:
+        raise file.refuse(f"its header of {len(raw) >> 20} MiB would take several times as much memory")
     try:
+        text = raw.decode()
+        del raw
         value = json.loads(
-            raw.decode(),
+            text,
             object_pairs_hook=_object,
             parse_int=_integer,
             parse_float=_integer,

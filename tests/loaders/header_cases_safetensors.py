@@ -42,6 +42,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "deep objects": (safetensors(b'{"__metadata__":' + b'{"a":' * NESTED + b"1" + b"}" * (NESTED + 1)), "too deeply"),
     "deep and open": (safetensors(b'{"a":' + b"[" * NESTED), "too deeply"),
     "lists without end": (_extra(b"[" + b"[]," * (1 << 22) + b"0]"), "more values"),
+    "texts without end": (
+        safetensors(b'{"__metadata__":{%s"x":"y"}}' % (b'"a":"b\\\\",' * (1 << 20))),
+        "1048576 texts",
+    ),
+    "a text that is wide in memory": (
+        safetensors(b'{"__metadata__":{"a":"\\u4e2d%s"}}' % (b"x" * (1 << 25))),
+        "memory",
+    ),
     "control character in a string": (safetensors(b'{"__metadata__":{"a":"\x01"}}'), "not the JSON"),
     "NaN": (_extra(b"NaN"), "'NaN' is not an integer"),
     "Infinity": (safetensors(b'{"a":-Infinity}'), "not an integer"),
