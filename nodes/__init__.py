@@ -1,5 +1,8 @@
 """ComfyUI node classes: inputs, tooltips and checks. The work is done in `workers`."""
 
+import sys
+
+from . import routes
 from .control import RayControlNetLoader
 from .data_parallel import (
     DPConditioningList,
@@ -20,6 +23,8 @@ from .teacache import RayTeaCache
 from .vae import RayVAEDecodeDistributed, RayVAEEncodeDistributed
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+routes.publish(sys.modules.get("server"))
 
 NODE_CLASS_MAPPINGS = {
     "DPConditioningList": DPConditioningList,

@@ -16,10 +16,18 @@ Beside = tuple[torch.Tensor | None, torch.Tensor | None]
 """What comes from the rank before and from the one after; None where there is no such rank or nothing to get."""
 
 
+class Place:
+    """Where a rank is: `since` is when it began to wait for others, by `time.monotonic()`, None while it does not."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+
 class Meter:
     """What the groups of a mesh have done together.
 
     Attributes:
+        place: says whether this rank waits at the moment; several meters may have one.
         count: collectives entered. Ranks that failed with equal counts failed at the same point, with
             nobody left waiting.
         seconds: wall clock spent inside collectives. On an accelerator that is the time to queue them,
@@ -30,7 +38,8 @@ class Meter:
             its parts of blocks. Padding does not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place | None = None) -> None:
+        self.place = place or Place()
         self.count = 0
         self.seconds = 0.0
         self.bytes_sent: Counter[str] = Counter()
@@ -50,9 +59,11 @@ class Meter:
     def waiting(self) -> Iterator[None]:
         """Time what belongs to a collective that has been counted."""
         start = time.perf_counter()
+        self.place.since = time.monotonic()
         try:
             yield
         finally:
+            self.place.since = None
             self.seconds += time.perf_counter() - start
 
 

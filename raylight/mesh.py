@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from types import MappingProxyType
@@ -103,7 +104,7 @@ class Mesh:
                 continue
             group = dist.new_group(list(row), timeout=timeout, backend="gloo")
             if rank in row:
-                controls[row] = cls._comm(row, rank=rank, group=group, meter=Meter())
+                controls[row] = cls._comm(row, rank=rank, group=group, meter=Meter(meter.place))
         return cls(parallel, rank=rank, comms=comms, controls=controls, meter=meter, timeout=timeout)
 
     @classmethod
@@ -148,7 +149,8 @@ class Mesh:
             mine = self.rank < count
             self._first[count] = self._comm(ranks, rank=self.rank, group=group, meter=self._meter) if mine else None
             if mine:
-                self._controls.setdefault(ranks, self._comm(ranks, rank=self.rank, group=control, meter=Meter()))
+                meter = Meter(self._meter.place)
+                self._controls.setdefault(ranks, self._comm(ranks, rank=self.rank, group=control, meter=meter))
         return self._first[count]
 
     def part(self, size: int) -> Mesh:
@@ -196,6 +198,12 @@ class Mesh:
     def collectives(self) -> int:
         """Collectives entered so far on this rank, `control`'s not counted."""
         return self._meter.count
+
+    @property
+    def waits(self) -> float:
+        """For how many seconds this rank has been waiting for others, `control` included; 0 while it does not."""
+        since = self._meter.place.since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def seconds(self) -> float:

@@ -113,6 +113,7 @@ class Worker:
         memory.give_back()
 
     @ray.method(concurrency_group="control")
-    def status(self) -> int:
-        """Sign of life: answered while the main group works. Returns the rank."""
-        return self._rank
+    def status(self) -> Any:
+        """Sign of life: answered while the main group works. Returns the Standing, None while it serves no pool."""
+        runner = self._runner
+        return runner.standing() if runner is not None else None

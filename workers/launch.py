@@ -21,7 +21,7 @@ import ray
 from ray.job_config import JobConfig
 
 from ..raylight.config import PoolConfig
-from ..raylight.errors import ConfigError, WorkerError
+from ..raylight.errors import ConfigError, RaylightError, WorkerError
 from . import actor, cluster, devices, own_ray
 from .messages import HostEnvironment
 from .ray_private import private
@@ -37,6 +37,11 @@ POLL_S = 0.1
 CAUSE_WAIT_S = 2.0
 SIGACTION_BYTES = 256
 """More than the structure has anywhere."""
+PING_S = 0.5
+CONTROL_S = 20.0
+"""How long Ray's control service may take to answer."""
+LAST_BYTES = 1 << 16
+AGAIN = "Queue the prompt again"
 MODE = "RAY_AUTH_MODE"
 EXPECTED = "SIGTERM handler is not set"
 
@@ -96,6 +101,38 @@ def own_folder() -> Path | None:
     return own.folder.path if own else None
 
 
+def wait_for_control(interrupted: Callable[[], bool]) -> None:
+    """Wait until Ray's control service answers: what Ray itself asks of it waits for ever, and sees no Cancel.
+
+    Raises:
+        WorkerError: it does not answer in time, and is ended where it is our own; or the user cancelled.
+    """
+    client = private("ray._private.worker.global_worker", use="asks its control service").gcs_client
+    deadline = time.monotonic() + CONTROL_S
+    while True:
+        RayWatch.wake()
+        try:
+            client.internal_kv_get(b"raylight", timeout=PING_S)
+            return
+        except ray.exceptions.RayError as error:
+            why = str(error)
+        if interrupted():
+            raise WorkerError("Cancelled while Ray's control service should answer")
+        if time.monotonic() > deadline:
+            RayWatch.end()
+            raise WorkerError(f"Ray's control service has not answered for {CONTROL_S:.0f} s", why, AGAIN)
+
+
+def last_words(pid: int) -> str:
+    """What a worker of our own Ray wrote last to its standard error, "" for nothing."""
+    folder = own_folder()
+    if folder is None:
+        return ""
+    for path in folder.glob(f"ray/session_latest/logs/worker-*-{pid}.err"):
+        return path.read_bytes()[-LAST_BYTES:].decode(errors="replace")
+    return ""
+
+
 def ray_ended(*, ask: bool = False) -> str:
     """The name of a process of Ray that has ended by itself, "" for none; see RayWatch.ended."""
     return RayWatch.ended(ask=ask)
@@ -107,6 +144,7 @@ def stop_ray() -> None:
     No reference to an object of Ray may be dropped meanwhile: Ray then ends the process. Its own errors are garbage
     with such references in them, which would be collected at any time.
     """
+    RayWatch.wake()  # leaving waits for them
     own = RayWatch.own_at_hand()
     RayWatch.stop()
     with _no_collection():
@@ -185,8 +223,8 @@ def gather(
     """The results of actor calls, bounded; ends early when the user cancels.
 
     Raises:
-        WorkerError: an actor died or did not answer in time, or the user cancelled; a Raylight error of an
-            actor passes as it is.
+        WorkerError: an actor failed, died or did not answer in time, or the user cancelled; a Raylight error of
+            an actor passes as it is.
     """
     deadline = time.monotonic() + timeout
     waiting: list[Any] = list(references)
@@ -205,10 +243,20 @@ def gather(
                 )
         return ray.get(references)
     except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from error
-    except ray.exceptions.RayError as error:
+        found = error.as_instanceof_cause()
+        if isinstance(found, RaylightError):
+            raise found from error
+        log.error("a worker failed while it should %s:\n%s", what, error)
+        cause = f"{type(error.cause).__name__}: {error.cause}"
         raise WorkerError(
-            f"A worker ended while it should {what}", str(error), "See Ray's log for its output"
+            f"A worker failed while it should {what}", cause, "The worker's traceback is in ComfyUI's log"
+        ) from error
+    except ray.exceptions.RayError as error:
+        log.error("a worker ended while it should %s: %s", what, error)
+        raise WorkerError(
+            f"A worker ended while it should {what}",
+            "its process was killed, or crashed; out of memory is the usual cause (see the system log)",
+            f"{AGAIN}: a new pool starts by itself",
         ) from error
     finally:
         # an error keeps this frame, which must not keep what is Ray's
@@ -223,13 +271,26 @@ def ready(references: list[Any]) -> list[Any]:
     return ray.wait(references, num_returns=len(references), timeout=0)[0]
 
 
-def have_ended(references: list[Any], timeout: float) -> bool:
-    """Whether these calls end in time, each without an error."""
-    if not ray.is_initialized():
-        return False
-    ended = ray.wait(references, num_returns=len(references), timeout=timeout)[0]
-    if len(ended) < len(references):
-        return False
+def answer(reference: Any) -> Any:
+    """The result of a call that has ended, None where it failed."""
+    try:
+        return ray.get(reference, timeout=0) if ray.is_initialized() else None
+    except ray.exceptions.RayError as error:
+        traceback.clear_frames(error.__traceback__)  # those of ray.get are garbage that has the reference
+        return None
+
+
+def have_ended(references: list[Any], timeout: float, interrupted: Callable[[], bool]) -> bool:
+    """Whether these calls end in time, each without an error, and before the user cancels."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if not ray.is_initialized():
+            return False
+        ended = ray.wait(references, num_returns=len(references), timeout=min(POLL_S, timeout))[0]
+        if len(ended) == len(references):
+            break
+        if interrupted() or time.monotonic() >= deadline:
+            return False
     try:
         ray.get(ended)
     except ray.exceptions.RayError as error:

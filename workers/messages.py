@@ -63,7 +63,7 @@ class JoinRequest:
     """Makes the process groups. `parallel` describes the whole pool.
 
     `readers` is the rank's index among those of its replica on its host, and their number: together they read
-    a file once.
+    a file once. `apart` says that the pool spans machines.
     """
 
     parallel: ParallelConfig
@@ -71,6 +71,7 @@ class JoinRequest:
     rendezvous: Rendezvous
     threads: int
     readers: tuple[int, int] = (0, 1)
+    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +233,8 @@ class Failure:
     """A Python exception of a worker, as data.
 
     `error` is the exception itself where it is one of ours. `collectives` counts the collectives the
-    rank had entered: equal counts on all ranks of a request mean that nobody waits for anybody.
+    rank had entered: equal counts on all ranks of a request mean that nobody waits for anybody. `links` are those of
+    its Standing.
     """
 
     kind: str
@@ -240,3 +242,17 @@ class Failure:
     traceback: str
     collectives: int
     error: RaylightError | None = None
+    links: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a worker is, as a thread beside its work says it.
+
+    Attributes:
+        waits: for how many seconds it has been waiting for other ranks in a collective; 0 while it does not.
+        links: addresses of machines that acknowledge nothing it sends any more.
+    """
+
+    waits: float = 0.0
+    links: tuple[str, ...] = ()

@@ -7,8 +7,6 @@ import logging
 import os
 import pickle
 import secrets
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -20,9 +18,10 @@ import psutil
 
 from ..loaders.content import content_key
 from ..raylight.config import ModelSpec, PoolConfig
-from ..raylight.errors import Cancelled, LoadError, WorkerError
-from . import devices, limits, links, processes
-from .failures import dead, describe, failures_of, ray_lost
+from ..raylight.errors import Cancelled, ConfigError, LoadError, WorkerError
+from . import devices, doorway, limits, links, processes
+from .failures import dead, describe, failures_of, link_lost, machine_lost, ray_lost
+from .history import History
 from .messages import (
     Cancel,
     Failure,
@@ -32,6 +31,7 @@ from .messages import (
     Rendezvous,
     Reply,
     Request,
+    Standing,
     WorkerPlace,
 )
 
@@ -50,6 +50,10 @@ SILENCE_S = 60.0
 """A worker whose process does not answer for so long counts as stopped."""
 GRACE_S = 0.5
 """After a first failure the others' are collected: the first one seen is often a victim's."""
+CANCEL_S = 10.0
+"""How long workers that were told to end may all be waiting for each other: nobody computes who could end it."""
+NODE_DIED = "node has died"
+"""What Ray says of an actor whose machine it does not reach any more."""
 CLOSE_GRACE_S = 0.5
 RETIRE_S = 10.0
 """How long the workers of a pool may take to give up what they hold, before they are ended instead."""
@@ -64,7 +68,9 @@ Tell = Callable[[int, int], None]
 """Takes what is done, and the total."""
 
 REGISTRY: dict[PoolConfig, Pool] = {}
-"""The live pools of this process: the pack's only mutable module state."""
+"""The live pools of this process; with HISTORY, the pack's only mutable module state."""
+HISTORY = History()
+"""What has become of them."""
 _LOCK = threading.RLock()
 """Held by whoever talks to a pool or to Ray: Ray may not be shut down while another thread does."""
 
@@ -81,6 +87,7 @@ class Member:
     process: psutil.Process | None
     """None on another machine."""
     heartbeat: Any = None
+    standing: Standing = field(default_factory=Standing)
     busy: bool = False
 
     def ended(self) -> bool:
@@ -127,6 +134,7 @@ class Exchange:
         heard: when somebody was last heard.
         bounds: when the others of a group must have answered of which a rank failed, by number of the group.
         cancelled: whether the ranks need not be told any more to end.
+        unwanted: since when the user has not wanted it any more.
     """
 
     groups: Sequence[Mapping[int, bytes]]
@@ -137,6 +145,7 @@ class Exchange:
     replies: dict[int, Reply] = field(default_factory=dict)
     bounds: dict[int, float] = field(default_factory=dict)
     cancelled: bool = False
+    unwanted: float | None = None
 
     @property
     def waiting(self) -> list[int]:
@@ -162,10 +171,29 @@ def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Calla
         if pool is not None and pool.alive():
             return pool
         limits.check(config, environment, local=config.address == launch.LOCAL)
+        HISTORY.check(config)
         old = next(iter(REGISTRY.values()), None)
-        pool = Pool(config, environment, interrupted, old.retire() if old is not None else None)
+        with _noted(config, interrupted):
+            pool = Pool(config, environment, interrupted, old.retire() if old is not None else None)
         REGISTRY[config] = pool
         return pool
+
+
+@contextlib.contextmanager
+def _noted(config: PoolConfig, interrupted: Callable[[], bool]) -> Iterator[None]:
+    """Note whether a pool starts; what is refused, or not wanted any more, has not failed."""
+    HISTORY.starting = True
+    try:
+        yield
+        HISTORY.started()
+    except ConfigError:
+        raise
+    except Exception as error:
+        if not interrupted():
+            HISTORY.failed(config, error)
+        raise
+    finally:
+        HISTORY.starting = False
 
 
 def shut_down() -> None:
@@ -233,7 +261,7 @@ class Pool:
         self._serving: list[Any] = []
         self._closed = False
         self._lost = ""
-        self._single = True
+        self._single = self._starting = True
         self._agreed: set[ModelSpec] = set()
         self._next_id = 0
         try:
@@ -241,6 +269,7 @@ class Pool:
         except BaseException:
             self.close()
             raise
+        self._starting = False
 
     @property
     def replicas(self) -> list[list[int]]:
@@ -253,7 +282,13 @@ class Pool:
         with _LOCK:
             if not self._closed and any(member.ended() for member in self.members):
                 self.close()
+                HISTORY.lost(self._idle_end())
             return not self._closed
+
+    def _idle_end(self) -> WorkerError:
+        if self._lost:
+            return ray_lost(self._lost, "a pause")
+        return WorkerError("A worker ended while nothing was asked of it", "see the system log")
 
     def call(
         self,
@@ -333,11 +368,12 @@ class Pool:
         """Whether none of the ranks is at work, so that they can be posted something."""
         return not any(self.members[rank].busy for rank in ranks) if self.members else True
 
-    def call_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def call_each(self, verb: str, arguments: Sequence[tuple[Any, ...]], *, limit: float = float("inf")) -> list[Any]:
         """Like `call`, with arguments of its own for each rank."""
         self._next_id += 1
         requests = [Request(id=self._next_id, verb=verb, arguments=own) for own in arguments]
-        return self._exchange([{rank: pickle.dumps(request) for rank, request in enumerate(requests)}], requests[0])[0]
+        packed = {rank: pickle.dumps(request) for rank, request in enumerate(requests)}
+        return self._exchange([packed], requests[0], limit=limit)[0]
 
     def agree_on(self, spec: ModelSpec, call_groups: CallGroups | None = None) -> None:
         """Make sure that all workers find the same file as this process; each then goes by its own machine's.
@@ -387,7 +423,7 @@ class Pool:
         REGISTRY.pop(self.config, None)
         for member in self.members:
             member.connection.close()
-        if not self._launch.have_ended(self._serving, RETIRE_S):
+        if not self._launch.have_ended(self._serving, RETIRE_S, self._interrupted):
             self.close()
             return None
         places = [member.place for member in self.members]
@@ -417,6 +453,7 @@ class Pool:
 
     def _start(self, crew: Crew | None) -> None:
         begun = time.monotonic()
+        self._starved = processes.ended_for_memory()
         launch, config, environment = self._launch, self.config, self._environment
         world = config.parallel.world
         # what cannot be is refused before anything starts
@@ -424,6 +461,7 @@ class Pool:
         kept = crew.fitting(variables, environment) if crew and config.address == launch.LOCAL else 0
         self._end_workers(kept)
         launch.ensure_ray(config, _ray_lost, self._interrupted)
+        launch.wait_for_control(self._interrupted)
         seats = launch.seats(config, environment, self._interrupted)
         if environment.device_type == "cpu":
             variables = [{**own, "OMP_NUM_THREADS": str(s.threads)} for own, s in zip(variables, seats, strict=True)]
@@ -454,10 +492,12 @@ class Pool:
                         rendezvous=meet,
                         threads=seats[rank].threads,
                         readers=self._readers(places, rank),
+                        apart=not single,
                     ),
                 )
                 for rank in range(world)
             ],
+            limit=START_TIMEOUT_S,
         )
         begun = self._lap("groups", begun)
         if config.check_links:
@@ -479,19 +519,16 @@ class Pool:
         key = secrets.token_bytes(32)
         # on one host a socket file that only this user can open; it has no port to collide on
         where: Any = self._private_file("c") if single else (self._launch.host_address(), 0)
-        with Listener(where, backlog=len(places), authkey=key) as listener:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with Listener(where, backlog=len(places)) as listener:
             self._serving = [actor.serve.remote(listener.address, key) for actor in self._actors]
-            listener._listener._socket.settimeout(POLL_S)  # type: ignore[attr-defined]
-            connections: dict[int, Connection] = {}
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while len(connections) < len(places):
-                try:
-                    connection = listener.accept()
-                except TimeoutError:
-                    self._check_connecting(deadline)
-                    continue
-                _bound_sending(connection)
-                connections[pickle.loads(connection.recv_bytes())] = connection
+            connections = doorway.gather(
+                listener,
+                key,
+                len(places),
+                check=lambda: self._check_connecting(deadline),
+                interrupted=self._interrupted,
+            )
         local = {process.pid: process for process in self._processes}
         self.members = [
             Member(
@@ -593,8 +630,10 @@ class Pool:
             if not self._closed:
                 self._lost = self._lost or self._launch.ray_ended(ask=True)
                 self.close()
-                if self._lost:
-                    raise ray_lost(self._lost, verb) from error
+                lost = ray_lost(self._lost, verb) if self._lost else error
+                self._note(lost)
+                if lost is not error:
+                    raise lost from error
             raise
 
     def _begin(
@@ -608,7 +647,7 @@ class Pool:
             for rank, payload in group.items():
                 member = self.members[rank]
                 assert not member.busy
-                member.busy = True
+                member.busy, member.standing = True, Standing()
                 self._send(member, payload, request.verb)
         now = time.monotonic()
         return Exchange(
@@ -640,7 +679,10 @@ class Pool:
 
     def _cancel(self, exchanges: Sequence[Exchange]) -> None:
         """Tell those who are still at work to end."""
+        if self._starting:
+            raise WorkerError("Cancelled while the pool starts")
         for exchange in exchanges:
+            exchange.unwanted = exchange.unwanted or time.monotonic()
             if not exchange.cancelled:
                 exchange.cancelled = True
                 cancel = pickle.dumps(Cancel(id=exchange.request.id))
@@ -681,9 +723,16 @@ class Pool:
         if any(
             now > at and not exchange.groups[group].keys().isdisjoint(left) for group, at in exchange.bounds.items()
         ):
-            raise describe(failures_of(exchange.replies, exchange.replies), verb)
+            raise describe(failures_of(exchange.replies, exchange.replies), verb, self._hosts())
         if now - exchange.heard > HEARTBEAT_S:
-            self._check_heartbeats([self.members[rank] for rank in left], now - exchange.heard, verb)
+            missing = [self.members[rank] for rank in left]
+            self._check_heartbeats(missing, now - exchange.heard, verb)
+            if exchange.unwanted and now - exchange.unwanted > CANCEL_S and all(map(_without_hope, missing)):
+                raise WorkerError(
+                    f"Cancelled during {verb}, where every worker waits for another one",
+                    f"for {min(member.standing.waits for member in missing):.0f} s and more",
+                    "Queue the prompt again: a new pool starts by itself",
+                )
 
     def _check_heartbeats(self, waiting: list[Member], silent: float, verb: str) -> None:
         """Ask the silent ones for a sign of life over Ray; one that gives none in time is stopped."""
@@ -695,6 +744,9 @@ class Pool:
                 member.heartbeat = None
                 if self._launch.ready([member.serving]):
                     raise self._dead(member, verb)
+                member.standing = self._launch.answer(reference) or Standing()
+                if member.standing.links:
+                    raise link_lost(member.rank, member.standing.links, verb, self._hosts())
             elif time.monotonic() - asked > SILENCE_S:
                 raise WorkerError(
                     f"Worker {member.rank} (process {member.place.pid}) has stopped answering",
@@ -703,9 +755,26 @@ class Pool:
                 )
 
     def _dead(self, member: Member, verb: str) -> WorkerError:
-        log.error("worker %d has ended: %s", member.rank, self._launch.why_ended(member.serving))
+        why = self._launch.why_ended(member.serving)
+        log.error("worker %d has ended: %s", member.rank, why)
+        if member.process is None and NODE_DIED in why:
+            return machine_lost(member.rank, member.place.host, verb)
         where = "" if member.process else f" on {member.place.host}"
-        return dead(member.rank, f"process {member.place.pid}{where}", verb)
+        return dead(
+            member.rank,
+            f"process {member.place.pid}{where}",
+            verb,
+            words=self._launch.last_words(member.place.pid) if member.process else "",
+            starved=member.process is not None and processes.ended_for_memory() > self._starved,
+        )
+
+    def _note(self, error: BaseException) -> None:
+        # of a start, acquire does
+        if not self._starting and not self._interrupted():
+            HISTORY.lost(error)
+
+    def _hosts(self) -> list[str]:
+        return [member.place.host for member in self.members] if not self._single else []
 
     def _raise(self, groups: Sequence[dict[int, Failure]], counts: Sequence[int], verb: str) -> None:
         """Everybody answered, some with failures: decide what it means."""
@@ -714,16 +783,17 @@ class Pool:
             same_point = len({failure.collectives for failure in group.values()}) <= 1
             if len(group) not in (0, count) or not same_point:
                 # someone went on without the others: the groups cannot be trusted any more
+                found = describe(failures, verb, self._hosts())
                 self.close()
-                raise describe(failures, verb)
+                self._note(found)
+                raise found
         error = failures[min(failures)].error
         if error is not None:
             raise error
-        raise describe(failures, verb)
+        raise describe(failures, verb, self._hosts())
 
 
-def _bound_sending(connection: Connection) -> None:
-    """Have a send fail that a stopped process does not take: it would wait for ever once buffers are full."""
-    if os.name == "posix":
-        with socket.socket(fileno=os.dup(connection.fileno())) as same:
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE_S), 0))
+def _without_hope(member: Member) -> bool:
+    """Whether it waits in a collective, or says nothing, for so long that no end of its work is to be expected."""
+    asked = member.heartbeat[0] if member.heartbeat is not None else time.monotonic()
+    return member.standing.waits > CANCEL_S or time.monotonic() - asked > CANCEL_S

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 
+from . import processes
 from .own_ray import OwnRay
 from .ray_keeper import NAME
 
@@ -41,16 +43,19 @@ class RayWatch(threading.Thread):
         self._over = self._silent = False
         self._end, self._wake = os.pipe()
         # the others end with the keeper
-        members = {NAME: own.keeper.pid, **own.processes} if own and hasattr(os, "pidfd_open") else {}
-        self._descriptors = {os.pidfd_open(pid): name for name, pid in members.items()}
+        self._members = {NAME: own.keeper.pid, **own.processes} if own else {}
+        found = self._members if hasattr(os, "pidfd_open") else {}
+        self._descriptors = {os.pidfd_open(pid): name for name, pid in found.items()}
 
     def run(self) -> None:
         """Wait, and tell."""
         missed = 0
         while True:
             # not select.select, which knows descriptors up to 1023 only
-            ready = wait([self._end, *self._descriptors], timeout=KNOCK_S if self._address else None)
-            if not ready:
+            ready = wait([self._end, *self._descriptors], timeout=KNOCK_S)
+            if not ready and not self._address:
+                self._continue()
+            elif not ready:
                 missed = 0 if _answers(self._address) else missed + 1
                 self._silent = self._silent or missed >= MISSED
             if ready or self._silent:
@@ -83,6 +88,18 @@ class RayWatch(threading.Thread):
         return next((watch._own for watch in cls._at_hand()), None)
 
     @classmethod
+    def wake(cls) -> None:
+        """Have those of our own processes go on that somebody has stopped (SIGSTOP): Ray waits for them for ever."""
+        for watch in cls._at_hand():
+            watch._continue()
+
+    @classmethod
+    def end(cls) -> None:
+        """End our own processes: they do not answer."""
+        for watch in cls._at_hand():
+            processes.end(processes.those(watch._members.values()), grace=0)
+
+    @classmethod
     def stop(cls) -> None:
         """The Ray at hand is over: what becomes of its processes is told to nobody any more."""
         for watch in cls._at_hand():
@@ -94,6 +111,12 @@ class RayWatch(threading.Thread):
         for thread in threading.enumerate():
             if isinstance(thread, cls) and not thread._over:
                 yield thread
+
+    def _continue(self) -> None:
+        for name, pid in self._members.items():
+            if processes.stopped(pid):
+                log.warning("Ray's %s process had been stopped: it goes on", name)
+                os.kill(pid, signal.SIGCONT)
 
     def _gone(self) -> str:
         if self._silent:

@@ -26,7 +26,7 @@ from . import conds, cores, ghost, layers, lending, refusals
 from .comfy_host import describe
 from .link import SETTINGS, ModelLink, interruptible, settings_of
 from .messages import PREFIX
-from .pool import Pool, acquire, close_all, shut_down
+from .pool import HISTORY, Pool, acquire, close_all, shut_down
 from .transfer import FILE
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ def end_pools(*, ray: bool) -> None:
     Args:
         ray: end Ray as well. A cluster that was joined stays as it is.
     """
+    HISTORY.forgive()
     if ray:
         shut_down()
     else:

@@ -155,6 +155,11 @@ class Replica:
         self._states[spec] = ()
         return self._facts[spec]
 
+    @property
+    def loaded(self) -> dict[ModelSpec, list[ModelFacts]]:
+        """What the ranks have said of each model that is loaded on them."""
+        return dict(self._facts)
+
     def holds(self, spec: ModelSpec, patches: Patches) -> bool:
         """Whether the model has these patches already."""
         return _same(self._states[spec], patches.fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from .replica import Run
 
 if TYPE_CHECKING:
     from .link import ModelLink
+
+LAST_REPORT = "report"
+"""Key of a pool's notes: when it was last reported on, in seconds since the epoch, and the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ def collect(link: ModelLink) -> PoolReport:
     if pool is None:
         return PoolReport(degrees=parallel.degrees, links="", tested="")
     workers = tuple(link.lanes().call_groups("report", [(range(parallel.world), ())])[0])
-    return PoolReport(
+    report = PoolReport(
         degrees=parallel.degrees,
         links=pool.topology(),
         tested=pool.links,
@@ -73,6 +77,8 @@ def collect(link: ModelLink) -> PoolReport:
         workers=workers,
         run=last_run(link.last_runs(), parallel.sequence, workers[0]),
     )
+    pool.notes[LAST_REPORT] = (time.time(), report)
+    return report
 
 
 def last_run(runs: Sequence[Run], sequence: int, worker: WorkerReport) -> LastRun | None:

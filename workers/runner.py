@@ -25,6 +25,7 @@ from . import filled, links, memory, numerics, random_states
 from .arena import ArenaRef, is_open
 from .control_loading import WorkerControl
 from .deferred import Computed, Evaluation, Result, outline
+from .link_watch import LinkWatch
 from .loading import normal_tensors
 from .messages import (
     Forward,
@@ -34,6 +35,7 @@ from .messages import (
     LoadRequest,
     ModelFacts,
     PatchRequest,
+    Standing,
     WorkerReport,
 )
 from .model import WorkerModel
@@ -69,6 +71,7 @@ class Runner:
         self._store: Any = None
         self._listener: socket.socket | None = None
         self._mesh: Mesh | None = None
+        self._link_watch: LinkWatch | None = None
         self._readers = (0, 1)
         self._kernel: kernels.LocalKernel | None = None
         self._machine: cost.Machine | None = None  # rates that predictions go by
@@ -98,6 +101,11 @@ class Runner:
     def _speaks(self) -> bool:
         """Whether this rank answers for those it shares a sequence with: the first of them does."""
         return self.mesh.rank % self.mesh.parallel.sequence == 0
+
+    def standing(self) -> Standing:
+        """Where this rank is; asked by other threads while it works."""
+        mesh, watch = self._mesh, self._link_watch
+        return Standing(waits=mesh.waits if mesh else 0.0, links=watch.dead if watch else ())
 
     def open_store(self, host: str, port: int, timeout: float) -> int:
         """Start the rendezvous store of several machines on `host`; returns its port.
@@ -134,6 +142,9 @@ class Runner:
         if model_management.is_device_cpu(device):
             torch.set_num_threads(request.threads)
         meet = request.rendezvous
+        if request.apart:
+            self._link_watch = LinkWatch()
+            self._link_watch.start()
         timeout = datetime.timedelta(seconds=meet.timeout)
         if meet.file:
             self._store = distributed.FileStore(meet.file, parallel.world)
@@ -318,6 +329,9 @@ class Runner:
         for spec in list(self._models):
             self.release(spec)  # before the groups: NCCL waits for graphs that have collectives in them
         self._vaes.close()
+        if self._link_watch is not None:
+            self._link_watch.stop()
+            self._link_watch = None
         if self._mesh is not None:
             self._mesh.close()
             self._mesh = None

@@ -43,7 +43,7 @@ def serve(connection: Connection, runner: Runner) -> None:
     while True:
         try:
             request = pickle.loads(connection.recv_bytes())
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             break
         if isinstance(request, Cancel):
             continue  # its request was answered before it came
@@ -53,7 +53,7 @@ def serve(connection: Connection, runner: Runner) -> None:
         reply = answer(request, runner)
         try:
             connection.send_bytes(pickle.dumps(reply))
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:
             break
     runner.close()
 
@@ -76,5 +76,6 @@ def answer(request: Request, runner: Runner) -> Reply:
                 traceback="".join(traceback.format_exception(error)),
                 collectives=runner.collectives,
                 error=ours,
+                links=runner.standing().links,
             ),
         )
