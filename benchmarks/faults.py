@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
                 failed += 1
                 print(f"zombies: {left}", file=sys.stderr)
     if options.write and not failed:
-        write(rows)
+        write(rows, keep=[fault.what for fault in FAULTS.values()] if options.only else [])
     return min(failed, 1)
 
 
@@ -82,9 +82,17 @@ def shown(text: str) -> str:
     return re.sub(r"([|<>*_`])", r"\\\1", text)
 
 
-def write(rows: list[str]) -> None:
-    """Put the table into the document."""
-    text = documents.with_table(TABLE.read_text(encoding="utf-8"), BEGIN, END, "\n".join([*rows, ""]))
+def write(rows: list[str], *, keep: list[str]) -> None:
+    """Put the table into the document.
+
+    Args:
+        keep: faults in the order of the table, whose rows stay where there is no new one; none to keep no other row.
+    """
+    text = TABLE.read_text(encoding="utf-8")
+    if keep:
+        known = {row.split(" | ")[0]: row for row in [*text.partition(BEGIN)[2].partition(END)[0].splitlines(), *rows]}
+        rows = rows[:2] + [known[f"| {what}"] for what in keep if f"| {what}" in known]
+    text = documents.with_table(text, BEGIN, END, "\n".join([*rows, ""]))
     TABLE.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +126,29 @@ def test_another_version_there_is_refused(stage: Stage, cluster: machines.Cluste
         pytest.raises(PromptError, match=f"{cluster.second} .* has no ComfyUI in "),
     ):
         stage.client.run(stage.prompt())
+
+
+@SLOW
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_link_dies(stage: Stage, cluster: machines.Cluster, wanted: bytes, cancel: bool) -> None:
+    """Every worker lives and waits: the link is named, or Cancel is obeyed while it is not known yet."""
+    prompt_id = stage.client.queue(stage.prompt(steps=4000))
+    stage.sampling(prompt_id)
+    with cluster.cut():
+        began = time.monotonic()
+        if cancel:
+            time.sleep(5)
+            stage.client.interrupt()
+        with pytest.raises(PromptError) as caught:
+            stage.client.wait(prompt_id)
+        took = time.monotonic() - began
+    if cancel:
+        assert caught.value.kind == "interrupted"
+    else:
+        assert re.search("The link between worker . on .* and worker. . on .* is dead", caught.value.text)
+        assert cluster.second in caught.value.text
+        assert took < 60
+    assert near(stage.good(), wanted)
 
 
 @SLOW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -174,6 +175,53 @@ def cancel_when_starting(stage: Stage) -> None:
     stage.client.interrupt()
 
 
+def kill_when_starting(stage: Stage) -> None:
+    """Kill a worker as soon as there is one that was not there before."""
+    before = set(stage.workers())
+    while not (new := set(stage.workers()) - before):
+        time.sleep(0.02)
+    stage.kill(min(new))
+
+
+def fourth_try(stage: Stage) -> Prompt:
+    """A workflow whose pool has failed to start three times, since a worker was killed each time."""
+    on_three = PoolCase(workers=3)
+    for _ in range(3):
+        prompt_id = stage.client.queue(pool(stage.case(), on_three))
+        kill_when_starting(stage)
+        with contextlib.suppress(PromptError):
+            stage.client.wait(prompt_id, timeout=LIMIT_S)
+    return pool(stage.case(), on_three)
+
+
+def stop_control(stage: Stage) -> None:
+    """Stop Ray's control service, and cancel what then waits for it."""
+    stage.kill(stage.of_ray("gcs_server"), how=signal.SIGSTOP)
+    time.sleep(1.0)
+    stage.client.interrupt()
+
+
+def asking(**values: Any) -> Callable[[Stage], Prompt]:
+    """A workflow with values of RayInitializer that cannot be."""
+
+    def build(stage: Stage) -> Prompt:
+        prompt = stage.prompt()
+        prompt[INIT]["inputs"].update(values)
+        return prompt
+
+    return build
+
+
+def wordy(stage: Stage) -> Prompt:
+    """A model file whose metadata are 94 MiB of short texts."""
+    texts = b"{%s}" % b",".join(b'"%07x":"abc"' % number for number in range(6_100_000))
+    header = b'{"__metadata__":%s}' % texts
+    stage.copy.write_bytes(len(header).to_bytes(8, "little") + header)
+    prompt = stage.prompt()
+    prompt["loader"]["inputs"]["unet_name"] = stage.copy.name
+    return prompt
+
+
 def endless(stage: Stage) -> Prompt:
     """A video whose frames fit neither into memory nor on the disk; its latent has half a percent of their size."""
     folder = stage.server.base / "models" / "vae"
@@ -222,6 +270,72 @@ FAULTS: Mapping[str, Fault] = {
         prompt=endless,
         before=True,
         keeps=True,
+    ),
+    "crash": Fault(
+        "a worker crashes (SIGSEGV)",
+        lambda s: s.kill(s.workers()[-1], how=signal.SIGSEGV),
+        "crashed, by SIGSEGV",
+    ),
+    "second": Fault(
+        "a worker is killed while a pool starts",
+        kill_when_starting,
+        "ended while it should",
+        prompt=one_more,
+        waits=False,
+    ),
+    "starts": Fault(
+        "a pool has failed to start three times",
+        lambda s: None,
+        "failed to start 3 times",
+        prompt=fourth_try,
+        before=True,
+    ),
+    "workers": Fault(
+        "`GPU` is 10**12, `ulysses_degree` 7",
+        lambda s: None,
+        "GPU is larger than any pool can be",
+        prompt=asking(GPU=10**12, ulysses_degree=7),
+        before=True,
+        keeps=True,
+    ),
+    "cores": Fault(
+        "`GPU` is 1,000 on a CPU",
+        lambda s: None,
+        "more CPU workers than the cores can carry",
+        prompt=asking(GPU=1000, ulysses_degree=1),
+        before=True,
+        keeps=True,
+    ),
+    "store": Fault(
+        "`ray_object_store_gb` is NaN",
+        lambda s: None,
+        "ray_object_store_gb is no size",
+        prompt=asking(ray_object_store_gb=float("nan")),
+        before=True,
+        keeps=True,
+    ),
+    "large store": Fault(
+        "`ray_object_store_gb` is 1,000,000",
+        lambda s: None,
+        "ray_object_store_gb is a size that Ray cannot have here",
+        prompt=asking(ray_object_store_gb=1e6),
+        before=True,
+        keeps=True,
+    ),
+    "metadata": Fault(
+        "a model file has 94 MiB of metadata",
+        lambda s: None,
+        "cannot be loaded",
+        prompt=wordy,
+        before=True,
+        keeps=True,
+    ),
+    "control": Fault(
+        "Cancel while Ray's control service is stopped (SIGSTOP)",
+        stop_control,
+        "interrupted",
+        prompt=one_more,
+        waits=False,
     ),
     "cancel at start": Fault(
         "Cancel while a pool starts", cancel_when_starting, "interrupted", prompt=one_more, waits=False

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from . import processes
 
 START_S = 60.0
@@ -44,6 +46,28 @@ class Cluster:
     def workers(self) -> list[processes.Process]:
         """The workers on the other machine."""
         return processes.workers(self.outside)
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """What this machine's workers send to the other one's is dropped until the end of the block, Ray's is not."""
+        (worker,) = processes.workers(self.head)
+        lines = [
+            (found.laddr.port, found.raddr.port)
+            for found in psutil.Process(worker.pid).net_connections("tcp")
+            if found.raddr and found.raddr.ip.removeprefix("::ffff:") == self.second
+        ]
+        assert lines, "the workers have connections to each other"
+        rules = [
+            [*("from", self.first, "to", self.second, "ipproto", "tcp"), *("sport", str(here), "dport", str(there))]
+            for here, there in lines
+        ]
+        for rule in rules:
+            subprocess.run(["ip", "rule", "add", "pref", "99", *rule, "blackhole"], check=True)
+        try:
+            yield
+        finally:
+            for rule in rules:
+                subprocess.run(["ip", "rule", "del", "pref", "99", *rule, "blackhole"], check=True)
 
     @contextlib.contextmanager
     def seeing(self, path: Path, instead: Path) -> Iterator[None]:
