@@ -75,8 +75,11 @@ class LinkWatch(threading.Thread):
         now = time.monotonic()
         pending = {}
         for inode, peer, connection in _connections():
-            _probe(connection)
-            signs = Signs.of(connection)
+            try:
+                _probe(connection)
+                signs = Signs.of(connection)
+            except OSError:  # it has ended by itself
+                continue
             # the last answer may be older than what waits for the next one: it counts from when that was seen
             began = self._pending.get(inode, now)
             if not signs.pending or signs.silent_ms < 1000 * (now - began):

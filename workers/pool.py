@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 180.0
 GROUP_TIMEOUT_S = 1800.0
 """How long a rank waits in a collective. Long, because compiling or a cold load may hold one rank up; a
-dead rank ends the call long before, since the driver watches."""
+dead rank ends the call long before, since the driver watches, and a dead link, since the ranks do (LinkWatch)."""
 POLL_S = 0.05
 HEARTBEAT_S = 5.0
 SILENCE_S = 60.0

@@ -13,6 +13,7 @@ import torch
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
 from comfy_raylight.tests.engine.ranks import mesh_of
 from comfy_raylight.workers import private_folder
+from comfy_raylight.workers.messages import Standing
 from comfy_raylight.workers.pool import Member, Pool
 
 CONTEXT: Any = multiprocessing.get_context("fork")
@@ -41,13 +42,15 @@ class LocalPool(Pool):
             kill=self._kill,
             ray_ended=lambda ask: "",
             why_ended=lambda serving: "it was killed",
+            last_words=lambda pid: "",
+            answer=lambda reference: Standing(),
         )
         self._launch = launch
         self._interrupted = interrupted
         self._serving: list[Any] = []
         self._closed = False
         self._lost = ""
-        self._single = True
+        self._single, self._starting, self._starved = True, False, 0
         self._next_id = 0
         self._folder = private_folder.make()
         store = str(self._folder.path / "store")
