@@ -108,7 +108,7 @@ def cluster(*, port: int, cores: int = 2, others: int = 0) -> Iterator[Cluster]:
         tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder,
         contextlib.ExitStack() as stack,
     ):
-        inside, first, second = stack.enter_context(_network()) if others else ([], "127.0.0.1", "")
+        inside, first, second = stack.enter_context(network()) if others else ([], "127.0.0.1", "")
         address = f"{first}:{port}"
         head = [*_start(first, cores), "--head", f"--port={port}", "--include-dashboard=false"]
         pid = stack.enter_context(_running([*head, f"--temp-dir={folder}"], Path(folder, "head.log")))
@@ -166,7 +166,7 @@ def _running(command: list[str], log: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _network() -> Iterator[tuple[list[str], str, str]]:
+def network() -> Iterator[tuple[list[str], str, str]]:
     """A network of two: a prefix for commands on the other machine, and both addresses."""
     name, net = f"rl{os.getpid()}", f"10.{os.getpid() % 200 + 20}.77"
     here, there = f"{net}.1", f"{net}.2"
