@@ -56,7 +56,7 @@ def _worker(member: Member) -> dict[str, Any]:
         "device": place.device,
         "busy": member.busy,
         # of another machine's, what Ray tells comes with the next call
-        "running": not member.local or processes.running(place.pid),
+        "running": member.process is None or processes.running(member.process),
     }
 
 
