@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -150,7 +151,9 @@ def by_kitchen(kind: Kitchen, state: State) -> tuple[State, dict[str, str]]:
     import comfy_kitchen.tensor
     import torch
 
-    layout = getattr(comfy_kitchen.tensor, kind.layout)
+    layout = getattr(comfy_kitchen.tensor, kind.layout, None)
+    if layout is None:
+        raise ImportError(f"this comfy_kitchen has no {kind.layout}")
     config = {"format": kind.format, **kind.config}
     made: State = {}
     for key, value in state.items():
@@ -184,6 +187,8 @@ def absent(name: str) -> str:
         return "this ComfyUI refuses the layout"
     if name in KITCHEN and KITCHEN[name].format not in comfy.quant_ops.QUANT_ALGOS:
         return "this ComfyUI does not know the format"
+    if name in KITCHEN and importlib.util.find_spec("comfy_kitchen") is None:
+        return "comfy_kitchen is not installed"
     return ""
 
 
