@@ -22,6 +22,14 @@ if _IMPORT_ROOT not in sys.path:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import comfy_raylight.nodes
+    try:
+        import comfy_raylight.nodes
+    except (ImportError, AttributeError) as error:
+        missing = error.name if isinstance(error, ImportError) else "comfy"
+        if (missing or "").startswith("comfy"):
+            from comfy_raylight.workers import standing
+
+            standing.announce()
+        raise
 
     return getattr(comfy_raylight.nodes, name)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import ring
-from .errors import PlanError, UnsupportedError
+from .errors import MisfitError, PlanError, UnsupportedError
 from .kernels import LocalKernel, scale_of
 from .layout import Layout, gather, share
 from .masks import Mask, QueryMask, QueryMasks, four_dims, of_heads
@@ -180,7 +180,7 @@ class SequenceAttention:
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
         expected = self._local
         if {expected if self._whole_query else q.shape[1], k.shape[1], v.shape[1]} != {expected}:
-            raise UnsupportedError(
+            raise MisfitError(
                 "A patch changes the number of tokens inside attention",
                 f"q, k and v have {q.shape[1]}, {k.shape[1]} and {v.shape[1]} tokens, this worker holds {expected}",
                 "Remove the node that adds or drops tokens (such as a reference cache or token merging)",
@@ -209,7 +209,7 @@ class SequenceAttention:
         # a block builds its own mask on every rank, so all of them come here or none does
         if of_heads and mask.shape[-1] == self._local and rows == 1:
             return gather(mask, dim=mask.ndim - 1, over=self._order, layout=self._layout, comm=self._sequence)
-        raise UnsupportedError(
+        raise MisfitError(
             "An attention mask fits neither all tokens nor this worker's",
             f"its shape is {list(mask.shape)}, with {heads} heads and {total} tokens, {self._local} of them here",
             "Remove the node that makes it",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import UnsupportedError
+from .errors import MisfitError
 from .layout import Layout, Segment, gather
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Rope:
         dim: the token dim; None finds it among 1 and 2, the last dim excepted.
 
     Raises:
-        UnsupportedError: no dim, or more than one, is as long as the sequence. That is what patches do that
+        MisfitError: no dim, or more than one, is as long as the sequence. That is what patches do that
             add or drop tokens.
     """
 
@@ -138,7 +138,7 @@ class Rope:
         candidates = range(1, min(3, value.ndim - 1)) if self.dim is None else (self.dim,)
         dims = [dim for dim in candidates if value.shape[dim] == layout.total(self.over)]
         if len(dims) != 1:
-            raise UnsupportedError(
+            raise MisfitError(
                 "The rope table does not fit the tokens",
                 f"its shape is {list(value.shape)} and there are {layout.total(self.over)} tokens",
                 "Remove the node that changes the number of tokens inside the model (such as a reference cache)",

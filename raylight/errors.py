@@ -20,6 +20,10 @@ class RaylightError(Exception):
         self.why = why
         self.remedy = remedy
 
+    def with_remedy(self, remedy: str) -> RaylightError:
+        """The same error with another remedy."""
+        return type(self)(self.what, self.why, remedy, *self.args[3:])
+
     def __str__(self) -> str:
         text = f"{self.what}: {self.why}" if self.why else self.what
         return f"{text}. {self.remedy}" if self.remedy else text
@@ -35,6 +39,14 @@ class PlanError(RaylightError):
 
 class UnsupportedError(RaylightError, ValueError):
     """A model, node or patch that the pool cannot run correctly, refused by name."""
+
+
+class MisfitError(UnsupportedError):
+    """Tokens, tables or masks that are not what the plan says.
+
+    A patch has changed them, for which `remedy` is, or the model is of another version than the plan. The engine knows
+    of neither; who calls it does.
+    """
 
 
 class LoadError(RaylightError, ValueError):

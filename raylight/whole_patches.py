@@ -9,7 +9,7 @@ import torch
 
 from .comm import Comm
 from .cuts import Split
-from .errors import UnsupportedError
+from .errors import MisfitError
 from .layout import Layout, gather
 from .overrides import OVERRIDE
 
@@ -118,7 +118,7 @@ class _Tokens:
         if not isinstance(value, torch.Tensor) or value.ndim <= dim or value.shape[dim] == 1:
             return value
         if value.shape[dim] != self._total:
-            raise UnsupportedError(
+            raise MisfitError(
                 "A patch changes the number of tokens inside attention",
                 f"it returned {list(value.shape)} for {self._total} tokens",
                 "Remove the node that adds or drops tokens (such as a reference cache or token merging)",

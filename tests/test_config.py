@@ -90,7 +90,9 @@ def test_spec_follows_the_file(tmp_path: Path) -> None:
         ModelSpec.of(tmp_path / "missing.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["ConfigError", "PlanError", "UnsupportedError", "LoadError", "WorkerError"])
+@pytest.mark.parametrize(
+    "kind", ["ConfigError", "PlanError", "UnsupportedError", "MisfitError", "LoadError", "WorkerError"]
+)
 def test_errors_survive_the_way_home(kind: str) -> None:
     error = getattr(errors, kind)("What", "why", "Do this")
     back = pickle.loads(pickle.dumps(error))

@@ -13,7 +13,7 @@ from comfy import model_management
 
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import LoadError, UnsupportedError
-from . import deferred, ghost
+from . import deferred, ghost, standing
 from .deferred import Evaluation
 from .lending import borrows
 from .link import ModelLink, interruptible
@@ -59,7 +59,7 @@ class ControlLink(ModelLink):
         key = tuple((name, _kind(value)) for name, value in sorted(arguments.items()))
         if key not in self._outlines:
             groups = self._loaded()
-            with self._lock, interruptible(), self._explained():
+            with self._lock, interruptible(), standing.explaining(), self._explained():
                 self._outlines[key] = groups.replicas[0].outline(self.spec, arguments)
         return deferred.filled(self._outlines[key], Evaluation(self.spec, arguments), self, arguments["x"].device)
 

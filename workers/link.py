@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy
@@ -16,8 +16,8 @@ from ..loaders.source import changed
 from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ..raylight.errors import UnsupportedError, WorkerError
-from ..raylight.names import functions
-from . import deferred, numerics, random_states, refusals
+from ..raylight.names import functions, name_of
+from . import deferred, numerics, random_states, refusals, standing
 from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
@@ -33,6 +33,8 @@ FORWARD = frozenset({"forward", "_forward"})
 """Methods that groups may share out; all others run on the first."""
 DRIVER_ONLY = frozenset({"wrappers", "callbacks", "easycache", "lazycache", PER_ROW})
 """Keys of transformer_options that only code around the cut reads."""
+AROUND = "diffusion_model"
+"""Kind of the wrappers of nodes around the model's forward, which may change what comes in."""
 SETTINGS = "raylight_settings"
 """Key of the patcher's attachment that holds its WorkerSettings."""
 LANES = "lanes"
@@ -144,7 +146,7 @@ class ModelLink:
                 if not groups.holds(call.spec, call.patches):
                     for other in _links(call.patches.weights):
                         other.at(self.replica).load()  # a new pool, or one that made room, may not have it
-            with interruptible(), self._explained():
+            with interruptible(), standing.explaining(lambda: _changes(calls.values())), self._explained():
                 found = groups.run({group: calls[number] for number, group in chosen.items()})
             outputs = {}
             for number, group in chosen.items():
@@ -200,7 +202,8 @@ class ModelLink:
         with interruptible():
             groups = self._groups()
             groups.pool.agree_on(self.spec, _lanes(groups.pool).call_groups)
-            groups.load(self._request, self)
+            with standing.explaining():
+                groups.load(self._request, self)
             return groups
 
     @contextlib.contextmanager
@@ -255,6 +258,7 @@ class ModelLink:
         """Everything about a call that depends on when it is made; nothing is sent yet."""
         patches = _patches(patcher) if patcher is not None else Patches()
         found: list[Callable[..., Any]] = []
+        around: list[Callable[..., Any]] = []
 
         def strip(options: Any) -> Any:
             if not isinstance(options, dict):
@@ -262,6 +266,7 @@ class ModelLink:
             refusals.check_options(options)
             kept = {key: value for key, value in options.items() if key not in DRIVER_ONLY}
             found.extend(functions(kept))
+            around.extend(functions(options.get("wrappers", {}).get(AROUND, {})))
             return kept
 
         args, kwargs = on_options(args, kwargs, strip)
@@ -274,6 +279,7 @@ class ModelLink:
             args=args,
             kwargs=kwargs,
             functions=tuple(found),
+            around=tuple(around),
             patches=patches,
             fresh=(
                 *inputs,
@@ -330,6 +336,18 @@ def _patches(patcher: Any) -> Patches:
         *(part for hook in hooks for part in (hook.hook_ref, hook.strength)),
     )
     return Patches(fingerprint=fingerprint, weights=weights, objects=objects, force_cast=patcher.force_cast_weights)
+
+
+def _changes(calls: Iterable[Call]) -> list[str]:
+    """What nodes change in the model, by name."""
+    found: list[str] = []
+    for call in calls:
+        found += map(name_of, (*call.functions, *call.around))
+        replaced = {name: value for name, value in call.patches.objects.items() if name.startswith(PREFIX)}
+        found += [f"{name_of(value)}, in the place of {name}" for name, value in replaced.items()]
+        if call.kwargs.get("control"):
+            found.append("a ControlNet")
+    return found
 
 
 def _links(value: Any) -> Iterator[ModelLink]:

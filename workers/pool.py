@@ -19,7 +19,7 @@ import psutil
 from ..loaders.content import content_key
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import Cancelled, ConfigError, LoadError, WorkerError
-from . import devices, doorway, limits, links, processes
+from . import devices, doorway, limits, links, processes, standing
 from .failures import dead, describe, failures_of, link_lost, machine_lost, ray_lost
 from .history import History
 from .messages import (
@@ -172,6 +172,7 @@ def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Calla
             return pool
         limits.check(config, environment, local=config.address == launch.LOCAL)
         HISTORY.check(config)
+        standing.announce()
         old = next(iter(REGISTRY.values()), None)
         with _noted(config, interrupted):
             pool = Pool(config, environment, interrupted, old.retire() if old is not None else None)

@@ -22,7 +22,7 @@ from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
 from ..raylight.replaced import within
-from . import conds, cores, ghost, layers, lending, refusals
+from . import conds, cores, ghost, layers, lending, refusals, standing
 from .comfy_host import describe
 from .link import SETTINGS, ModelLink, interruptible, settings_of
 from .messages import PREFIX
@@ -46,7 +46,8 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
     """
     model, state = ghost.build(spec)
     if config.parallel.needs_plan:
-        plan_for(model.diffusion_model)
+        with standing.explaining():
+            plan_for(model.diffusion_model)
     dtype = model.get_dtype()
     link = ModelLink(config, spec, dtype, refer)
     facts = link.load()[0]

@@ -47,6 +47,7 @@ class Call:
 
     Attributes:
         functions: the callables in its transformer_options.
+        around: those of nodes that run around it, in the driver.
         fresh: tensors that change at each call.
         random: the driver's generator states where a patch may draw.
         settings: how the workers run it.
@@ -65,6 +66,7 @@ class Call:
     random: tuple[Any, Any] | None
     settings: WorkerSettings
     numerics: tuple[Any, ...] = ()
+    around: tuple[Callable[..., Any], ...] = ()
     controls: tuple[Any, ...] = ()
     device: torch.device = CPU
 

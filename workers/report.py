@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..raylight.config import WorkerSettings
+from . import standing
 from .messages import ModelReport, WorkerReport
 from .replica import Run
 
@@ -51,6 +52,7 @@ class LastRun:
 class PoolReport:
     """A pool as it is now. `workers` is empty where none runs, `run` is None before the first."""
 
+    comfyui: str
     degrees: dict[str, int]
     links: str
     tested: str
@@ -67,9 +69,10 @@ def collect(link: ModelLink) -> PoolReport:
     """
     pool, parallel = link.live_pool(), link.config.parallel
     if pool is None:
-        return PoolReport(degrees=parallel.degrees, links="", tested="")
+        return PoolReport(comfyui=standing.line(), degrees=parallel.degrees, links="", tested="")
     workers = tuple(link.lanes().call_groups("report", [(range(parallel.world), ())])[0])
     report = PoolReport(
+        comfyui=standing.line(),
         degrees=parallel.degrees,
         links=pool.topology(),
         tested=pool.links,
@@ -109,8 +112,9 @@ def lines(report: PoolReport) -> list[str]:
     """The report as text."""
     degrees = " x ".join(f"{name} {count}" for name, count in report.degrees.items() if count > 1) or "one worker"
     if not report.workers:
-        return [f"Pool: {degrees}", "No worker is running. The next prompt that needs them starts them."]
-    found = [f"Pool: {len(report.workers)} workers, {degrees}", f"Links: {report.links}"]
+        nobody = "No worker is running. The next prompt that needs them starts them."
+        return [report.comfyui, f"Pool: {degrees}", nobody]
+    found = [report.comfyui, f"Pool: {len(report.workers)} workers, {degrees}", f"Links: {report.links}"]
     found.append(f"Link test: {report.tested or 'not run, skip_comm_test is on'}")
     for place, worker in zip(report.places, report.workers, strict=True):
         memory = f"{mib(worker.host_bytes)} of the host for itself"

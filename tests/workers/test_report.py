@@ -16,7 +16,13 @@ def report(*, timed: bool, predicted: float) -> PoolReport:
         rank=0, device="abacus", host_bytes=1, device_bytes=1, models=(), timed=timed, predicted=predicted
     )
     return PoolReport(
-        degrees={"ulysses": 2}, links="", tested="", places=("here",), workers=(worker,), run=last_run(RUNS, 2, worker)
+        comfyui="ComfyUI 0.0.1, made up",
+        degrees={"ulysses": 2},
+        links="",
+        tested="",
+        places=("here",),
+        workers=(worker,),
+        run=last_run(RUNS, 2, worker),
     )
 
 
