@@ -8,7 +8,8 @@ import pytest
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.server import PACK_FOLDER
 
-from .interface import NODES, OPTIONS, Input, Inputs
+from .interface import NODES
+from .published import absent, differences
 
 
 @pytest.fixture(scope="module")
@@ -19,37 +20,27 @@ def published(client: ComfyClient) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NODES)
 def test_node(published: dict[str, Any], name: str) -> None:
-    expected = NODES[name]
-    if expected.needs and expected.needs not in published:
+    if name in absent(published):
         assert name not in published
-        pytest.skip(f"this ComfyUI has no {expected.needs}")
-    info = published[name]
-    assert info["display_name"] == (expected.display or name)
-    assert info["category"] == expected.category
-    outputs = zip(info["output"], info["output_name"], strict=True)
-    assert [f"{kind}:{label}" for kind, label in outputs] == expected.outputs.split()
-    assert list(info["output_is_list"]) == list(expected.lists or [False] * len(info["output"]))
-    # ComfyUI 0.3.75 does not publish it
-    assert info.get("is_input_list", expected.input_is_list) == expected.input_is_list
-    assert info["output_node"] == expected.output_node
-    assert info["description"] and all(info.get("output_tooltips", ())), "what it does is said on the canvas"
-    same_inputs(info, "required", expected.required)
-    same_inputs(info, "optional", expected.optional)
+        pytest.skip(f"this ComfyUI has no {NODES[name].needs}")
+    assert differences(published, name) == []
 
 
 def test_no_other_node(published: dict[str, Any]) -> None:
     """A node that is new is in the table, so that a later change of it is seen."""
     ours = {name for name, info in published.items() if PACK_FOLDER in info["python_module"]}
-    absent = {name for name, node in NODES.items() if node.needs and node.needs not in published}
-    assert ours == set(NODES) - absent
+    assert ours == set(NODES) - absent(published)
 
 
-def same_inputs(info: dict[str, Any], part: str, expected: Inputs) -> None:
-    found = info["input"].get(part, {})
-    assert list(found) == info["input_order"].get(part, []) == list(expected), "the order is that of saved values"
-    for name, (kind, *more) in found.items():
-        options = more[0] if more else {}
-        values = tuple(value for value in kind if value in expected[name].values) if isinstance(kind, list) else ()
-        kept = {key: options[key] for key in OPTIONS if key in options}
-        assert Input("" if isinstance(kind, list) else kind, values, kept) == expected[name], name
-        assert options.get("tooltip"), f"{name} has no tooltip"
+def test_a_difference_is_seen(published: dict[str, Any]) -> None:
+    """The comparison has something to say of each part of a node."""
+    info = published["RayInitializer"]
+    order = list(reversed(info["input_order"]["required"]))
+    for changed in (
+        {"display_name": "Other"},
+        {"output_name": ["other"] * len(info["output_name"])},
+        {"input_order": {**info["input_order"], "required": order}},
+        {"input": {**info["input"], "required": {**info["input"]["required"], "GPU": ["INT", {"tooltip": "x"}]}}},
+    ):
+        assert len(differences({"RayInitializer": {**info, **changed}}, "RayInitializer")) == 1
+    assert differences({}, "RayInitializer") == ["it is not there"]

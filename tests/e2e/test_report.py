@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host import prompts
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.prompts import Case
@@ -39,8 +41,9 @@ def report(server: ComfyServer, client: ComfyClient) -> dict[str, Any]:
     return {"shown": shown, "text": shown["text"][0], "seconds": result.node_seconds()[prompts.SAMPLER]}
 
 
-def test_text(report: dict[str, Any]) -> None:
+def test_text(report: dict[str, Any], comfy_root: Path) -> None:
     text = report["text"]
+    assert text.startswith(f"ComfyUI {version_of(comfy_root)}, ")
     assert "Pool: 2 workers, ulysses 2" in text
     assert re.search(r"Worker 0: cpu.*\n.* MiB of the host", text) and "Worker 1: " in text
     assert len(re.findall(r"wan\.safetensors \(WanModel\): [\d.]+ .iB of [\d.]+ .iB on the device", text)) == 2

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .client import Prompt
+from .api import Prompt
 
 SAMPLER = "sampler"
 LOADER = "loader"

@@ -14,10 +14,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from . import processes
-from .client import ComfyClient
+from .api import ApiClient
+
+if TYPE_CHECKING:
+    from .client import ComfyClient
 
 log = logging.getLogger("raylight.host")
 
@@ -113,8 +116,15 @@ class ComfyServer:
         path = self.base / "comfyui.log"
         return path.read_text(errors="replace") if path.is_file() else ""
 
+    @property
+    def api(self) -> ApiClient:
+        """A client without a connection of its own, which sees no events."""
+        return ApiClient(self.url, alive=self.check)
+
     def client(self) -> ComfyClient:
         """A client connected to this server; close it, or use it as a context manager."""
+        from .client import ComfyClient  # needs websocket-client
+
         return ComfyClient(self.url, alive=self.check)
 
     def check(self) -> None:
