@@ -1,6 +1,6 @@
 """What of Raylight works with a ComfyUI, as a table: run it with the Python that runs that ComfyUI.
 
-    python benchmarks/compat.py ROOT [--only PATTERN ...] [--json FILE]
+    python benchmarks/compat.py ROOT [--only PATTERN ...] [--json FILE] [--write]
 
 ROOT is the folder of any ComfyUI (where its main.py is). It is started once, on the CPU and a port of its own, without
 other packs; nothing in its folder is changed. The whole table takes some ten minutes on two cores.
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,9 @@ NOT_NEEDED = {"yunchang", "xfuser"}
 """Requirements that only other attention kernels have."""
 SHOWN = ("torch", "ray", "comfy-kitchen", "safetensors", "gguf")
 """Packages whose versions are told."""
+TABLE = ROOT / "docs" / "compat.md"
+BEGIN, END = "<!-- compat: written by benchmarks/compat.py -->\n", "<!-- end of compat -->\n"
+COLUMNS = ("nodes", "families", "VAEs", "sampling", "files")
 EVERY_S = 30
 """Seconds between two lines on how far it is."""
 
@@ -60,6 +63,7 @@ def main() -> int:
         "--only", nargs="+", metavar="PATTERN", default=["*"], help="rows: nodes, families/Wan*; default all"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as JSON too")
+    parser.add_argument("--write", action="store_true", help="write this ComfyUI's line into docs/compat.md")
     options = parser.parse_args()
     root = options.root.expanduser().resolve()
     try:
@@ -86,6 +90,8 @@ def main() -> int:
         table = [{**vars(row)} for row in rows]
         text = json.dumps({"versions": facts, "rows": table, "faults": faults}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
+    if options.write and options.only == ["*"]:
+        write_line(facts, rows)
     if not rows:
         print(f"compat.py: no row is called {' or '.join(options.only)}", file=sys.stderr)
         return 2
@@ -142,6 +148,33 @@ def versions(root: Path) -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         **{name: version_of(name) or "not installed" for name in SHOWN},
     }
+
+
+def write_line(facts: Mapping[str, str], rows: Sequence[Row]) -> None:
+    """Put what was found of this ComfyUI into the document, in the place of what it says of that version."""
+    from comfy_raylight.tests.host import documents
+
+    version = facts["ComfyUI"].partition(",")[0]
+    cells = [version, f"Python {facts['Python'].partition(' ')[0]}, " + ", ".join(f"{n} {facts[n]}" for n in SHOWN[:3])]
+    for part in COLUMNS:
+        # a row of the nodes is for those that are otherwise, and one for all that are as they were
+        here = [
+            row.detail if part == "nodes" and row.state == "right" else row.state for row in rows if row.part == part
+        ]
+        cells.append(
+            ", ".join(each if part == "nodes" else f"{here.count(each)} {each}" for each in dict.fromkeys(sorted(here)))
+        )
+    cells.append(str(sum(row.fault for row in rows)))
+    text = TABLE.read_text(encoding="utf-8")
+    _, _, table = text.partition(BEGIN)
+    lines = [line for line in table.partition(END)[0].splitlines() if not line.startswith(f"| {version} |")]
+    lines = [*lines[:2], *sorted([*lines[2:], f"| {' | '.join(cells)} |"], key=_numbers)]
+    found = documents.with_table(text, BEGIN, END, "\n".join([*lines, ""]))
+    TABLE.write_text(found, encoding="utf-8", newline="\n")
+
+
+def _numbers(line: str) -> list[int]:
+    return list(map(int, re.findall(r"\d+", line.split("|")[1])))
 
 
 def rows_of(module: str, root: Path, patterns: Sequence[str], out: Path) -> list[Row]:

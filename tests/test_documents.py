@@ -27,7 +27,7 @@ def test_messages() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split("## When something goes wrong")[1].split("\n## ")[0]
     messages = [row.split("|")[1] for row in table.splitlines() if row.startswith("| ")][1:]
-    parts = [part.strip(" .") for row in messages for part in re.split(r"\.\.\.|\(|, Worker", row)]
+    parts = [part.strip(" .") for row in messages for part in re.split(r"\.\.\.|\(|, Worker|, No", row)]
     parts = [part for part in parts if len(part) > 6]
     assert len(parts) >= 10
     assert not [part for part in parts if part not in code]
