@@ -14,6 +14,9 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 WEB_DIRECTORY = "./web"
 """Help pages, and what the page needs of this pack."""
 
+_COMFYUI = ("comfy", "execution", "folder_paths", "latent_preview", "nodes")
+"""How the names of ComfyUI's modules begin that the pack imports."""
+
 _IMPORT_ROOT = str(Path(__file__).resolve().parent / "workers" / "import_root")
 if _IMPORT_ROOT not in sys.path:
     sys.path.append(_IMPORT_ROOT)
@@ -26,7 +29,7 @@ def __getattr__(name: str) -> Any:
         import comfy_raylight.nodes
     except (ImportError, AttributeError) as error:
         missing = error.name if isinstance(error, ImportError) else "comfy"
-        if (missing or "").startswith("comfy"):
+        if (missing or "").startswith(_COMFYUI):
             from comfy_raylight.workers import standing
 
             standing.announce()

@@ -58,6 +58,19 @@ def test_loaded_as_comfyui_does(comfy_root: Path, tmp_path: Path) -> None:
     assert result["environment changed"] == {} and not result["path changed"]
 
 
+def test_names_of_another_comfyui(tmp_path: Path) -> None:
+    """Where one is gone, the log says beside the traceback which ComfyUI this is."""
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "__init__.py").touch()
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.99.0"\n')
+    code = f"import importlib.util as u, logging, sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    code += f"logging.basicConfig(); s = u.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r}); "
+    code += "m = u.module_from_spec(s); s.loader.exec_module(m); m.NODE_CLASS_MAPPINGS"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode and "ModuleNotFoundError" in done.stderr
+    assert "ComfyUI 0.99.0, newer than any that Raylight is tested with" in done.stderr
+
+
 def test_root_imports_nothing_until_asked() -> None:
     """pytest imports a root with an `__init__.py`, where there may be no ComfyUI."""
     code = f"import importlib.util as u, sys; s = u.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r}); "

@@ -14,7 +14,7 @@ from comfy import model_management
 
 from ..raylight.config import ModelSpec
 from ..raylight.errors import UnsupportedError, WorkerError
-from . import random_states, remote
+from . import random_states, remote, standing
 from .link import interruptible
 from .output import Output, reserve, share
 from .pool import Pool
@@ -34,7 +34,7 @@ def decode(
     """
     if not isinstance(latent, torch.Tensor):
         latent = latent.unbind()[0]
-    with interruptible():
+    with interruptible(), standing.explaining():
         pool = remote.start_pool(model.link.config)
         return decode_on(pool, latent, spec, mode=mode, tiles=tiles, keep=keep)
 
@@ -79,7 +79,7 @@ def decode_on(
 
 def encode(model: remote.RemotePatcher, pixels: torch.Tensor, spec: ModelSpec, *, keep: bool) -> torch.Tensor:
     """Latent of pictures, on the pool of `model`, started where needed; see `encode_on`."""
-    with interruptible():
+    with interruptible(), standing.explaining():
         return encode_on(remote.start_pool(model.link.config), pixels, spec, keep=keep)
 
 

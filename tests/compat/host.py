@@ -29,7 +29,7 @@ SAMPLED = ("wan", "flux2", "hunyuan", "ltxv", "ltxav", "sd3", "unet")
 """Families that are sampled over HTTP; their checkpoints are small."""
 GGUF = ("Q8_0", "Q4_K")
 CLOSE = 1e-5
-PROMPT_S = 90
+PROMPT_S = 120
 """Seconds for one prompt; the first one starts the workers."""
 WAN = "wan.safetensors"
 
@@ -63,17 +63,21 @@ class Trial:
         """What the pool makes of a prompt, beside plain ComfyUI."""
         try:
             expected = self.latent(plain())
-        except PromptError as error:
-            # not the pack's fault, and nothing to compare with
+        except (PromptError, TimeoutError) as error:
+            if part == SAMPLING:
+                return wrong(part, name, f"nothing to compare with, plain ComfyUI: {error}")
             return Row(part=part, name=name, state="absent", detail=short(f"plain ComfyUI: {error}"))
         try:
             found = self.latent(pool())
+        except TimeoutError as error:
+            return wrong(part, name, str(error))
         except PromptError as error:
             refused = any(kind in error.exception for kind in ("UnsupportedError", "MisfitError", "PlanError"))
             # a file that plain ComfyUI loads wrongly is refused on purpose
             refused = refused or (part == FILES and "LoadError" in error.exception)
-            state = "refused" if refused else "wrong"
-            return Row(part=part, name=name, state=state, detail=short(str(error)), fault=part != FILES or not refused)
+            if not refused:
+                return wrong(part, name, str(error))
+            return Row(part=part, name=name, state="refused", detail=short(str(error)), fault=part != FILES)
         if expected.shape != found.shape or not expected.isfinite().all() or expected.std() <= 1e-3:
             return wrong(part, name, f"{list(found.shape)} in place of {list(expected.shape)}, or plain has no picture")
         apart = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -122,12 +126,9 @@ def main(root: str, out: str, *patterns: str) -> None:
         names = [name for name in sampled(version) if chosen(patterns, SAMPLING, name)]
         kinds = [name for name in (*SAFETENSORS, *GGUF) if chosen(patterns, FILES, name)]
         needed = sorted({*names, *(["wan"] if kinds else [])})
-        for name in needed:
-            try:  # one process each: one that this ComfyUI does not detect leaves the others
-                write_checkpoints([families.job(name, server.models)], comfy_root=Path(root))
-            except RuntimeError as error:
-                write(path, wrong(SAMPLING, name, f"no checkpoint of it: {error}"))
-                names = [each for each in names if each != name]
+        for name, why in unwritten(needed, server).items():
+            write(path, wrong(SAMPLING, name, f"no checkpoint of it: {why}"))
+            names = [each for each in names if each != name]
         try:
             server.start()
         except ServerError as error:
@@ -151,6 +152,22 @@ def main(root: str, out: str, *patterns: str) -> None:
             write(path, wrong(IMPORTS, "ComfyUI with the pack", str(error)))
         finally:
             server.stop()
+
+
+def unwritten(names: list[str], server: ComfyServer) -> dict[str, str]:
+    """Write the checkpoints of families; why those that this ComfyUI cannot make are not there."""
+    jobs = {name: families.job(name, server.models) for name in names}
+    try:
+        write_checkpoints(list(jobs.values()), comfy_root=server.comfy)
+    except RuntimeError:
+        found = {}
+        for name, job in jobs.items():  # one by one, so that the others are there
+            try:
+                write_checkpoints([job], comfy_root=server.comfy)
+            except RuntimeError as error:
+                found[name] = str(error)
+        return found
+    return {}
 
 
 def sampling_rows(trial: Trial, names: list[str]) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ REMOVE = "Remove the node that adds tokens"
 
 
 @pytest.fixture
-def comfyui(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def comfyui(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A ComfyUI of this version, as far as its version goes."""
     (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{request.param}"\n')
     monkeypatch.syspath_prepend(tmp_path)
