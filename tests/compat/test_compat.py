@@ -65,6 +65,16 @@ def test_a_python_that_lacks_something(tmp_path: Path) -> None:
     assert code == 2 and "has no this-is-not-installed." in text and f"{sys.executable} -m pip install" in text
 
 
+def test_needs_no_tools_of_tests() -> None:
+    """A user's Python has what ComfyUI and the pack need, and no more."""
+    pack = SCRIPT.parents[1]
+    code = f"import sys; sys.path += [{str(pack / 'tests')!r}, {str(pack / 'workers' / 'import_root')!r}]; "
+    code += "import compat.engine, compat.host, compat.vaes; "
+    code += "print(sorted({'pytest', 'websocket', 'playwright', 'tomllib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stderr[-2000:]
+
+
 def bare(folder: Path, requirements: str = "") -> Path:
     """What passes for a ComfyUI at first sight."""
     (folder / "comfy").mkdir(parents=True)
