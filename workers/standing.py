@@ -45,6 +45,8 @@ def standing(found: str) -> str:
     here, tested = _numbers(found), [_numbers(each) for each in TESTED]
     if here in tested:
         return ""
+    if not here:
+        return "of a version that does not say what it is to those that Raylight is tested with"
     if here > tested[-1]:
         return f"newer than any that Raylight is tested with ({TESTED[-1]})"
     if here < tested[0]:

@@ -50,6 +50,7 @@ def test_tested(found: str) -> None:
         ("0.3.76", f"between two.*{standing.TESTED[0]} and {standing.TESTED[1]}"),
         ("0.21", f"between two.*{standing.TESTED[1]} and {standing.TESTED[2]}"),
         ("1.0.0-rc1", "newer than any"),
+        ("main", "of a version that does not say"),
     ],
 )
 def test_not_tested(found: str, told: str) -> None:
