@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib
 import logging
 import os
 import sys
@@ -154,6 +155,8 @@ def main(root: str, out: str, *patterns: str) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     enter_comfy(root)
+    # all of it, as in ComfyUI: some of its modules count on what others have imported
+    importlib.import_module("comfy.sd")
     path = Path(out)
     for row in rows_of_classes(classes_of(Path(root))):
         if chosen(patterns, PART, row.name):
