@@ -29,7 +29,7 @@ SAMPLED = ("wan", "flux2", "hunyuan", "ltxv", "ltxav", "sd3", "unet")
 """Families that are sampled over HTTP; their checkpoints are small."""
 GGUF = ("Q8_0", "Q4_K")
 CLOSE = 1e-5
-PROMPT_S = 120
+PROMPT_S = 240
 """Seconds for one prompt; the first one starts the workers."""
 WAN = "wan.safetensors"
 
