@@ -109,7 +109,7 @@ def check(root: Path) -> None:
         )
     if not hasattr(os, "fork"):
         raise Unable("this system has no fork(), which the workers of its cases need: use Linux, or WSL")
-    missing = [name for name in [*needed(ROOT), *needed(root)] if not version_of(name)]
+    missing = [name for name in ["torch", *needed(ROOT)] if not version_of(name)]
     if missing:
         files = f"-r {ROOT / 'requirements.txt'} -r {root / 'requirements.txt'}"
         raise Unable(
@@ -145,6 +145,7 @@ def versions(root: Path) -> dict[str, str]:
     return {
         "ComfyUI": f"{comfyui}, {standing.standing(comfyui) or 'which Raylight is tested with'}",
         "Raylight": f"{pack[1] if pack else 'unknown'}, code {look(str(root), str(ROOT))['Raylight']}",
+        "not installed": ", ".join(name for name in needed(root) if not version_of(name)) or "nothing that it asks for",
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         **{name: version_of(name) or "not installed" for name in SHOWN},
     }

@@ -60,9 +60,20 @@ def test_a_pack_without_tests(tmp_path: Path) -> None:
 
 
 def test_a_python_that_lacks_something(tmp_path: Path) -> None:
-    comfy = bare(tmp_path / "comfy", "torch\nthis-is-not-installed>=1.0 # so\nonly-there; sys_platform == 'other'\n")
-    code, text = run(comfy)
+    comfy, script = bare(tmp_path / "comfy"), tmp_path / "pack" / "benchmarks" / "compat.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, script)
+    (script.parents[1] / "tests" / "compat").mkdir(parents=True)
+    lines = "ray\nthis-is-not-installed>=1.0 # so\nonly-there; sys_platform == 'other'\n"
+    (script.parents[1] / "requirements.txt").write_text(lines)
+    code, text = run(comfy, script=script)
     assert code == 2 and "has no this-is-not-installed." in text and f"{sys.executable} -m pip install" in text
+
+
+def test_what_comfyui_lacks_is_told(tmp_path: Path) -> None:
+    """It may run without: some of its packages are for nodes of their own."""
+    code, text = run(bare(tmp_path / "comfy", "torch\nthis-is-not-installed\n"), "--only", "nothing")
+    assert code == 2 and "not installed: this-is-not-installed\n" in text and "no row is called nothing" in text
 
 
 def test_needs_no_tools_of_tests() -> None:
