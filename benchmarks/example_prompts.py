@@ -122,15 +122,9 @@ class Prompt:
 
 
 def _demo(p: Prompt, model: Link) -> None:
-    """The rest of the demo: three words, no negative prompt, a short animation."""
-    words = [
-        p.add("LoadTrainingDataset", title, folder_name=f"{DEMO}/{word}")
-        for title, word in (("Colour", "red"), ("Shape", "circle"), ("Direction", "right"))
-    ]
-    conditions = [[number, 1] for number, _ in words]
-    two = p.add("ConditioningConcat", conditioning_to=conditions[0], conditioning_from=conditions[1])
-    positive = p.add("ConditioningConcat", conditioning_to=two, conditioning_from=conditions[2])
-    negative = p.add("ConditioningZeroOut", conditioning=positive)
+    """The rest of the demo: a prompt of three words, an empty negative one, a short animation."""
+    clip = p.add("CLIPLoader", clip_name=f"{DEMO}_words.safetensors", type="sd3", device="default")
+    positive, negative = p.texts(clip, "red circle right", "")
     shifted = p.add("RayModelSamplingSD3", ray_actors=model, shift=2.0)
     latent = p.add("EmptyHunyuanLatentVideo", width=64, height=64, length=17, batch_size=1)
     sampled = p.sampled(shifted, positive, negative, latent, cfg=2.0)
@@ -150,11 +144,11 @@ def _demo(p: Prompt, model: Link) -> None:
 def demo(p: Prompt) -> None:
     """The demo: a small model that comes with the pack makes a coloured shape move.
 
-    Its files: copy what is in `custom_nodes/raylight/examples/comfyui` over ComfyUI's own folder.
+    Its files: `python custom_nodes/raylight/examples/install_demo.py` puts them into `models`.
 
-    Three words choose what moves: **red, green, blue** or **yellow**; **circle, square** or **triangle**; **left,
-    right, up** or **down**. Each is a folder in `output/raylight_demo`. Pictures have 64 x 64 pixels and 17 frames, as
-    the model has learned them.
+    Three words of the prompt choose what moves: **red, green, blue** or **yellow**; **circle, square** or **triangle**;
+    **left, right, up** or **down**. The text encoder knows no other words. Pictures have 64 x 64 pixels and 17 frames,
+    as the model has learned them.
     """
     _demo(p, p.model(p.pool(), f"{DEMO}.safetensors"))
 
@@ -162,7 +156,7 @@ def demo(p: Prompt) -> None:
 def demo_lora(p: Prompt) -> None:
     """The demo with a LoRA, which moves it to a world of ink on paper.
 
-    Its files: copy what is in `custom_nodes/raylight/examples/comfyui` over ComfyUI's own folder.
+    Its files: `python custom_nodes/raylight/examples/install_demo.py` puts them into `models`.
     """
     model = p.model(p.pool(), f"{DEMO}.safetensors")
     lora = f"{DEMO}_paper.safetensors"
@@ -172,7 +166,7 @@ def demo_lora(p: Prompt) -> None:
 def demo_gguf(p: Prompt) -> None:
     """The demo from a GGUF file: its weights stay in 8 bits on the workers.
 
-    Its files: copy what is in `custom_nodes/raylight/examples/comfyui` over ComfyUI's own folder.
+    Its files: `python custom_nodes/raylight/examples/install_demo.py` puts them into `models`.
     """
     file = f"{DEMO}_Q8_0.gguf"
     pool = p.pool()
@@ -324,7 +318,7 @@ def ltx2_chunked(p: Prompt) -> None:
     - `models/text_encoders/gemma_3_12B_it_fp4_mixed.safetensors`
     - `models/vae/LTX2_video_vae_bf16.safetensors`
 
-    Needs a ComfyUI that has LTX-2's nodes.
+    Needs ComfyUI 0.8.0 or newer, which has LTX-2's nodes.
     """
     file, rate, length = "ltx-2-19b-dev-fp8.safetensors", 25, 121
     model = p.add("RayLTXFFNChunker", ray_actors=p.model(p.pool(), file), ffn_chunks=8)
@@ -477,6 +471,9 @@ EXAMPLES: Mapping[str, Callable[[Prompt], None]] = {
         vae_decode,
     )
 }
+
+NEWER: Mapping[str, tuple[int, int]] = {"ltx2_chunked": (0, 8)}
+"""Examples that the oldest ComfyUI lacks nodes for: the first version that has them, which their notes name."""
 
 
 def built(name: str) -> dict[str, dict[str, Any]]:

@@ -1,14 +1,14 @@
 """Trains what the demo ships: a small Wan model, a LoRA, and a VAE for its latents.
 
-    python benchmarks/train_demo.py model|lora|vae|gguf|words [--steps N] [--minutes M] [--device cuda] [--out DIR]
+    python benchmarks/train_demo.py model|lora|vae|gguf [--steps N] [--minutes M] [--device cuda] [--out DIR]
 
 Every part is ComfyUI's own class with fewer and narrower layers, so that any ComfyUI loads the files. The model learns
 ComfyUI's convention for Wan: x = (1 - sigma) latent + sigma noise, time 1000 sigma, and its output is noise - latent.
 `model` and `vae` take up to an hour of one core each, `lora` minutes. On an H100 `model --device cuda` takes 27 ms per
-step: 16,000 of them came near the files here, which were trained in two goes (`--resume`). `gguf` writes the model as
-GGUF, `words` the conditioning. `lora` and `gguf` need the model; otherwise the order does not matter. The model and the
-LoRA need a ComfyUI like the tests' (0.3.75): the rotary embedding of later ones has no gradient where comfy_kitchen
-computes it.
+step: 16,000 of them came near the files here, which were trained in several goes (`--resume`, the last with `--rate
+0.3`). `gguf` writes the model as GGUF. `lora` and `gguf` need the model; otherwise the order does not matter. The model
+and the LoRA need a ComfyUI like the tests' (0.3.75): the rotary embedding of later ones has no gradient where
+comfy_kitchen computes it. The model reads what the text encoder of examples/install_demo.py gives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 BENCHMARKS = Path(__file__).resolve().parent
-sys.path += [str(BENCHMARKS), str(BENCHMARKS.parent / "tests")]
+sys.path += [str(BENCHMARKS), str(BENCHMARKS.parent / "tests"), str(BENCHMARKS.parent / "examples")]
 
 from host import setup  # noqa: E402
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 OUT = BENCHMARKS.parent / "examples" / "comfyui"
 NAME = "raylight_demo"
-STEPS = {"model": 12000, "lora": 1600, "vae": 6000, "gguf": 0, "words": 0}
+STEPS = {"model": 12000, "lora": 1600, "vae": 6000, "gguf": 0}
 RATES = {"model": 1.5e-3, "lora": 3e-3, "vae": 3e-3}
 SIZE = {"dim": 256, "ffn": 448, "layers": 3}
 WORD_RATE = 0.03
@@ -57,20 +57,22 @@ class Limits:
 
     Attributes:
         seconds: of processor time.
+        rate: part of the usual rate of learning.
     """
 
     steps: int
     seconds: float
+    rate: float
 
 
 def main() -> None:
-    """Train one part, or write the words, in a process that has ComfyUI's packages."""
+    """Train one part, or write the GGUF, in a process that has ComfyUI's packages."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     options = _options()
     _import_comfy(options.comfy)
     models = options.out / "models"
     base = models / "diffusion_models" / f"{NAME}.safetensors"
-    limits = Limits(options.steps, options.minutes * 60)
+    limits = Limits(options.steps, options.minutes * 60, options.rate)
     match options.part:
         case "model":
             train_model(base, limits, resume=options.resume, device=options.device)
@@ -83,8 +85,6 @@ def main() -> None:
             from comfy_raylight.tests.weights.files import write_gguf
 
             log.info("%s", write_gguf(base, base.with_name(f"{NAME}_Q8_0.gguf"), "Q8_0", quantised=every_matrix)[0])
-        case "words":
-            write_words(options.out / "output" / NAME)
 
 
 def train_model(path: Path, limits: Limits, *, resume: bool, device: str) -> None:
@@ -218,24 +218,18 @@ def train_vae(path: Path, limits: Limits, *, resume: bool, device: str) -> None:
     save(vae.state_dict(), path)
 
 
-def write_words(folder: Path) -> None:
-    """One conditioning per word, in the form that ComfyUI's LoadTrainingDataset reads from its output folder."""
+def contexts(words: Tensor) -> Tensor:
+    """What the text encoder gives for prompts of these numbers of words: (prompts, words) to (prompts, tokens, 4096).
+
+    The order of words is nothing to the model; how many tokens say nothing is.
+    """
+    import install_demo
     import torch
-    from demo_model.world import WORDS
 
-    for word, vector in zip(WORDS, word_vectors(), strict=True):
-        file = folder / word / "shard_0000.pkl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"latents": [], "conditioning": [[[vector[None, None].clone(), {}]]]}, file)
-        log.info("%s", file)
-
-
-def word_vectors() -> Tensor:
-    """The conditioning of each of `WORDS`, (words, 4096) in bfloat16: drawn once, since there is no text encoder."""
-    import torch
-    from demo_model.world import WORDS
-
-    return torch.randn(len(WORDS), 4096, generator=torch.Generator().manual_seed(42)).bfloat16()
+    vectors = torch.tensor(install_demo.vectors(), dtype=torch.float32)
+    result = torch.zeros(len(words), install_demo.LENGTH, 4096)
+    result[:, 1 : 1 + words.shape[1], : vectors.shape[1]] = vectors[words]
+    return result
 
 
 def flow_loss(model: torch.nn.Module, latents: Tensor, words: Tensor, step: int) -> Tensor:
@@ -244,7 +238,7 @@ def flow_loss(model: torch.nn.Module, latents: Tensor, words: Tensor, step: int)
 
     generator = torch.Generator().manual_seed(step)
     chosen = torch.randint(len(latents), (BATCH,), generator=generator)
-    latent, context = latents[chosen], word_vectors().float()[words[chosen]]
+    latent, context = latents[chosen], contexts(words[chosen])
     device = next(model.parameters()).device
     guided = torch.rand(BATCH, generator=generator) >= UNGUIDED
     context = context * guided[:, None, None]
@@ -302,8 +296,8 @@ def fit(
 ) -> None:
     """AdamW with a short rise and a cosine fall of its rate; `after` is called after each step.
 
-    The layer that reads words has 4096 inputs: a step of the others' rate would move what it makes of a word by several
-    units, to where its GELU is flat, and the word is never heard of again.
+    The layer that reads words has hundreds of inputs: a step of the others' rate would move what it makes of a word by
+    several units, to where its GELU is flat, and the word is never heard of again.
     """
     import torch
 
@@ -324,7 +318,7 @@ def fit(
             break
         falling = 0.5 * (1 + math.cos(math.pi * max(0.0, part - rise) / (1 - rise)))
         for group in optimiser.param_groups:
-            group["lr"] = group["part"] * rate * min(part / rise + 0.01, falling + 0.01)
+            group["lr"] = group["part"] * limits.rate * rate * min(part / rise + 0.01, falling + 0.01)
         value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -385,6 +379,7 @@ def _options() -> Any:
     parser.add_argument("--minutes", type=float, default=60, help="of processor time at most (default 60)")
     parser.add_argument("--device", default="cpu", help="where to train (default cpu)")
     parser.add_argument("--resume", action="store_true", help="begin with the file that is there")
+    parser.add_argument("--rate", type=float, default=1, help="part of the usual rate of learning (default 1)")
     parser.add_argument("--comfy", type=Path, default=setup.COMFY, help="root of a ComfyUI")
     parser.add_argument("--out", type=Path, default=OUT, help="folder that mirrors ComfyUI's own")
     options = parser.parse_args()

@@ -162,10 +162,15 @@ class Canvas:
         return "" if answer["fine"] else str({**answer, "nodes": answer["nodes"] or answer["error"]})
 
     def unknown(self) -> list[str]:
-        """Types of nodes on the canvas that ComfyUI does not know, which it draws in red."""
+        """Types of nodes on the canvas that ComfyUI does not know, or draws in red for another reason.
+
+        Later pages also mark a picture in a folder of `input`, where pasted ones lie: it is not in LoadImage's list,
+        but ComfyUI takes it.
+        """
         found: list[str] = self.page.evaluate(
             """() => app.graph.nodes
-                .filter(node => !LiteGraph.registered_node_types[node.type] || node.has_errors)
+                .filter(node => !LiteGraph.registered_node_types[node.type]
+                    || node.has_errors && !(node.type === "LoadImage" && node.widgets[0].value.includes("/")))
                 .map(node => node.type)"""
         )
         return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,22 @@ OLD = sorted((Path(__file__).parent / "workflows").glob("*.json"))
 """Files of the earlier pack, as its users have them: data of these tests."""
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 PROMPTS = sorted((ROOT / "examples" / "api").glob("*.json"))
-DEMO = ROOT / "examples" / "comfyui"
 FOLDERS = ("diffusion_models", "checkpoints", "vae", "text_encoders", "loras", "clip_vision")
 NAMED = re.compile(r'"([^"\n:\\]+\.(?:safetensors|gguf|png|jpg))"')
 
 
 def copy_demo(base: Path) -> None:
-    """What the README says: the demo's files over ComfyUI's folder."""
-    shutil.copytree(DEMO, base, dirs_exist_ok=True)
+    """What the README says: the demo's files into the folder that has ComfyUI's models."""
+    (base / "models").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "examples" / "install_demo.py"), str(base)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def demo_prompt(words: Sequence[str], name: str = "demo") -> dict[str, Any]:
     """A prompt of the examples for the demo's model, with other words: colour, shape and direction."""
     prompt: dict[str, Any] = json.loads((ROOT / "examples" / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    chosen = dict(zip(("Colour", "Shape", "Direction"), words, strict=True))
-    for node in prompt.values():
-        if node["class_type"] == "LoadTrainingDataset":
-            node["inputs"]["folder_name"] = f"raylight_demo/{chosen[node['_meta']['title']]}"
+    (text,) = (node for node in prompt.values() if node.get("_meta", {}).get("title") == "Prompt")
+    text["inputs"]["text"] = " ".join(words)
     return prompt
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from comfy_raylight.tests.browser.canvas import Canvas
 from comfy_raylight.tests.browser.files import EXAMPLES, OLD, PROMPTS, ROOT
+from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host.client import ComfyClient
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -29,10 +30,31 @@ def missing(path: Path, known: set[str]) -> set[str]:
     return {node.get("type") or node["class_type"] for node in nodes} - known - NOTES
 
 
-@pytest.mark.parametrize("path", [*OLD, *EXAMPLES], ids=lambda path: path.stem)
-def test_dropped(path: Path, page: Canvas, known: set[str]) -> None:
+def leave_if_newer(path: Path, root: Path, known: set[str]) -> None:
+    """Skip an example that says of itself that it needs a newer ComfyUI; every other must have its nodes."""
+    from example_prompts import NEWER
+
+    absent = missing(path, known)
+    if absent and tuple(map(int, version_of(root).split(".")[:2])) < NEWER.get(path.stem, (0, 0)):
+        pytest.skip(f"this ComfyUI has no {', '.join(sorted(absent))}")
+    assert not absent
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
+def test_old(path: Path, page: Canvas, known: set[str]) -> None:
     if absent := missing(path, known):
         pytest.skip(f"this ComfyUI has no {', '.join(sorted(absent))}")
+    check_dropped(path, page)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path: Path, page: Canvas, comfy_root: Path, known: set[str]) -> None:
+    leave_if_newer(path, comfy_root, known)
+    check_dropped(path, page)
+
+
+def check_dropped(path: Path, page: Canvas) -> None:
+    """A file on the page keeps its nodes and wires, and ComfyUI takes it as a prompt."""
     page.messages()
     page.drop(path)
     assert page.dialogs() == [] and page.unknown() == []
@@ -81,22 +103,24 @@ def test_mended(page: Canvas) -> None:
 
 
 @pytest.mark.parametrize("path", PROMPTS, ids=lambda path: path.stem)
-def test_prompt(path: Path, client: ComfyClient, known: set[str]) -> None:
+def test_prompt(path: Path, client: ComfyClient, comfy_root: Path, known: set[str]) -> None:
     """The API prompts are those of their source, and ComfyUI takes them."""
     from example_prompts import built
 
     prompt = json.loads(path.read_text(encoding="utf-8"))
     assert prompt == built(path.stem), "python benchmarks/examples.py writes them"
-    if absent := missing(path, known):
-        pytest.skip(f"this ComfyUI has no {', '.join(sorted(absent))}")
+    leave_if_newer(path, comfy_root, known)
     answer = client.post("/raylight-test/validate", {"prompt": prompt})
     assert answer["fine"], answer
 
 
 def test_all_examples_are_there() -> None:
-    """Each as prompt, canvas and picture."""
+    """Each as prompt, canvas and picture; the note of one that needs a newer ComfyUI says so."""
     from example_prompts import EXAMPLES as SOURCES
+    from example_prompts import NEWER
 
+    for name, version in NEWER.items():
+        assert f"Needs ComfyUI {'.'.join(map(str, version))}." in (SOURCES[name].__doc__ or "")
     names = set(SOURCES)
     assert {path.stem for path in PROMPTS} == {path.stem for path in EXAMPLES} == names
     assert {path.stem for path in (ROOT / "example_workflows").glob("*.jpg")} == names
