@@ -47,7 +47,7 @@ def main() -> int:
             canvas.fit()
             keep(canvas, "1-dropped")
             page = canvas.page
-            page.get_by_role("button", name="Run", exact=True).click()
+            canvas.run()
             sampler = "app.graph.nodes.find(node => node.type === 'XFuserKSamplerAdvanced')"
             page.wait_for_function(f"() => {sampler}.progress > 0", timeout=LIMIT_MS, polling=20)
             keep(canvas, "2-running")
@@ -56,12 +56,7 @@ def main() -> int:
             page.wait_for_timeout(2500)
             canvas.fit()
             keep(canvas, "3-finished")
-            page.get_by_role("button", name="Node Library (n)").click()
-            page.get_by_placeholder("Search Nodes...").fill("Ray Init Actor")
-            found = page.locator(".p-tree-node-content").filter(has_text="Ray Init Actor").first
-            found.hover()
-            found.locator(".help-button").click()
-            page.locator(".node-help-content").get_by_text("How to use it").wait_for()
+            canvas.help(canvas.in_library("Ray Init Actor"), "Ray Init Actor")
             page.wait_for_timeout(1000)
             keep(canvas, "4-help")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,6 +150,32 @@ class Canvas:
     def prompt(self) -> dict[str, Any]:
         """The canvas as an API prompt."""
         return dict(json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)")))
+
+    def run(self) -> None:
+        """Press Run. Later pages have another button of that name behind it, which opens a menu."""
+        self.page.get_by_role("button", name="Run", exact=True).first.click()
+
+    def in_library(self, name: str) -> Any:
+        """A node's entry in the node library, by its name."""
+        self.page.get_by_role("button", name="Node Library (n)").click()
+        self.page.get_by_placeholder(re.compile(r"^Search( Nodes)?\.\.\.$")).fill(name)
+        found = self.page.locator(".p-tree-node-content, div[role=treeitem]").filter(has_text=name).first
+        found.wait_for()
+        return found
+
+    def help(self, entry: Any, title: str) -> Any:
+        """Open a node's help: with the button at its entry in the library or, on later pages, above the node itself."""
+        entry.hover()
+        if entry.locator(".help-button").count():
+            entry.locator(".help-button").click()
+        else:
+            self.page.evaluate(
+                "title => app.canvas.selectItems([app.graph.nodes.findLast(node => node.title === title)])", title
+            )
+            self.page.get_by_role("button", name="Node Info").click()
+        told = self.page.locator(".node-help-content")
+        told.get_by_text("How to use it").wait_for()
+        return told
 
     def refused(self) -> str:
         """Why ComfyUI would refuse the canvas; "" where it would not."""

@@ -39,7 +39,7 @@ def test_run(page: Canvas, server: ComfyServer) -> None:
             }, 20)
         }"""
     )
-    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.run()
     wait_until(page, "() => window.shown.some(value => value > 0.3 && value < 1)")
     page.screenshot(SCREENSHOTS / f"{server.comfy.name}-running.png")
     wait_until(page, "() => app.nodeOutputs && Object.values(app.nodeOutputs).some(output => output.animated)")
@@ -69,7 +69,7 @@ def test_cancel(page: Canvas) -> None:
             app.api.addEventListener("execution_success", () => window.ended = "finished")
         }"""
     )
-    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.run()
     wait_until(page, "() => window.seen.length > 3")
     pressed = time.monotonic()
     page.page.get_by_role("button", name="Cancel current run").click()
@@ -83,18 +83,11 @@ def test_cancel(page: Canvas) -> None:
 def test_help(page: Canvas, server: ComfyServer, name: str) -> None:
     """A node from the library, and its page of help."""
     browser = page.page
-    library = browser.get_by_role("button", name="Node Library (n)")
-    library.click()
-    browser.get_by_placeholder("Search Nodes...").fill(name)
-    found = browser.locator(".p-tree-node-content").filter(has_text=name).first
-    found.wait_for()
+    found = page.in_library(name)
     before = browser.evaluate("() => app.graph.nodes.length")
     found.drag_to(browser.locator("#graph-canvas"), target_position={"x": 900, "y": 500})
     browser.wait_for_function("before => app.graph.nodes.length > before", arg=before)
-    found.hover()
-    found.locator(".help-button").click()
-    told = browser.locator(".node-help-content")
-    told.get_by_text("How to use it").wait_for()
+    told = page.help(found, name)
     page.screenshot(SCREENSHOTS / f"{server.comfy.name}-help-{name.replace(' ', '-')}.png")
     assert "Limits" in told.inner_text() and "Inputs" in told.inner_text()
     page.open()
