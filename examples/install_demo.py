@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 DEMO = Path(__file__).absolute().parent / "comfyui"
 ENCODER = Path("models", "text_encoders", "raylight_demo_words.safetensors")
@@ -67,7 +68,8 @@ def write_encoder(path: Path) -> None:
     Its layers are zeros and add nothing, so what comes out for a word is the word's row of the table. The file has 123
     MB, since CLIP-L has no other size; it is made here because it is zeros, which most file systems do not store.
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {}
+    end = 0
     for name, shape in tensors():
         begin, end = end, end + math.prod(shape)
         header[name] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [begin, end]}
