@@ -34,9 +34,11 @@ PROGRAM_ERRORS = frozenset(
 
 
 def version() -> str:
-    """ComfyUI's own, in any of its processes."""
-    from comfyui_version import __version__
-
+    """ComfyUI's own, in any of its processes; "unknown" where it has none to tell."""
+    try:
+        from comfyui_version import __version__
+    except ModuleNotFoundError:
+        return "unknown"
     return str(__version__)
 
 
