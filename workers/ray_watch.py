@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 CONTROL = "gcs_server"
 KNOCK_S = 5.0
+TOGETHER_S = 0.2
 MISSED = 2
 """Knocks without an answer after which a cluster's control service counts as gone; Ray itself waits for a minute."""
 
@@ -121,7 +122,11 @@ class RayWatch(threading.Thread):
     def _gone(self) -> str:
         if self._silent:
             return CONTROL
-        return next((self._descriptors[ready] for ready in wait(list(self._descriptors), 0)), "")  # type: ignore[index]
+        ended = wait(list(self._descriptors), 0)
+        if ended:
+            # the keeper is first among them, and its end is seen a moment after that of those it takes with it
+            ended += wait(list(self._descriptors)[:1], TOGETHER_S)
+        return next((name for descriptor, name in self._descriptors.items() if descriptor in ended), "")
 
 
 def knock(address: str) -> None:

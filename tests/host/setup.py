@@ -118,6 +118,8 @@ def ensure(root: Path = COMFY) -> Path:
             _download()
     with _step("packages"):
         _install(root)
+    # where Python is told not to write bytecode, every process of the tests would compile all of it anew
+    subprocess.run([python(root), "-m", "compileall", "-q", root], check=False)
     stamp.write_text(_stamp(root))
     return python(root)
 
@@ -176,7 +178,6 @@ def _download() -> None:
         (tree / "extra_model_paths.yaml").unlink(missing_ok=True)
         shutil.rmtree(COMFY, ignore_errors=True)
         tree.rename(COMFY)
-        subprocess.run([python(), "-m", "compileall", "-q", COMFY], check=False)
 
 
 def _install(root: Path) -> None:
