@@ -64,7 +64,10 @@ class Newer:
     @property
     def exists(self) -> bool:
         """Whether this ComfyUI has it."""
-        return importlib.util.find_spec(f"comfy.{self.module}") is not None
+        try:
+            return importlib.util.find_spec(f"comfy.{self.module}") is not None
+        except ModuleNotFoundError:  # not even the folder that it is in
+            return False
 
     def state(self) -> dict[str, torch.Tensor]:
         """Its weights by the keys of a file."""
