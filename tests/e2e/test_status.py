@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from comfy_raylight.tests.host.faults import Stage
 from comfy_raylight.tests.host.prompts import FAMILIES, LOADER, SAMPLER, Case, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
-ANSWER_S = 10.0
+ANSWER_S, WAIT_S = 10.0, 60.0
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,14 @@ def stage(server: ComfyServer, client: ComfyClient) -> Stage:
 def status(client: ComfyClient) -> dict[str, Any]:
     told: dict[str, Any] = client.get("/raylight/status", timeout=ANSWER_S)
     return told
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait until something holds, for a while."""
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.02)
 
 
 def test_status(stage: Stage) -> None:
@@ -70,9 +79,10 @@ def test_kill_node_has_failed_starts_tried_again(stage: Stage) -> None:
     for seed in range(3):
         for worker in stage.workers():
             os.kill(worker, signal.SIGKILL)
+        # a pool whose end is not seen yet would fail in its run, and not start
+        until(lambda: status(stage.client)["state"] != "ready")
         prompt_id = ask(100 + seed)
-        while not stage.workers():
-            time.sleep(0.02)
+        until(stage.workers)
         os.kill(stage.workers()[0], signal.SIGKILL)
         with pytest.raises(PromptError, match="ended while it should"):
             stage.client.wait(prompt_id)
