@@ -32,6 +32,7 @@ from comfy_raylight.tests.workers.faults import (
     times_compiled_graphs,
     wait_for_python,
 )
+from comfy_raylight.tests.workers.own import of_ray
 from comfy_raylight.workers import links
 from comfy_raylight.workers import pool as pools
 from comfy_raylight.workers.messages import HostEnvironment, LoadRequest, PatchRequest
@@ -248,11 +249,9 @@ def test_worker_killed_between_calls(acquire: Acquire, model: Model) -> None:
 )
 def test_process_of_ray_killed(acquire: Acquire, model: Model, name: str, idle: bool) -> None:
     """A dead control service would end this process a minute later: it is left at once, and another Ray started."""
-    import psutil
-
     before = model.forward()
     processes = pids(model.pool)
-    (victim,) = [child for child in psutil.Process().children(recursive=True) if child.name() == name]
+    victim = of_ray(name)
     if idle:
         victim.kill()
         assert all_gone(processes) and not model.pool.alive()

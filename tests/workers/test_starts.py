@@ -15,6 +15,7 @@ import pytest
 from comfy_raylight.raylight.errors import ConfigError, WorkerError
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.workers.conftest import Acquire, config
+from comfy_raylight.tests.workers.own import of_ray
 from comfy_raylight.workers import pool as pools
 from comfy_raylight.workers import status
 from comfy_raylight.workers.messages import HostEnvironment
@@ -30,10 +31,6 @@ def end_a_worker(pool: pools.Pool, how: int) -> None:
     os.kill(pool.members[1].place.pid, how)
     time.sleep(0.5)  # a crash writes first what it was
     pool.call("report")
-
-
-def of_ray(name: str) -> psutil.Process:
-    return next(child for child in psutil.Process().children(recursive=True) if child.name() == name)
 
 
 @pytest.mark.parametrize("how", [signal.SIGSEGV, pytest.param(signal.SIGBUS, marks=SLOW), signal.SIGKILL])
