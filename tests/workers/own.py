@@ -1,4 +1,4 @@
-"""Processes of the Ray that this process has. A ComfyUI that other tests share runs below it too, with a Ray of its own."""
+"""Processes of the Ray of this process. A ComfyUI that other tests share runs below it too, with a Ray of its own."""
 
 from __future__ import annotations
 
