@@ -24,8 +24,6 @@ from .patched_block import PatchedBlock, set_data
 
 SMALL_BYTES = 64 << 20
 """On a CPU, gathering takes the cores that compute: ahead of use it pays up to blocks of about this size."""
-FUNCTIONS = ("weight", "bias")
-"""The parameters that ComfyUI's layers apply functions to when they use them."""
 
 
 def divide(

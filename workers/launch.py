@@ -91,7 +91,7 @@ def ensure_ray(config: PoolConfig, lost: Callable[[str], None], interrupted: Cal
         ray.shutdown()
         own.end()
         if isinstance(error, (OSError, RuntimeError, ValueError)):
-            raise WorkerError("Ray ended as it started", str(error), "Queue the prompt again") from error
+            raise WorkerError("Ray ended as it started", str(error), AGAIN) from error
         raise
 
 
@@ -232,7 +232,7 @@ def gather(
     try:
         while waiting:
             if not ray.is_initialized():  # ray.wait would silently start a new Ray
-                raise WorkerError(f"Ray ended while the workers should {what}", "", "Queue the prompt again")
+                raise WorkerError(f"Ray ended while the workers should {what}", "", AGAIN)
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
             ray.get(done)
             if waiting and interrupted():
