@@ -17,8 +17,7 @@ import pytest
 from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.workers import private_folder
 
-from . import started_in
-
+STARTED_IN = Path(__file__).with_name("started_in.py")
 MOMENTS = [number / 8 for number in range(1, 11)] if LARGE else [0.4, 0.9]
 """As parts of the time that a start and a call of a model take."""
 GONE_S = 15.0
@@ -53,7 +52,7 @@ def left(folder: Path) -> list[Path]:
 
 
 def test_killed_at_any_moment(here: Path, comfy_root: Path, tiny_wan: Path) -> None:
-    command = [sys.executable, started_in.__file__, str(comfy_root), str(tiny_wan)]
+    command = [sys.executable, str(STARTED_IN), str(comfy_root), str(tiny_wan)]
     variables = {**os.environ, "TMPDIR": str(here)}
     usual = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     seconds = json.loads(usual.stdout.splitlines()[-1])["seconds"]
@@ -75,7 +74,7 @@ def test_killed_at_any_moment(here: Path, comfy_root: Path, tiny_wan: Path) -> N
 
 def test_replaced_by_another_program(here: Path, comfy_root: Path, tiny_wan: Path) -> None:
     """The process keeps its number, and the former program's pool is as foreign to the new one as any."""
-    command = [sys.executable, started_in.__file__, str(comfy_root), str(tiny_wan), "between", "within"]
+    command = [sys.executable, str(STARTED_IN), str(comfy_root), str(tiny_wan), "between", "within"]
     done = subprocess.run(
         command, env={**os.environ, "TMPDIR": str(here)}, capture_output=True, text=True, check=False, timeout=500
     )

@@ -17,8 +17,7 @@ import pytest
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host import machines
 
-from . import started_in
-
+STARTED_IN = Path(__file__).with_name("started_in.py")
 ERROR_S = 30.0
 LONG = "x" * (60 - len("/tmp/rt1234567/"))
 """A TMPDIR of 60 characters, of which a socket of Ray's would have too many."""
@@ -108,7 +107,7 @@ def started(place: Place, here: Path, comfy_root: Path, checkpoint: Path) -> dic
         variables.pop(name, None)
         if value is not None:
             variables[name] = value.format(here=here)
-    script = [sys.executable, started_in.__file__, str(comfy_root), str(checkpoint)]
+    script = [sys.executable, str(STARTED_IN), str(comfy_root), str(checkpoint)]
     commands = [*(command.format(here=here) for command in place.first), 'exec "$@"']
     if place.alone:
         commands.insert(0, "ip link set lo up")
