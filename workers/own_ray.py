@@ -40,6 +40,11 @@ SETTINGS = {
     # memory may well make it. The system's own killer comes when memory is out, and to Ray's workers first
     "RAY_memory_monitor_refresh_ms": "0",
 }
+DEFAULTS = {
+    # workers compute what ComfyUI would compute, so with its priority: behind Ray's 15 any other program would go first
+    "RAY_worker_niceness": "0",
+}
+"""Settings that a user's own come before."""
 TOKEN = "RAY_AUTH_TOKEN"
 NOT_OURS = ("RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_REDIS_ADDRESS")
 """Variables of a user's own cluster."""
@@ -94,7 +99,7 @@ def start(config: PoolConfig, interrupted: Callable[[], bool]) -> OwnRay:
             # -c puts the current folder first on the search path: it is the private one
             [sys.executable, "-c", COMMAND, order.packed()],
             cwd=folder.path,
-            env={**variables, **SETTINGS, TOKEN: token, "PYTHONPATH": os.pathsep.join(search_path())},
+            env={**DEFAULTS, **variables, **SETTINGS, TOKEN: token, "PYTHONPATH": os.pathsep.join(search_path())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log_file,

@@ -444,6 +444,10 @@ def test_nothing_listens_beyond_this_host(acquire: Acquire) -> None:
     assert {address for _, address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
 
 
+def test_workers_have_the_priority_of_their_parent(acquire: Acquire) -> None:
+    assert in_worker(acquire(2), lambda _: os.nice(0)) == os.nice(0)
+
+
 def test_settings_come_and_go(model: Model) -> None:
     plain, probed = model.forward(), model.forward(times_chunked_layers)
     chunked = WorkerSettings(ffn_chunks=4)
