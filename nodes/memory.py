@@ -61,7 +61,11 @@ class RayKill:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "ray_actors": ("RAY_ACTORS", {"tooltip": "Any model on the pool."}),
+                "ray_actors": (
+                    # with the initializer it runs where no pool starts, and so no loader
+                    "RAY_ACTORS,RAY_ACTORS_INIT",
+                    {"tooltip": "Any model on the pool, or Ray Init Actor."},
+                ),
                 "kill_mode": (
                     list(cls.MODES),
                     {"tooltip": "Workers only, or Ray as well; a Ray cluster that others run is left, not ended."},

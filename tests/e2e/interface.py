@@ -202,7 +202,10 @@ NODES: Mapping[str, Node] = {
         "Kill Ray Workers",
         TOP,
         "",
-        {**ACTORS, "kill_mode": choice("Kill Workers Only", "Kill Entire Cluster")},
+        {
+            **sockets(ray_actors="RAY_ACTORS,RAY_ACTORS_INIT"),
+            "kill_mode": choice("Kill Workers Only", "Kill Entire Cluster"),
+        },
         output_node=True,
     ),
     "RayVAEDecodeDistributed": Node(
