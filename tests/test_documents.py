@@ -20,12 +20,11 @@ def test_links(path: Path) -> None:
 
 
 def test_messages() -> None:
-    """The README's table goes by messages: a change of one changes its row."""
+    """The table of errors goes by messages: a change of one changes its row."""
     sources = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".js")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     code = re.sub(r'"\s*f?"', "", code)  # a string in several pieces is one
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("## When something goes wrong")[1].split("\n## ")[0]
+    table = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = [row.split("|")[1] for row in table.splitlines() if row.startswith("| ")][1:]
     parts = [part.strip(" .") for row in messages for part in re.split(r"\.\.\.|\(|, Worker|, No", row)]
     parts = [part for part in parts if len(part) > 6]
