@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfy_raylight.tests.browser import files
+from comfy_raylight.tests.browser import files, old_files
 from comfy_raylight.tests.browser.canvas import NO_CHROMIUM, Canvas, chromium, opened
 from comfy_raylight.tests.host.client import ComfyClient
 from comfy_raylight.tests.host.server import ComfyServer
@@ -17,7 +17,7 @@ from comfy_raylight.tests.host.server import ComfyServer
 def server(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("page")
     files.copy_demo(base)
-    files.write_named(base, [*files.OLD, *files.PROMPTS])
+    files.write_named(base, [*old_files.write(base / "old"), *files.OLD, *files.PROMPTS])
     previews = ("--preview-method", "latent2rgb")
     python = Path(sys.executable)
     with ComfyServer(comfy_root, base=base, python=python, threads=1, args=previews, folder="raylight") as server:

@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-OLD = sorted((Path(__file__).parent / "workflows").glob("*.json"))
-"""Files of the earlier pack, as its users have them: data of these tests."""
+OLD = sorted((ROOT.parent / "shared" / "workflows").glob("*.json"))
+"""Files of the earlier pack, as its users have them, where a folder beside this one has some."""
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 PROMPTS = sorted((ROOT / "examples" / "api").glob("*.json"))
 FOLDERS = ("diffusion_models", "checkpoints", "vae", "text_encoders", "loras", "clip_vision")

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.tests.browser import old_files
 from comfy_raylight.tests.browser.canvas import Canvas
 from comfy_raylight.tests.browser.files import EXAMPLES, OLD, PROMPTS, ROOT
 from comfy_raylight.tests.conftest import version_of
 from comfy_raylight.tests.host.client import ComfyClient
+from comfy_raylight.tests.host.server import ComfyServer
 
 sys.path.append(str(ROOT / "benchmarks"))
 NOTES = {"Note", "MarkdownNote", "PrimitiveNode", "Reroute"}
@@ -40,8 +42,15 @@ def leave_if_newer(path: Path, root: Path, known: set[str]) -> None:
     assert not absent
 
 
+@pytest.mark.parametrize("name", old_files.FILES)
+def test_old(name: str, page: Canvas, server: ComfyServer, known: set[str]) -> None:
+    path = server.base / "old" / f"{name}.json"
+    assert not missing(path, known)
+    check_dropped(path, page)
+
+
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
-def test_old(path: Path, page: Canvas, known: set[str]) -> None:
+def test_of_the_earlier_pack(path: Path, page: Canvas, known: set[str]) -> None:
     if absent := missing(path, known):
         pytest.skip(f"this ComfyUI has no {', '.join(sorted(absent))}")
     check_dropped(path, page)
@@ -80,10 +89,10 @@ def wires(workflow: dict[str, Any]) -> set[tuple[Any, ...]]:
     }
 
 
-def test_mended(page: Canvas) -> None:
+def test_mended(page: Canvas, server: ComfyServer) -> None:
     """Values that a widget cannot have become its default, others stay, and a message says so."""
     page.messages()
-    page.drop(next(path for path in OLD if path.stem == "FluxDev_Data_Parallel_Raylight"))
+    page.drop(server.base / "old" / "data_parallel.json")
     (message,) = (text for text in page.messages() if "Raylight" in text)
     (sampler,) = (node for node in page.prompt().values() if node["class_type"] == "DPKSamplerAdvanced")
     values = {name: value for name, value in sampler["inputs"].items() if not isinstance(value, list)}
