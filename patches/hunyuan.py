@@ -1,12 +1,12 @@
-"""HunyuanVideo, 1.5 and HunyuanImage 2.1 (comfy/ldm/hunyuan_video/model.py), Hunyuan3D 2 and 2.1."""
+"""HunyuanVideo, 1.5 and HunyuanImage 2.1 (comfy/ldm/hunyuan_video/model.py), Hunyuan3D 2 and 2.1, HunyuanDiT."""
 
 from typing import Any
 
 import torch
 
-from ..raylight.cuts import Split
+from ..raylight.cuts import Rope, Split
 from ..raylight.layout import Layout
-from ..raylight.plan import Blocks, Plan, Region, Whole
+from ..raylight.plan import Blocks, Head, Part, Plan, Region, Whole
 from .flux import double_blocks, single_blocks
 
 
@@ -37,5 +37,21 @@ HUNYUAN3D_21 = Plan(
         ),
         # no Head: the final layer drops the time token
         whole=(Whole("blocks.*.attn1", "x"),),
+    )
+)
+
+# the same; self-attention has the rope table of all tokens, cross-attention that of its own
+HUNYUAN_DIT = Plan(
+    Region(
+        Blocks(
+            at="blocks.*",
+            streams={"x": Split(1)},
+            shared={"skip": _skipped},
+            outputs=(Split(1),),
+            attention=(),
+        ),
+        exit=Head("final_layer"),
+        whole=(Whole("blocks.*.attn1", "x"),),
+        parts=(Part("blocks.*.attn2", {"freqs_cis_img": Rope(dim=0)}),),
     )
 )

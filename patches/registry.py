@@ -8,7 +8,7 @@ from torch import nn
 
 from ..raylight.errors import UnsupportedError
 from ..raylight.plan import Plan, RowPlan
-from .audio import ACE_STEP15, STABLE_AUDIO
+from .audio import ACE_STEP15, MUSIC3, STABLE_AUDIO
 from .aura import AURAFLOW
 from .chroma import chroma, radiance
 from .cogvideo import COGVIDEOX
@@ -16,7 +16,7 @@ from .cosmos import PREDICT2, cosmos1
 from .ernie import ERNIE
 from .flux import FLUX
 from .hidream import HIDREAM
-from .hunyuan import HUNYUAN3D_21, hunyuan_video
+from .hunyuan import HUNYUAN3D_21, HUNYUAN_DIT, hunyuan_video
 from .ideogram import IDEOGRAM4
 from .kandinsky import KANDINSKY5
 from .krea import KREA2
@@ -69,6 +69,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "HunyuanVideo": Family("HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1 and its refiner", hunyuan_video),
         "Hunyuan3Dv2": Family("Hunyuan3D 2", FLUX),
         "HunYuanDiTPlain": Family("Hunyuan3D 2.1", HUNYUAN3D_21, ATTENTION_IS_NOT),
+        "HunYuanDiT": Family("HunyuanDiT", HUNYUAN_DIT, ATTENTION_IS_NOT),
         "QwenImageTransformer2DModel": Family("Qwen-Image, Qwen-Image-Edit, Qwen-Image-Layered", QWEN),
         "NextDiT": Family("Lumina Image 2, NewBie, Z-Image, Z-Image omni", LUMINA),
         "NextDiTPixelSpace": Family("Z-Image pixel space", PIXEL_SPACE),
@@ -89,6 +90,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "CogVideoXTransformer3DModel": Family("CogVideoX", COGVIDEOX),
         "AudioDiffusionTransformer": Family("Stable Audio", STABLE_AUDIO),
         "AceStepConditionGenerationModel": Family("ACE-Step 1.5", ACE_STEP15, ATTENTION_IS_NOT),
+        "MiniMaxMusic3DiT": Family("MiniMax Music 3", MUSIC3, ATTENTION_IS_NOT),
         "ErnieImageModel": Family("ERNIE-Image", ERNIE, ATTENTION_IS_NOT),
         "PixArtMS": Family("PixArt Alpha, Sigma", PIXART, ATTENTION_IS_NOT),
         "UNetModel": Family("Stable Diffusion 1.5, 2, XL, XL refiner, inpaint models; SVD", unet, divided="rows"),
@@ -100,9 +102,14 @@ UNSPLIT: Mapping[str, str] = MappingProxyType(
     {
         "StageB": "Stable Cascade's blocks normalise over all rows of the picture, and resize inside",
         "StageC": "Stable Cascade's blocks normalise over all rows of the picture",
-        "HunYuanDiT": "HunyuanDiT calls its attention without transformer_options, so that nothing can take its place",
         "ACEStepTransformer2DModel": "ACE-Step 1's blocks have linear attention and convolutions over all tokens",
         "CausalWanModel": "causal Wan generates frame after frame from key and value caches of its own",
+        "WanAnimate2Model": "each frame of Wan Animate 2 attends to its own frame of the pose, in calls that are not a "
+        "block's own, so that nothing can cut what they get",
+        "NaDiT": "SeedVR2 attends in windows that lie across each other, out of reach of what could share them",
+        "HiDreamO1Transformer": "HiDream O1 attends in two passes of its own, and keeps keys and values of the prompt "
+        "from step to step",
+        "Trellis2": "the tokens of Trellis 2 are voxels in objects of its own, which no cut knows",
     }
 )
 """Why some classes cannot share a sequence."""

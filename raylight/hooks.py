@@ -11,13 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention import ByLength, SequenceAttention
 from .cost import Work
-from .cuts import Entry, Stretch
+from .cuts import Entry
 from .draws import same_draws
 from .errors import PlanError, RaylightError
 from .kernels import LocalKernel
 from .layout import Layout, Segment
 from .mesh import Mesh
-from .plan import Blocks, Head, Plan, RowPlan, Site, Whole
+from .module_hooks import HeadHook, PartHook, Shared, WholeHook, several
+from .plan import Blocks, Plan, RowPlan, Site
 from .replaced import Comparison, Replaced
 from .row_hooks import RowInstallation
 from .sites import Attend, Named, Sites
@@ -55,7 +56,7 @@ def install(
     return Installation(model, plan, mesh, kernel=kernel, granularity=granularity, opaque=opaque)
 
 
-class _Forward:
+class Forward:
     """What one forward has open: a layout per region that is inside its blocks, and what it has made so far.
 
     Args:
@@ -113,7 +114,7 @@ class Installation:
         self.mesh = mesh
         self.kernel = kernel
         self.sites = Sites(kernel, opaque)
-        self.forward: _Forward | None = None
+        self.forward: Forward | None = None
         self.regions = plan.regions
         self.works: dict[int, Work] = {}
         self._plan = plan
@@ -160,11 +161,14 @@ class Installation:
             return
         for whole in region.whole:
             for module in modules(model, whole.at):
-                joins = _WholeHook(self, index, whole, module)
+                joins = WholeHook(self, index, whole, module)
                 self._hook(module, joins.before, joins.after)
+        for part in region.parts:
+            for module in modules(model, part.at):
+                self._hook(module, PartHook(self, index, part, module).before)
         if region.exit is not None:
             (module,) = modules(model, region.exit.at)
-            leave = _HeadHook(self, index, region.exit, module)
+            leave = HeadHook(self, index, region.exit, module)
             self._hook(module, leave.before, leave.after)
 
     def changed(self, objects: Mapping[str, Any]) -> None:
@@ -194,7 +198,7 @@ class Installation:
         """
         assert self.forward is None, "one forward at a time"
         comparison = Comparison(self._replaced.chosen())
-        self.forward = _Forward(len(self.regions), per_block=self._per_block(args, kwargs), comparison=comparison)
+        self.forward = Forward(len(self.regions), per_block=self._per_block(args, kwargs), comparison=comparison)
         try:
             out = executor(*args, **kwargs)
             self._replaced.judge(comparison, self.mesh.sequence)
@@ -250,26 +254,6 @@ class Installation:
         )
 
 
-class _Shared:
-    """The arguments of one module that come whole and are needed in their local form."""
-
-    def __init__(
-        self, owner: object, module: nn.Module, shared: Mapping[str, Entry], optional: tuple[str, ...]
-    ) -> None:
-        self._owner = owner
-        self._entries: list[tuple[str, Slot, Entry]] = []
-        for name, entry in shared.items():
-            slot = Slot.find(module.forward, name) if name in optional else Slot.need(module, name)
-            if slot is not None:
-                self._entries.append((name, slot, entry))
-
-    def cut(self, forward: _Forward, layout: Layout, args: list[Any], kwargs: dict[str, Any]) -> None:
-        for name, slot, entry in self._entries:
-            value = slot.read(args, kwargs)
-            if value is not None:
-                slot.write(args, kwargs, forward.cut(self._owner, name, entry, value, layout))
-
-
 class _BlockHook:
     """Cuts what goes into one block, and joins what comes out where the tokens leave.
 
@@ -289,7 +273,7 @@ class _BlockHook:
         self._first = at == 0
         self._last = number == 0 and owner.regions[index].exit is None and at == count - 1
         self._streams = [(Slot.need(module, name), stream) for name, stream in self._blocks.streams.items()]
-        self._shared = _Shared(self._blocks.at, module, self._blocks.shared, self._blocks.optional)
+        self._shared = Shared(self._blocks.at, module, self._blocks.shared, self._blocks.optional)
         self._options = Slot.need(module, "transformer_options") if self._blocks.patches else None
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -333,7 +317,7 @@ class _BlockHook:
         for slot, stream in self._streams:
             value = slot.read(args, kwargs)
             slot.write(args, kwargs, stream.join(value, layout, owner.mesh.sequence) if cut else value.clone())
-        alone = None if owner.kernel is None else _Forward(len(owner.regions), alone=True)
+        alone = None if owner.kernel is None else Forward(len(owner.regions), alone=True)
         open_forward, owner.forward = owner.forward, alone
         try:
             with same_draws(value.device):
@@ -342,10 +326,10 @@ class _BlockHook:
             owner.forward = open_forward
         return tuple(
             None if value is None else stream(value, layout)
-            for value, stream in zip(_several(output), self._blocks.outputs, strict=True)
+            for value, stream in zip(several(output), self._blocks.outputs, strict=True)
         )
 
-    def _open(self, forward: _Forward, args: list[Any], kwargs: dict[str, Any]) -> None:
+    def _open(self, forward: Forward, args: list[Any], kwargs: dict[str, Any]) -> None:
         opened = forward.layouts[self._index]
         if opened is not None and self._opens:
             raise PlanError(f"The blocks {self._blocks.at} were entered twice", "the model runs them more than once")
@@ -374,77 +358,15 @@ class _BlockHook:
         forward = self._owner.forward
         if forward is None:
             return None
-        forward.comparison.note(self._name, _several(output))
+        forward.comparison.note(self._name, several(output))
         if not (self._owner.per_block(self._index) or self._last):
             return None
         layout, comm = self._owner.layout(self._index), self._owner.mesh.sequence
         joined = tuple(
             None if value is None else stream.join(value, layout, comm)
-            for value, stream in zip(_several(output), self._blocks.outputs, strict=True)
+            for value, stream in zip(several(output), self._blocks.outputs, strict=True)
         )
         forward.layouts[self._index] = None
-        return joined if isinstance(output, tuple) else joined[0]
-
-
-def _several(output: Any) -> tuple[Any, ...]:
-    return output if isinstance(output, tuple) else (output,)
-
-
-class _WholeHook:
-    """Joins the argument of a module that needs all tokens, and cuts its output; nothing where tokens are whole."""
-
-    def __init__(self, owner: Installation, index: int, whole: Whole, module: nn.Module) -> None:
-        self._owner = owner
-        self._index = index
-        self._whole = whole
-        self._slot = Slot.need(module, whole.arg)
-
-    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        layout = self._owner.inside(self._index)
-        if layout is None:
-            return None
-        args, kwargs = list(args), dict(kwargs)
-        joined = self._whole.stream.join(self._slot.read(args, kwargs), layout, self._owner.mesh.sequence)
-        self._slot.write(args, kwargs, joined)
-        return tuple(args), kwargs
-
-    def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        layout = self._owner.inside(self._index)
-        return None if layout is None else self._whole.stream(output, layout)
-
-
-class _HeadHook:
-    """Joins the output of the module after the last block; does nothing where blocks join their own."""
-
-    def __init__(self, owner: Installation, index: int, head: Head, module: nn.Module) -> None:
-        self._owner = owner
-        self._index = index
-        self._head = head
-        self._shared = _Shared(head.at, module, head.shared, head.optional)
-        self._says = {out: Slot.need(module, out.arg) for out in head.outputs if isinstance(out, Stretch)}
-        self._said: dict[Stretch, Any] = {}
-
-    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        forward = self._owner.forward
-        if forward is None or self._owner.per_block(self._index):
-            return None
-        args, kwargs = list(args), dict(kwargs)
-        self._said = {stretch: slot.read(args, kwargs) for stretch, slot in self._says.items()}
-        self._shared.cut(forward, self._owner.layout(self._index), args, kwargs)
-        return tuple(args), kwargs
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        forward = self._owner.forward
-        if forward is None or self._owner.per_block(self._index):
-            return None
-        layout, comm = self._owner.layout(self._index), self._owner.mesh.sequence
-        forward.layouts[self._index] = None
-        joined = tuple(
-            out.join(value, self._said[out], layout, comm)
-            if isinstance(out, Stretch)
-            else out.join(value, layout, comm)
-            for value, out in zip(_several(output), self._head.outputs, strict=True)
-        )
         return joined if isinstance(output, tuple) else joined[0]
 
 

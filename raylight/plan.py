@@ -82,7 +82,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Whole:
-    """Modules that look across tokens in another way than attention: they get a stream whole, their output is cut.
+    """Modules that look across tokens in another way than attention: they get a stream whole, their outputs are cut.
 
     Attributes:
         at: path from the root; inside a block, or called between blocks.
@@ -95,6 +95,19 @@ class Whole:
     stream: Split = field(default_factory=lambda: Split(1))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Modules inside blocks that get something whole beside this rank's tokens, and need the part of it for those.
+
+    Attributes:
+        at: path from the root.
+        shared: arguments that it gets whole, and their local form.
+    """
+
+    at: str
+    shared: Mapping[str, Entry]
+
+
 @dataclass(frozen=True, init=False)
 class Region:
     """Tokens are cut on entry to the first block and joined at `exit`, or after the last block where that is None.
@@ -105,20 +118,28 @@ class Region:
         blocks: the lists of blocks; the first is entered first and left last, others are fed from it.
         exit: needs that nothing between the last block and it adds, drops or looks across tokens.
         whole: modules inside the region that need all tokens.
+        parts: modules inside blocks that need their part of what those leave whole.
         per_block: tokens are cut and joined around every block, since the model changes them in between.
     """
 
     blocks: tuple[Blocks, ...]
     exit: Head | None
     whole: tuple[Whole, ...]
+    parts: tuple[Part, ...]
     per_block: bool
 
     def __init__(
-        self, *blocks: Blocks, exit: Head | None = None, whole: tuple[Whole, ...] = (), per_block: bool = False
+        self,
+        *blocks: Blocks,
+        exit: Head | None = None,
+        whole: tuple[Whole, ...] = (),
+        parts: tuple[Part, ...] = (),
+        per_block: bool = False,
     ) -> None:
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "exit", exit)
         object.__setattr__(self, "whole", whole)
+        object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "per_block", per_block)
 
 

@@ -140,6 +140,11 @@ def build(path: str, rest: Mapping[str, Any] | None = None, **wanted: Any) -> to
     if hasattr(space, name + "Params"):
         known |= {field.name for field in fields(getattr(space, name + "Params"))}
     model = cls(**{key: value for key, value in (place | wanted).items() if key in known}, **(rest or {}))
+    return filled(model)
+
+
+def filled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with random parameters; the same for every rank."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -205,5 +210,5 @@ def without(plan: Plan, *, shared: str = "", attention: bool = True, head: bool 
             forgetful = replace(blocks, shared=kept)
             lists.append(forgetful if attention else replace(forgetful, attention=()))
         leave = region.exit if head or region.exit is None else replace(region.exit, shared={})
-        regions.append(Region(*lists, exit=leave, whole=region.whole, per_block=region.per_block))
+        regions.append(Region(*lists, exit=leave, whole=region.whole, parts=region.parts, per_block=region.per_block))
     return Plan(*regions, block_patches=plan.block_patches)

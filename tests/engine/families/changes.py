@@ -14,7 +14,13 @@ from comfy_raylight.raylight.plan import Blocks, Plan, Region
 
 def _each(plan: Plan, change: Callable[[Blocks], Blocks]) -> Plan:
     regions = [
-        Region(*map(change, region.blocks), exit=region.exit, whole=region.whole, per_block=region.per_block)
+        Region(
+            *map(change, region.blocks),
+            exit=region.exit,
+            whole=region.whole,
+            parts=region.parts,
+            per_block=region.per_block,
+        )
         for region in plan.regions
     ]
     return Plan(*regions, block_patches=plan.block_patches)
@@ -48,7 +54,10 @@ def with_shared(plan: Plan, name: str, entry: Entry) -> Plan:
 
 def without_whole(plan: Plan) -> Plan:
     """Modules that need all tokens get those of one rank."""
-    regions = [Region(*region.blocks, exit=region.exit, per_block=region.per_block) for region in plan.regions]
+    regions = [
+        Region(*region.blocks, exit=region.exit, parts=region.parts, per_block=region.per_block)
+        for region in plan.regions
+    ]
     return Plan(*regions, block_patches=plan.block_patches)
 
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo, 1.5, HunyuanImage 2.1 and its refiner; Hunyuan3D 2 and 2.1."""
+"""HunyuanVideo, 1.5, HunyuanImage 2.1 and its refiner; Hunyuan3D 2 and 2.1; HunyuanDiT."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from comfy_raylight.raylight.cuts import Rope
-from comfy_raylight.raylight.plan import Plan, Region
+from comfy_raylight.raylight.layout import Layout
+from comfy_raylight.raylight.plan import Part, Plan, Region
 
 from ..case import CHOOSES_BLOCK, EVERY, Case, Inputs, build, override, patched, random, run_original, skip, without
+from .changes import sharpened, without_whole
 from .flux import FEW, across, both, calls, ends, guide, residuals, without_patches
 
 
@@ -83,9 +85,32 @@ def other_order(plan: Plan) -> Plan:
     return Plan(Region(replace(double, order=order, shared={**double.shared, "pe": Rope(*order)})), single)
 
 
-def without_whole(plan: Plan) -> Plan:
-    """The plan with attention over what each rank holds."""
-    return Plan(*(Region(*region.blocks) for region in plan.regions))
+def hydit(**more: Any) -> torch.nn.Module:
+    sizes = dict(hidden_size=80, depth=6, num_heads=5, text_states_dim=16, text_states_dim_t5=16)
+    model = build("comfy.ldm.hydit.models.HunYuanDiT", **{**sizes, "text_len": 5, "text_len_t5": 7, **more})
+    return sharpened(model, "q_norm.weight", "k_norm.weight")
+
+
+def picture_of_two_texts(batch: int = 1, width: int = 9, **more: Any) -> Inputs:
+    masks = {"text_embedding_mask": torch.tensor([[1, 1, 1, 0, 0]]), "text_embedding_mask_t5": torch.ones(1, 7)}
+    given = {name: mask.repeat(batch, 1) for name, mask in masks.items()}
+    t = torch.linspace(500.0, 250.0, batch)
+    return (random(batch, 4, 7, width), t, random(batch, 5, 16)), {
+        **given,
+        "encoder_hidden_states_t5": random(batch, 7, 16),
+        **more,
+    }
+
+
+def other_part(plan: Plan) -> Plan:
+    """Cross-attention has the first rank's part of the rope table."""
+    (region,) = plan.regions
+
+    def first(value: Any, layout: Layout) -> Any:
+        return Rope(dim=0)(value, replace(layout, rank=0))
+
+    parts = tuple(Part(part.at, dict.fromkeys(part.shared, first)) for part in region.parts)
+    return Plan(Region(*region.blocks, exit=region.exit, whole=region.whole, parts=parts))
 
 
 HUNYUAN_ATTN = ("comfy.ldm.flux.layers", "attn1_patch")
@@ -101,6 +126,7 @@ adds = partial(residuals, 45, 60)
 case = partial(Case, family="HunyuanVideo", model=hunyuan, make=video)
 case3d = partial(Case, family="Hunyuan3Dv2", model=shape3d, make=latents)
 case3d_21 = partial(Case, family="HunYuanDiTPlain", model=shape3d_21, make=partial(latents, 2))
+dit = partial(Case, family="HunYuanDiT", model=hydit, make=picture_of_two_texts)
 few = partial(case, meshes=FEW)
 case3d_few = partial(case3d, meshes=FEW)
 wrong = partial(case, base=video, wrong=True, meshes=("u2",))
@@ -169,6 +195,31 @@ CASES = (
         make=partial(patched, partial(latents, 2), partial(replaced, 1, 3, skipped=(0, 4))),
         modes=CHOOSES_BLOCK,
     ),
+    # its forward calls no wrappers
+    dit(name="hunyuan_dit", modes=tuple(mode for mode in EVERY if mode not in ("wrapped", "kernel"))),
+    dit(name="hunyuan_dit_batch", make=partial(picture_of_two_texts, batch=2)),
+    dit(
+        name="hunyuan_dit_sized",
+        model=partial(hydit, size_cond=True, use_style_cond=True),
+        make=partial(picture_of_two_texts, image_meta_size=torch.tensor([[8, 8, 7, 9, 0, 1]])),
+    ),
+    dit(
+        name="hunyuan_dit_control",
+        make=partial(picture_of_two_texts, control={"output": [random(1, 20, 80), random(1, 20, 80, seed=2)]}),
+        modes=CHOOSES_BLOCK,
+    ),
+    dit(
+        name="hunyuan_dit_replace",
+        make=partial(patched, picture_of_two_texts, partial(run_original, ("double_block", 0), ("double_block", 4))),
+        modes=CHOOSES_BLOCK,
+    ),
+    dit(
+        name="hunyuan_dit_skip",
+        make=partial(patched, picture_of_two_texts, partial(skip, ("double_block", 1), ("double_block", 5))),
+        modes=CHOOSES_BLOCK,
+    ),
+    dit(name="no_hunyuan_dit_attention", loud=True, change=without_whole, wrong=True, meshes=("u2",)),
+    dit(name="no_hunyuan_dit_part", change=other_part, wrong=True, meshes=("u2",)),
     wrong(name="no_hunyuan_attention", make=partial(video, mask=False), change=partial(without, attention=False)),
     wrong(name="no_hunyuan_rope", loud=True, change=partial(without, shared="pe")),
     wrong(name="hunyuan_other_order", change=other_order),

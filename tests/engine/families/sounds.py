@@ -1,4 +1,4 @@
-"""Stable Audio and ACE-Step 1.5."""
+"""Stable Audio, ACE-Step 1.5 and MiniMax Music 3."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..case import CHOOSES_BLOCK, EVERY, Case, Inputs, build, override, patched, random, run_original
+from ..case import CHOOSES_BLOCK, EVERY, Case, Inputs, build, filled, override, patched, random, run_original
 from .changes import as_first_rank, with_sites, without_whole
 
 
@@ -43,8 +43,38 @@ def song(batch: int = 1, length: int = 45, **more: Any) -> Inputs:
     return (x, t, context), {**lyrics, "is_covers": False, **more}
 
 
+def music(**more: Any) -> torch.nn.Module:
+    """The class has one size only: its transformer is made again, in a small one."""
+    import comfy.ops
+    from comfy.ldm.minimax_music import dit
+
+    place = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
+    linear = torch.nn.Linear
+    model = dit.MiniMaxMusic3DiT(**{**place, "device": "meta"})
+    inner = model.diffusion_transformer
+    inner.transformer.project_in, inner.transformer.project_out = linear(2304, 60), linear(60, 128)
+    inner.to_timestep_embed[2] = linear(2048, 60)
+    blocks = [dit.TransformerBlock(60, 12, 64, **place) for _ in range(3)]
+    inner.transformer.layers = torch.nn.ModuleList(blocks)
+    inner.transformer.rotary_pos_emb = dit.RotaryEmbedding(8, torch.float32, "cpu")
+    model = filled(model.to_empty(device="cpu"))
+    for name, buffer in model.named_buffers():
+        steps = torch.linspace(0, 1, buffer.numel())
+        buffer.copy_(10000**-steps if name.endswith("inv_freq") else random(*buffer.shape) * 0.1)
+    return model
+
+
+def played(frames: int = 12, batch: int = 1) -> Inputs:
+    from comfy.ldm.minimax_music.dit import latent_length
+
+    x, t = random(batch, 128, latent_length(frames)), torch.linspace(0.3, 0.6, batch)
+    return (x, t, random(batch, frames, 8 * 4096) * 0.1, torch.full((batch, 1, 1), 0.8)), {}
+
+
 ACE = ("comfy.ldm.ace.ace_step15", "")
 audio_case = partial(Case, family="AudioDiffusionTransformer", model=stable_audio)
+MUSIC = ("comfy.ldm.minimax_music.dit", "class MiniMaxMusic3DiT")
+music_case = partial(Case, family="MiniMaxMusic3DiT", model=music, needs=MUSIC, meshes=("u2", "u3", "r2"))
 ace_case = partial(Case, family="AceStepConditionGenerationModel", model=ace, needs=ACE)
 unwrapped = tuple(mode for mode in EVERY if mode != "wrapped")
 ends = (("double_block", 0), ("double_block", 2))
@@ -73,4 +103,9 @@ CASES = (
     ace_case(name="ace_step_cover", make=partial(song, is_covers=True)),
     ace_case(name="ace_step_codes", make=partial(song, is_covers=None, audio_codes=torch.arange(9)[None])),
     ace_case(name="no_ace_step_whole", loud=True, make=song, change=without_whole, wrong=True, meshes=("u2",)),
+    music_case(name="music3", make=played),
+    music_case(name="music3_batch", make=partial(played, batch=2)),
+    # longer than what it takes at once
+    music_case(name="music3_windows", make=partial(played, frames=240), modes=("trunk",)),
+    music_case(name="no_music3_whole", loud=True, make=played, change=without_whole, wrong=True, meshes=("u2",)),
 )
