@@ -111,6 +111,22 @@ def speakers(number: int) -> dict[str, Any]:
     return {"audio_embeds": random(1, 3, 4 * number, 16), "patches": patches}
 
 
+def in_context(batch: int = 1, **more: Any) -> Inputs:
+    """Bernini's references: a picture and a video behind the tokens of the video that is made."""
+    return video(batch, context_latents=[random(batch, 4, 1, 4, 6), random(batch, 4, 2, 6, 10, seed=2)], **more)
+
+
+def camera(strength: float = 0.8) -> dict[str, Any]:
+    """Uni3C's own patch and module, as its node sets them; the render is encoded already."""
+    from comfy_extras.nodes_model_patch import WanUni3CCnetPatch
+
+    sizes: dict[str, Any] = dict(in_channels=24, conv_out_dim=20, dim=60, ffn_dim=64, num_heads=5, num_layers=3)
+    made = build("comfy.ldm.wan.uni3c.WanUni3CControlnet", **sizes, time_embed_dim=60, out_proj_dim=60)
+    patch = WanUni3CCnetPatch(SimpleNamespace(model=made), None, None, None, strength, 1.0, 0.0)
+    patch.prepared_render = random(1, 4, 3, 6, 10)
+    return {"cond_or_uncond": [0, 1], "patches": {"double_block": [patch]}}
+
+
 def talking() -> torch.nn.Module:
     """With attention that tells tokens apart: the map of two speakers is scaled by its own range."""
     model = wan(dim=80)
@@ -138,6 +154,8 @@ def nag() -> torch.nn.Module:
 
 WAN_ATTN = ("comfy.ldm.wan.model", "attn1_patch")
 WAN_TALK = ("comfy.ldm.wan.model_multitalk", "")
+WAN_CONTEXT = ("comfy.ldm.wan.model", "context_latents")
+WAN_CAMERA = ("comfy.ldm.wan.uni3c", "class WanUni3CControlnet")
 i2v = partial(wan, model_type="i2v")
 ref_conv = partial(wan, in_dim_ref_conv=4)
 
@@ -202,6 +220,45 @@ CASES = (
         make=partial(patched, partial(video, batch=2), guided),
         needs=WAN_ATTN,
     ),
+    Case(name="wan_bernini", family="WanModel", model=wan, make=in_context, modes=EVERY, needs=WAN_CONTEXT),
+    Case(
+        name="wan_bernini_batch",
+        family="WanModel",
+        model=i2v,
+        make=partial(in_context, batch=2, clip_fea=random(2, 257, 1280)),
+        needs=WAN_CONTEXT,
+    ),
+    Case(
+        name="wan_bernini_patched",
+        family="WanModel",
+        model=wan,
+        make=partial(patched, in_context, looks_across),
+        needs=WAN_CONTEXT,
+    ),
+    Case(
+        name="wan_uni3c",
+        family="WanModel",
+        model=wan,
+        make=partial(patched, partial(video, batch=2), camera),
+        modes=CHOOSES_BLOCK,
+        needs=WAN_CAMERA,
+    ),
+    Case(
+        name="wan_uni3c_reference",
+        family="WanModel",
+        model=ref_conv,
+        make=partial(patched, partial(video, batch=2, reference_latent=random(2, 4, 6, 10)), camera),
+        modes=CHOOSES_BLOCK,
+        needs=WAN_CAMERA,
+    ),
+    Case(
+        name="wan_uni3c_bernini",
+        family="WanModel",
+        model=wan,
+        make=partial(patched, partial(in_context, batch=2), camera),
+        modes=CHOOSES_BLOCK,
+        needs=WAN_CAMERA,
+    ),
     Case(name="wan_nag", family="WanModel", model=nag, make=video),
     Case(
         name="wan_talk",
@@ -259,6 +316,28 @@ CASES = (
         make=frames_video,
         change=partial(without, shared="e"),
         wrong=True,
+        meshes=("u2",),
+    ),
+    Case(
+        name="no_wan_bernini_rope",
+        family="WanModel",
+        model=wan,
+        make=partial(in_context, frames=4),
+        change=partial(as_first_rank, name="freqs"),
+        needs=WAN_CONTEXT,
+        wrong=True,
+        meshes=("u2",),
+    ),
+    # tokens that a rank has of the whole video would get the residual of its first ones
+    Case(
+        name="no_wan_uni3c_block",
+        family="WanModel",
+        model=wan,
+        make=partial(patched, partial(video, batch=2), camera),
+        modes=TRUNK,
+        needs=WAN_CAMERA,
+        wrong=True,
+        loud=True,
         meshes=("u2",),
     ),
     Case(
