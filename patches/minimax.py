@@ -8,7 +8,7 @@ import torch
 
 from ..raylight.cuts import Rope, Split, Stretch
 from ..raylight.layout import Layout
-from ..raylight.plan import Blocks, Head, Plan, Region
+from ..raylight.plan import Blocks, Called, Head, Plan, Region
 
 Segment = tuple[int, int, Any]
 """(start, stop, row of the modulation table, or int64 [stop - start] with one for each token)."""
@@ -37,6 +37,8 @@ MINIMAX = Plan(
             shared={"rope_freqs": Rope(dim=1), "mod_segments": segments},
             outputs=(Split(0),),
             attention=("attn",),
+            # after 0.33 a node (Model Sparse Attention) may hand blocks another one, which projects q, k and v itself
+            called={"attention": Called(stream=Split(0), shared=("rope_freqs",))},
         ),
         # video and sound leave by themselves: 512 bytes for each token in place of the whole width
         exit=Head(

@@ -17,7 +17,7 @@ from .errors import PlanError, RaylightError
 from .kernels import LocalKernel
 from .layout import Layout, Segment
 from .mesh import Mesh
-from .module_hooks import HeadHook, PartHook, Shared, WholeHook, several
+from .module_hooks import Functions, HeadHook, PartHook, Shared, WholeHook, several
 from .plan import Blocks, Plan, RowPlan, Site
 from .replaced import Comparison, Replaced
 from .row_hooks import RowInstallation
@@ -274,6 +274,7 @@ class _BlockHook:
         self._last = number == 0 and owner.regions[index].exit is None and at == count - 1
         self._streams = [(Slot.need(module, name), stream) for name, stream in self._blocks.streams.items()]
         self._shared = Shared(self._blocks.at, module, self._blocks.shared, self._blocks.optional)
+        self._functions = Functions(module, self._blocks.called)
         self._options = Slot.need(module, "transformer_options") if self._blocks.patches else None
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -290,6 +291,7 @@ class _BlockHook:
         if enters:
             for slot, stream in self._streams:
                 slot.write(args, kwargs, stream(slot.read(args, kwargs), layout))
+        self._functions.widen(layout, self._owner.mesh.sequence, args, kwargs)
         self._shared.cut(forward, layout, args, kwargs)
         if self._options is not None:
             options = self._options.read(args, kwargs) or {}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from .cuts import Entry, Stretch
+from .cuts import Entry, Split, Stretch
 from .layout import Layout
-from .plan import Head, Part, Whole
+from .plan import Called, Head, Part, Whole
 from .slots import Slot
 
 if TYPE_CHECKING:
+    from .comm import Comm
     from .hooks import Forward, Installation
 
 
@@ -38,6 +40,36 @@ class Shared:
 
 def several(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
+
+
+class Functions:
+    """The arguments of one block that are functions of its tokens."""
+
+    def __init__(self, module: nn.Module, called: Mapping[str, Called]) -> None:
+        found = [(Slot.find(module.forward, name), each) for name, each in called.items()]
+        self._called = [
+            (slot, each, {name: Slot.need(module, name) for name in each.shared})
+            for slot, each in found
+            if slot is not None
+        ]
+
+    def widen(self, layout: Layout, comm: Comm, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Have them called with all tokens; the block's arguments are still whole."""
+        for slot, called, shared in self._called:
+            function = slot.read(args, kwargs)
+            if function is not None:
+                given = {name: each.read(args, kwargs) for name, each in shared.items()}
+                slot.write(args, kwargs, _on_all(function, called.stream, given, layout, comm))
+
+
+def _on_all(
+    function: Callable[..., torch.Tensor], stream: Split, given: Mapping[str, Any], layout: Layout, comm: Comm
+) -> Callable[..., torch.Tensor]:
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        whole = {name: value for name, value in given.items() if name in kwargs}
+        return stream(function(stream.join(x, layout, comm), *args, **{**kwargs, **whole}), layout)
+
+    return call
 
 
 class WholeHook:

@@ -27,6 +27,19 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Called:
+    """A function that a node may hand to blocks, which they call in place of a module: it looks at all tokens.
+
+    Attributes:
+        stream: how its first argument and its result are cut.
+        shared: names of other arguments that blocks get whole and hand on to it.
+    """
+
+    stream: Split
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blocks:
     """One list of transformer blocks.
 
@@ -41,6 +54,7 @@ class Blocks:
         attention: paths, from a block, of the modules whose attention spans all tokens, or `Site`s.
         order: how the segments are concatenated inside that attention.
         optional: names in `shared` that some versions of the model do not have.
+        called: arguments that are functions of tokens, None for the model's own; some versions do not have them.
         patches: names of transformer_options patch lists that the block calls, with the token dim of the
             tensors they are called with; they are shown the whole sequence.
         patch_mask: how the mask in those calls is cut, None where blocks hold a whole one.
@@ -53,6 +67,7 @@ class Blocks:
     shared: Mapping[str, Entry] = field(default_factory=dict)
     order: tuple[str, ...] = ("x",)
     optional: tuple[str, ...] = ()
+    called: Mapping[str, Called] = field(default_factory=dict)
     patches: Mapping[str, int] = field(default_factory=dict)
     patch_mask: Split | None = None
 

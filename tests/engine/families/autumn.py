@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from comfy_raylight.patches.minimax import segment
 from comfy_raylight.raylight.layout import Layout
-from comfy_raylight.raylight.plan import Plan
+from comfy_raylight.raylight.plan import Plan, Region
 
-from ..case import CHOOSES_BLOCK, EVERY, TRUNK, Case, Inputs, build, override, patched, random, run_original, skip
+from ..case import (
+    CHOOSES_BLOCK,
+    EVERY,
+    TRUNK,
+    Case,
+    Inputs,
+    backend,
+    build,
+    override,
+    patched,
+    random,
+    run_original,
+    skip,
+)
 from . import wan_variants
 from .changes import as_first_rank, sharpened, with_shared, with_sites
 
@@ -35,6 +49,74 @@ def minimax(**more: Any) -> torch.nn.Module:
 
 def sharp() -> torch.nn.Module:
     return sharpened(minimax(), "q_norm.weight", "k_norm.weight")
+
+
+def handed(*blocks: int) -> torch.nn.Module:
+    """With blocks of a form that ComfyUI has after 0.33, some of which are given an attention of a node's.
+
+    It projects q, k and v of all tokens itself, a few at a time, and looks at all of them.
+    """
+    from comfy.ldm.minimax.model import DiTBlock
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def attend(attn: Any, x: torch.Tensor, rope_freqs: Any = None, transformer_options: Any = None) -> torch.Tensor:
+        chunks = torch.cat([attn.qkv_proj(part) for part in x.split(7)])
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in chunks.chunk(3, -1))
+        turned = rope_freqs.flatten(3).mean(-1)[0]
+        q, k = (each.transpose(0, 1)[None] for each in (attn.q_norm(q) + turned[..., None], attn.k_norm(k)))
+        out = optimized_attention(q, k, v.transpose(0, 1)[None], attn.heads, skip_reshape=True)
+        return attn.out_proj(out[0]) * x.mean(0)
+
+    class Block(DiTBlock):  # type: ignore[misc,valid-type]
+        def forward(  # noqa: PLR0917, the names and order are the model's
+            self,
+            x: torch.Tensor,
+            t_emb: Any,
+            mod_segments: Any,
+            rope_freqs: Any,
+            transformer_options: Any = None,
+            attention: Any = None,
+        ) -> torch.Tensor:
+            own = self._modules["attn"]
+            self._modules["attn"] = own if attention is None else Node(attention)
+            try:
+                out: torch.Tensor = super().forward(x, t_emb, mod_segments, rope_freqs, transformer_options or {})
+                return out
+            finally:
+                self._modules["attn"] = own
+
+    class Node(torch.nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.forward = function
+
+    model = sharp()
+    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        block.__class__ = Block
+        if index in blocks:
+
+            def give(module: Any, args: Any, kwargs: Any) -> Any:
+                return args, {**kwargs, "attention": partial(attend, module.attn)}
+
+            block.register_forward_pre_hook(give, with_kwargs=True)
+    return model
+
+
+def alone() -> dict[str, Any]:
+    """A node that computes blocks itself: what it does is to all tokens, and calls nothing of the block's own."""
+
+    def computed(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        h = args["img"]
+        scores = torch.softmax(h[:, :8] @ h[:, 8:16].T, -1)
+        return extra["original_block"]({**args, "img": h + scores @ h})
+
+    return {"patches_replace": {"dit": {("double_block", 1): computed}}}
+
+
+def uncalled(plan: Plan) -> Plan:
+    """A node's attention gets what a rank has."""
+    (region,) = plan.regions
+    return Plan(Region(*(replace(blocks, called={}) for blocks in region.blocks), exit=region.exit))
 
 
 def sounding(text: int = 9, width: int = 10, **more: Any) -> Inputs:
@@ -161,6 +243,16 @@ CASES = (
         base=sounding,
         ring_raises="UnsupportedError",
     ),
+    h3(
+        name="h3_backend",
+        make=partial(patched, sounding, backend),
+        meshes=("u2", "u3", "r2", "u2r2"),
+        all_meshes=True,
+    ),
+    everywhere(name="h3_handed", model=partial(handed, 0, 2), make=sounding),
+    h3(name="h3_handed_references", model=partial(handed, 1), make=partial(sounding, **references())),
+    h3(name="h3_alone", make=partial(patched, sounding, alone), modes=CHOOSES_BLOCK),
+    h3(name="no_h3_handed", model=partial(handed, 0, 2), make=sounding, change=uncalled, **wrong),
     h3(name="no_h3_attention", make=sounding, change=with_sites, **wrong),
     h3(
         name="no_h3_rope",
