@@ -75,5 +75,6 @@ def test_family(server: ComfyServer, client: ComfyClient, comfy_root: Path, name
             client.run(pool(sampling, ON_TWO))
         assert caught.value.node == LOADER
         # no plan is needed where nothing is divided
-        difference, _, _ = both(server, client, sampling, dataclasses.replace(ON_TWO, workers=1, ulysses=1))
-        assert difference <= FP32
+        for where in (dataclasses.replace(ON_TWO, ulysses=1, cfg=2), dataclasses.replace(ON_TWO, ulysses=1)):
+            difference, _, _ = both(server, client, sampling, where)
+            assert difference <= FP32

@@ -187,6 +187,12 @@ def ltxav(size: Sizes) -> Keys:
 
 def minimax(size: Sizes) -> Keys:
     dim = size["dim"]
+    time: Keys = {
+        "time_embedder.proj_in.weight": (dim, size["frequencies"]),
+        "time_embedder.proj_out.weight": (size["time"], dim),
+    }
+    if "curves" in size:
+        time = {"adaln_t_table": (size["curves"], size["time"])}
     return {
         **_layers("blocks.{}.norm1.weight", size["layers"]),
         **_layers("token_refiner.blocks.{}.norm1.weight", 1),
@@ -198,9 +204,21 @@ def minimax(size: Sizes) -> Keys:
         "blocks.0.attn.qkv_proj.weight": (3 * size["heads"] * 128, dim),
         "blocks.0.mlp.fc1.weight": (2 * size["ffn"], dim),
         "condition_proj.weight": (dim, size["context"]),
-        "time_embedder.proj_in.weight": (dim, size["frequencies"]),
-        "time_embedder.proj_out.weight": (size["time"], dim),
         "rope.inv_freq": (16,),
+        **time,
+    }
+
+
+def music3(size: Sizes) -> Keys:
+    layer = "diffusion_transformer.transformer.layers.{}.self_attn.to_qkv.weight"
+    return {**_layers(layer, 36), "cond_layer_logits": (8,), "latent_conditioners.0.weight": (2048, 4096, 3)}
+
+
+def seedvr2(size: Sizes) -> Keys:
+    return {
+        "blocks.31.mlp.all.proj_in_gate.weight": (),
+        "positive_conditioning": (58, 5120),
+        "negative_conditioning": (64, 5120),
     }
 
 

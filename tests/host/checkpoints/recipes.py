@@ -36,6 +36,9 @@ class Recipe:
 WAN: Sizes = {"dim": 256, "ffn": 512, "layers": 2}
 FLUX: Sizes = {"dim": 256, "double": 1, "single": 1, "context": 4096}
 HUNYUAN: Sizes = {"dim": 256, "double": 1, "single": 1, "context": 64}
+H3: Sizes = {"dim": 128, "heads": 5, "ffn": 128, "layers": 3, "context": 40, "frequencies": 32, "time": 32}
+H3_SPREAD = (("rope.inv_freq", 0.3, 0.1),)
+"""What the model divides positions by; a checkpoint brings it."""
 BYT5 = {"byt5_in__fc1__weight": ()}
 LTXAV_CONFIG = {
     "cross_attention_dim": 256,
@@ -112,6 +115,12 @@ RECIPES: Mapping[str, Recipe] = {
         detected="WAN21_SCAIL2",
         size=WAN,
     ),
+    "wan_animate2": Recipe(
+        keys=markers.wan(channels=36, img_emb__proj__0__bias=()),
+        detected="WAN_Animate2",
+        size=WAN,
+        config={"model_type": "animate2"},
+    ),
     "wan_dancer": Recipe(
         keys=markers.wan(channels=36, patch_embedding_global__weight=()), detected="WAN22_WanDancer", size=WAN
     ),
@@ -180,13 +189,8 @@ RECIPES: Mapping[str, Recipe] = {
         size={"dim": 4096, "layers": 48},
         config={"rope_type": "split"},
     ),
-    "h3": Recipe(
-        keys=markers.minimax,
-        detected="MiniMaxH3",
-        size={"dim": 128, "heads": 5, "ffn": 128, "layers": 3, "context": 40, "frequencies": 32, "time": 32},
-        # what the model divides positions by; a checkpoint brings it
-        spread=(("rope.inv_freq", 0.3, 0.1),),
-    ),
+    "h3": Recipe(keys=markers.minimax, detected="MiniMaxH3", size=H3, spread=H3_SPREAD),
+    "h3_curves": Recipe(keys=markers.minimax, detected="MiniMaxH3", size={**H3, "curves": 9}, spread=H3_SPREAD),
     "krea2": Recipe(keys=markers.krea2, detected="Krea2", size={"heads": 5, "layers": 2, "context": 40}),
     "ideogram4": Recipe(keys=markers.ideogram4, detected="Ideogram4", dtype=FP8, size={"layers": 1}),
     "cosmos": Recipe(keys=markers.cosmos, detected="CosmosT2V", dtype=FP8, size={"dim": 480}),
@@ -200,6 +204,10 @@ RECIPES: Mapping[str, Recipe] = {
     "hunyuan_dit": Recipe(keys=markers.hydit, detected="HunyuanDiT", dtype="bfloat16", size={"dim": 512, "layers": 4}),
     "pixart": Recipe(keys=markers.pixart, detected="PixArtSigma", dtype="bfloat16", size={"layers": 1, "tokens": 16}),
     "ace15": Recipe(keys=markers.ace15, detected="ACEStep15", dtype=FP8, size={"dim": 256, "layers": 2}, device="cpu"),
+    "music3": Recipe(
+        keys=markers.music3, detected="MiniMaxMusic3", dtype=FP8, spread=(("rotary_pos_emb.inv_freq", 0.3, 0.1),)
+    ),
+    "seedvr2": Recipe(keys=markers.seedvr2, detected="SeedVR2", dtype=FP8, spread=(("rope.*freqs", 0.3, 0.1),)),
     "cogvideox": Recipe(
         keys=markers.cogvideo,
         detected="CogVideoX_T2V",
