@@ -162,7 +162,7 @@ class _RemoteModule(torch.nn.Module):
 
     Mixed in before the family's own class, so that the family's `forward` (its wrapper handling and argument
     order) and its weightless helpers run here unchanged, and `isinstance` holds. Attributes come from the ghost, layers
-    and parameters from a model that is mapped when the first of them is asked for: nodes patch, call and read them.
+    and tensors from a model that is mapped when the first of them is asked for: nodes patch, call and read them.
     Whoever walks the model around this one, as ComfyUI does, finds none.
     """
 
@@ -177,7 +177,7 @@ class _RemoteModule(torch.nn.Module):
         if name in ("_ghost", "_layers", "_lent", "_patching"):  # not set yet
             raise AttributeError(name)
         value = getattr(self._shown(), name)
-        return getattr(self._mapped(), name) if isinstance(value, (torch.nn.Module, torch.nn.Parameter)) else value
+        return getattr(self._mapped(), name) if isinstance(value, (torch.nn.Module, torch.Tensor)) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What nodes put in the place of something of the model would never reach the workers, object patches apart."""

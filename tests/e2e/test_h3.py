@@ -43,6 +43,8 @@ OTHER = dataclasses.replace(H3, file=f"{FOLDER}/other.safetensors")
 SHIFT = ("MiniMaxH3SigmaShift", {"shift_video": 7.0, "shift_audio": 2.0})
 CACHE = ("EasyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": True})
 TURBO = ("LoraLoaderModelOnly", {"lora_name": LORA, "strength_model": 0.7})
+TABLE = ("RLTestTable", {"tensor": "adaln_t_table"})
+PYTORCH = ("ModelAttentionBackend", {"attention": "pytorch attention"})
 SDE: dict[str, Any] = {"sampler": "dpmpp_2m_sde", "steps": 3}
 
 
@@ -56,7 +58,7 @@ def files(server: ComfyServer, comfy_root: Path) -> Path:
     jobs = [
         Job(family="h3", path=path, seed=seed, size={**job.size, **BLOCKS})
         for seed, path in enumerate((job.path, folder / "other.safetensors"))
-    ]
+    ] + [families.job("h3_curves", folder)]
     write(jobs, comfy_root=comfy_root, python=Path(sys.executable))
     lora = server.models.parent / "loras" / LORA
     lora.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,8 @@ def result(server: ComfyServer, client: ComfyClient) -> Run:
 WHERE = [
     pytest.param(case(**SDE), MODEL, id="sde"),
     pytest.param(case(model_nodes=(SHIFT, TURBO)), PoolCase(workers=3, through_model=True), id="shift and LoRA on 3"),
+    pytest.param(case("h3_curves", model_nodes=(TABLE, PYTORCH)), MODEL, id="curves, read, and a backend"),
+    pytest.param(case(model_nodes=(PYTORCH,)), PoolCase(ring=2, through_model=True), id="backend ring", marks=SLOW),
     pytest.param(H3, PoolCase(workers=5, through_model=True), id="on 5", marks=SLOW),
     pytest.param(H3, PoolCase(ring=2, through_model=True), id="ring", marks=SLOW),
     pytest.param(case(**SDE), PoolCase(cfg=2, through_model=True), id="cfg groups", marks=SLOW),

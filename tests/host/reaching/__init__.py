@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .inside import RLTestInside
+from .inside import RLTestInside, RLTestTable
 
-NODE_CLASS_MAPPINGS = {"RLTestInside": RLTestInside}
+NODE_CLASS_MAPPINGS = {"RLTestInside": RLTestInside, "RLTestTable": RLTestTable}

@@ -170,3 +170,21 @@ class RLTestInside:
         assert blocks, "this is not a Wan model"
         WAYS[how](model, blocks)
         return (model,)
+
+
+class RLTestTable:
+    """Scales what a model gives by the mean of a tensor of its own, which it reads in ComfyUI's process."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "tensor": ("STRING", {"default": "adaln_t_table"})}}
+
+    def patch(self, model: Any, tensor: str) -> tuple[Any]:
+        scale = 1 + float(getattr(model.model.diffusion_model, tensor).float().mean())
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"] * scale)
+        return (model,)
