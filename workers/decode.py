@@ -70,7 +70,7 @@ def decode_on(
                 raise
             facts = _facts(pool, dataclasses.replace(plan, test=False))
             way, why = _way("tiles", facts)[0], str(error)
-        ranks = {"seamless": facts[0].ranks, "tiles": len(pool.members), "whole": 1}[way]
+        ranks = {"seamless": facts[0].ranks, "whole": 1}.get(way, len(pool.members))
         log.info("decoding on %d workers, %s%s", ranks, way, f" ({why})" if why else "")
         return _decode(pool, latent, facts, _Job(spec=spec, way=way, ranks=ranks, tiles=tiles))
     finally:
@@ -136,7 +136,7 @@ def _way(mode: Mode, facts: Sequence[VAEFacts]) -> tuple[Way, str]:
             "Set mode to auto, or use ComfyUI's own VAE Decode (Tiled)",
         )
     if first.ranks == 0:
-        return "whole", first.refusal
+        return ("own tiles", "") if first.own and len(facts) > 1 else ("whole", first.refusal)
     if mode == "tiles":
         return "tiles", ""
     refusal = _refusal(facts)
@@ -177,6 +177,8 @@ def _decode(pool: Pool, latent: torch.Tensor, facts: Sequence[VAEFacts], job: _J
     output: Output | None = None
     if job.way == "seamless":
         output = reserve(facts[0].shape, facts[0].dtype, shared=shared)
+    elif job.way == "own tiles":
+        output = reserve(facts[0].own, facts[0].dtype, shared=shared)
     elif job.way == "tiles":
         shape = pool.call("tiled_shape", job.spec, tuple(latent.shape), job.tiles, ranks=[0])[0]
         output = reserve(shape, facts[0].dtype, shared=shared)

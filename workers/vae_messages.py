@@ -13,8 +13,9 @@ from .arena import ArenaRef, open_arena
 
 Mode = Literal["auto", "seamless", "tiles"]
 MODES: tuple[Mode, ...] = ("auto", "seamless", "tiles")
-Way = Literal["seamless", "tiles", "whole"]
-"""What a mode comes to: strips of rows, ComfyUI's tiles, or all of it on the first rank."""
+Way = Literal["seamless", "tiles", "own tiles", "whole"]
+"""What a mode comes to: strips of rows, ComfyUI's tiles, those that the VAE cuts by itself, or all of it on the first
+rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class VAEFacts:
         shape: of the result: [batch, (frames,) rows, width, channels] of pixels, or of a latent as it comes.
         dtype: of the result, as a torch dtype.
         tiles: whether ComfyUI's tiled decode cuts the tiles; some VAEs do that by themselves.
+        own: shape of the result where the ranks can share those, like `shape`; () where they cannot.
     """
 
     family: str
@@ -97,6 +99,7 @@ class VAEFacts:
     shape: tuple[int, ...]
     dtype: torch.dtype
     tiles: bool = True
+    own: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

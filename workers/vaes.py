@@ -21,7 +21,7 @@ from ..raylight.strips import Rows, Strips
 from ..vae import budget
 from ..vae.divided import strip_of
 from ..vae.frames import last_convolution
-from . import memory, vae_strips, vae_tiles
+from . import memory, vae_own_tiles, vae_strips, vae_tiles
 from .vae_loading import attend, load_vae
 from .vae_messages import Block, DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
 from .wire import Line
@@ -92,6 +92,7 @@ class WorkerVAEs:
                 shape=(),
                 dtype=vae_strips.output_dtype(vae),
                 tiles=not getattr(vae, "handles_tiling", False),
+                own=() if request.encode else vae_own_tiles.shape_of(vae, request.shape),
             )
         ranks = min(mesh.parallel.world, shape[-2])
         # a group can only be made by all ranks together
@@ -126,6 +127,8 @@ class WorkerVAEs:
         vae = self._vae(request.spec)
         if request.way == "whole":
             return self._timed(mesh, lambda: _whole(vae, request, mesh))
+        if request.way == "own tiles":
+            return self._timed(mesh, lambda: vae_own_tiles.decode(vae, request, mesh, line))
         if request.way == "tiles":
             return self._timed(mesh, lambda: vae_tiles.decode(vae, request, mesh, line))
         last = self._last(vae, request.latent.shape, encode=False, ranks=request.ranks)

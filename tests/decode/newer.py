@@ -45,6 +45,7 @@ class Newer:
         latent: shape of one.
         pixels: shape of pictures for it, () for sound.
         auto: what `auto` gives: the "whole" of VAE Decode, or the "tiles" of VAE Decode (Tiled).
+        way: how that comes about, where it is not by the same name.
         refused: what an error says of strips, of decoding and of encoding; "" for none.
         metadata: of its file.
         renamed: beginnings of keys there, by what they are in the class.
@@ -56,6 +57,7 @@ class Newer:
     latent: tuple[int, ...]
     pixels: tuple[int, ...] = ()
     auto: str
+    way: str = ""
     refused: tuple[str, str]
     metadata: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -139,9 +141,11 @@ NEWER: Mapping[str, Newer] = {
     "h3": Newer(
         module="ldm.minimax.vae",
         build=h3,
-        latent=(1, 24, 2, 18, 4),
+        # eight tiles: two stretches in time, of two rows of two
+        latent=(1, 24, 7, 18, 20),
         pixels=(5, 288, 64, 3),
         auto="whole",
+        way="own tiles",
         refused=("", "tiles of its own"),
         small="MiniMaxH3VideoVAE",
     ),

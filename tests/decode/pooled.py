@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from comfy_raylight.tests.engine.ranks import enter_comfy
@@ -156,7 +157,9 @@ def sound(results: Results, folder: Path) -> None:
 def newer(results: Results, folder: Path) -> None:
     """VAEs of ComfyUI 0.33: what ComfyUI's own nodes give, or an error that says why not."""
     from comfy_raylight.raylight.errors import UnsupportedError
+    from comfy_raylight.workers import decode
     from comfy_raylight.workers.decode import encode_on
+    from comfy_raylight.workers.vae_messages import VAEPlan
 
     def words(call: Callable[[], torch.Tensor]) -> str:
         try:
@@ -178,6 +181,15 @@ def newer(results: Results, folder: Path) -> None:
             wanted = whole
         results[f"newer, {name}, spread"] = wanted.std().item()
         results[f"newer, {name}, auto"] = torch.equal(flat(run(workers, latent, of, mode="auto")), wanted)
+        if one.way:
+            found = [facts for facts in workers.call("plan_vae", VAEPlan(spec=of, shape=latent.shape)) if facts]
+            results[f"newer, {name}, way"] = decode._way("auto", found)[0]
+            with mock.patch.object(decode, "can_share", lambda *_: False):
+                results[f"newer, {name}, inline"] = torch.equal(flat(run(workers, latent, of, mode="auto")), wanted)
+            still = latent[:, :, :1]
+            results[f"newer, {name}, picture"] = torch.equal(
+                flat(run(workers, still, of, mode="auto")), flat(file.decode(still))
+            )
         if one.refused[0]:
             results[f"newer, {name}, seamless"] = words(functools.partial(run, workers, latent, of))
         elif one.pixels:

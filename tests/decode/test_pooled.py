@@ -52,6 +52,8 @@ def test_newer_vaes_equal_comfyui_or_are_refused(found: Found, comfy_root: Path,
     if not results:
         pytest.skip("this ComfyUI does not have it")
     assert results["spread"] > 1e-3 and results["auto"] and results["alive"]
+    if one.way:
+        assert results["way"] == one.way and results["inline"] and results["picture"]
     if one.refused[0]:
         assert one.refused[0] in results["seamless"] and "Set mode to auto or tiles" in results["seamless"]
     elif one.pixels:
