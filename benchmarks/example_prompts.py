@@ -5,120 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Link = list[Any]
-SCENE = "A red fox runs through fresh snow at sunrise, long shadows, cinematic"
-NOT = "blurry, low quality, distorted"
+from example_h3 import OF_H3
+from example_nodes import SCENE, Link, Prompt
+
 DEMO = "raylight_demo"
-
-
-class Prompt:
-    """Collects nodes; `add` gives the number of a node, and `out` one of its outputs."""
-
-    def __init__(self) -> None:
-        self.nodes: dict[str, dict[str, Any]] = {}
-
-    def add(self, kind: str, title: str = "", **inputs: Any) -> Link:
-        """A node; its first output."""
-        number = str(len(self.nodes) + 1)
-        entry: dict[str, Any] = {"class_type": kind, "inputs": inputs}
-        if title:
-            entry["_meta"] = {"title": title}
-        self.nodes[number] = entry
-        return [number, 0]
-
-    def pool(self, workers: int = 2, *, ulysses: int = 2, cfg: int = 1) -> Link:
-        """Ray Init Actor; both degrees 0 for data parallel."""
-        return self.add(
-            "RayInitializer",
-            ray_cluster_address="local",
-            ray_cluster_namespace="default",
-            GPU=workers,
-            ulysses_degree=ulysses,
-            ring_degree=1 if ulysses else 0,
-            cfg_degree=cfg,
-            sync_ulysses=False,
-            FSDP=False,
-            FSDP_CPU_OFFLOAD=False,
-            XFuser_attention="TORCH",
-            ray_object_store_gb=0.0,
-        )
-
-    def model(self, pool: Link, file: str) -> Link:
-        """Load Diffusion Model (Ray)."""
-        return self.add("RayUNETLoader", unet_name=file, weight_dtype="default", ray_actors_init=pool)
-
-    def texts(self, clip: Link, positive: str = SCENE, negative: str = NOT) -> tuple[Link, Link]:
-        """Both prompts."""
-        return (
-            self.add("CLIPTextEncode", "Prompt", text=positive, clip=clip),
-            self.add("CLIPTextEncode", "Negative prompt", text=negative, clip=clip),
-        )
-
-    def sampled(self, model: Link, positive: Link, negative: Link, latent: Link, **changes: Any) -> Link:
-        """XFuser KSampler (Advanced)."""
-        values: dict[str, Any] = {
-            "add_noise": "enable",
-            "noise_seed": 1,
-            "steps": 20,
-            "cfg": 1.0,
-            "sampler_name": "euler",
-            "scheduler": "simple",
-            "start_at_step": 0,
-            "end_at_step": 10000,
-            "return_with_leftover_noise": "disable",
-            **changes,
-        }
-        return self.add(
-            "XFuserKSamplerAdvanced",
-            **values,
-            ray_actors=model,
-            positive=positive,
-            negative=negative,
-            latent_image=latent,
-        )
-
-    def custom(self, model: Link, positive: Link, negative: Link, latent: Link, *, sigmas: Link, cfg: float) -> Link:
-        """XFuser SamplerCustom."""
-        return self.add(
-            "XFuserSamplerCustom",
-            ray_actors=model,
-            add_noise=True,
-            noise_seed=1,
-            cfg=cfg,
-            positive=positive,
-            negative=negative,
-            sampler=self.add("KSamplerSelect", sampler_name="euler"),
-            sigmas=sigmas,
-            latent_image=latent,
-        )
-
-    def decoded(self, model: Link, latent: Link, file: str, **changes: Any) -> Link:
-        """Distributed VAE (Ray)."""
-        values: dict[str, Any] = {
-            "vae_dtype": "auto",
-            "tile_size": 512,
-            "overlap": 64,
-            "temporal_size": 64,
-            "temporal_overlap": 8,
-        }
-        return self.add(
-            "RayVAEDecodeDistributed",
-            ray_actors=model,
-            samples=latent,
-            vae_name=file,
-            **values,
-            release_vae=True,
-            **changes,
-        )
-
-    def video(self, images: Link, fps: float, **more: Any) -> None:
-        """Create and save a video."""
-        made = self.add("CreateVideo", images=images, fps=fps, **more)
-        self.add("SaveVideo", video=made, filename_prefix="raylight", format="auto", codec="auto")
-
-    def picture(self, images: Link) -> None:
-        """Save pictures."""
-        self.add("SaveImage", images=images, filename_prefix="raylight")
 
 
 def _demo(p: Prompt, model: Link) -> None:
@@ -343,6 +233,24 @@ def ltx2_chunked(p: Prompt) -> None:
     p.video(images, float(rate), audio=p.add("LTXVAudioVAEDecode", samples=[parts[0], 1], audio_vae=sound))
 
 
+def krea2_turbo(p: Prompt) -> None:
+    """Krea 2 Turbo on two GPUs: eight steps, no negative prompt.
+
+    - `models/diffusion_models/krea2_turbo_fp8_scaled.safetensors`
+    - `models/text_encoders/qwen3vl_4b_fp8_scaled.safetensors`
+    - `models/vae/qwen_image_vae.safetensors`
+
+    Needs ComfyUI 0.33.0 or newer.
+    """
+    model = p.model(p.pool(), "krea2_turbo_fp8_scaled.safetensors")
+    clip = p.add("CLIPLoader", clip_name="qwen3vl_4b_fp8_scaled.safetensors", type="krea2", device="default")
+    positive = p.add("CLIPTextEncode", "Prompt", text=SCENE, clip=clip)
+    negative = p.add("ConditioningZeroOut", conditioning=positive)
+    latent = p.add("EmptySD3LatentImage", width=1024, height=1024, batch_size=1)
+    sampled = p.sampled(model, positive, negative, latent, steps=8)
+    p.picture(p.decoded(model, sampled, "qwen_image_vae.safetensors"))
+
+
 def hunyuan_video15(p: Prompt) -> None:
     """HunyuanVideo 1.5, text to video, on two GPUs.
 
@@ -464,6 +372,8 @@ EXAMPLES: Mapping[str, Callable[[Prompt], None]] = {
         qwen_image_lora,
         z_image_turbo,
         ltx2_chunked,
+        *OF_H3,
+        krea2_turbo,
         hunyuan_video15,
         sdxl_cfg,
         data_parallel_seeds,
@@ -472,8 +382,12 @@ EXAMPLES: Mapping[str, Callable[[Prompt], None]] = {
     )
 }
 
-NEWER: Mapping[str, tuple[int, int]] = {"ltx2_chunked": (0, 8)}
-"""Examples that the oldest ComfyUI lacks nodes for: the first version that has them, which their notes name."""
+NEWER: Mapping[str, tuple[int, int]] = {
+    "ltx2_chunked": (0, 8),
+    "krea2_turbo": (0, 33),
+    **{example.__name__: (0, 33) for example in OF_H3},
+}
+"""Examples that the oldest ComfyUI cannot run: the first version that does, which their notes name."""
 
 
 def built(name: str) -> dict[str, dict[str, Any]]:
