@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import comfy.model_patcher
 import torch
 from torch import nn
 
+from ..loaders.quants import dequantise
 from ..loaders.source import Source
 from ..raylight.config import ModelSpec
-from .adopt import adopt
+from .adopt import Home, adopt
+from .gguf_ops import BlockPatch, Blocks
 from .loading import normal_tensors
+from .mapped_patcher import is_blocks, patch_dtype
 from .messages import PREFIX
+
+CPU = torch.device("cpu")
+Patches = Callable[[], Mapping[str, list[Any]]]
+"""Says which patches the weights have at the moment, by key."""
 
 
 def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
@@ -27,16 +36,28 @@ def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
 
 
 class Layers:
-    """The diffusion model of a file, whose memory its weights are: what is not used is not read. They have no patches.
+    """The diffusion model of a file, whose memory its weights are: what is not used is not read.
+
+    A weight that is patched at the moment is what ComfyUI's patcher makes of it, and is made whenever it is read, since
+    all of them would be another copy of the model. One that is not is the file's memory.
 
     Raises:
         LoadError: the file changed.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, link: Any) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, link: Any, patches: Patches) -> None:
         with normal_tensors():
-            self.model = marked(adopt(Source.of(spec), spec, dtype).patcher.model.diffusion_model, spec, link)
+            adopted = adopt(Source.of(spec), spec, dtype)
+        self.model = marked(adopted.patcher.model.diffusion_model, spec, link)
         self._classes = {name: type(module) for name, module in self.model.named_modules()}
+        by_module: dict[nn.Module, dict[str, _Weight]] = {}
+        for key, home in adopted.homes.items():
+            weight = _Blocks if is_blocks(home) else _Weight
+            by_module.setdefault(home.module, {})[home.name] = weight(key, home, spec, dtype)
+        for module, weights in by_module.items():
+            module.__dict__["_parameters"] = _Parameters(module._parameters, weights, patches)
+            if getattr(module, "quant", ""):
+                module.quant = ""  # type: ignore[assignment]  # to itself it has a plain weight
 
     def replaced(self) -> Iterator[tuple[str, object]]:
         """What has been put in the place of modules, of their classes and of their methods, by its dotted name."""
@@ -56,3 +77,102 @@ def place_of(value: object) -> tuple[Any, ...] | None:
     """The spec and name of a module of a diffusion model on the pool; None for all others."""
     place: tuple[Any, ...] | None = vars(value).get("raylight_place") if isinstance(value, nn.Module) else None
     return place
+
+
+class _Parameters(dict[str, Any]):
+    """The parameters of a module, each as it is at the moment when it is read."""
+
+    def __init__(self, bare: Mapping[str, Any], weights: Mapping[str, _Weight], patches: Patches) -> None:
+        super().__init__(bare)
+        self._weights = weights
+        self._patches = patches
+
+    def __getitem__(self, name: str) -> Any:
+        bare = super().__getitem__(name)
+        weight = self._weights.get(name)
+        if weight is None:
+            return bare
+        patches = self._patches().get(weight.key)
+        return weight.patched(patches) if patches else weight.bare
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        return ((name, self[name]) for name in self)
+
+    def __reduce__(self) -> Any:
+        """A copy is of what it is at the moment."""
+        return dict, (dict(self.items()),)
+
+
+class _Weight:
+    """A parameter of a layer.
+
+    Attributes:
+        key: in the BaseModel.
+        bare: without patches.
+    """
+
+    def __init__(self, key: str, home: Home, spec: ModelSpec, dtype: torch.dtype) -> None:
+        self.key = key
+        self.bare: torch.Tensor = home.parameter
+        self._name = home.name
+        self._dtype = home.dtype
+        # as the layer is before its parameters are others when they are read
+        self._module = copy.copy(home.module)
+        self._module.__dict__["_parameters"] = dict(home.module._parameters)
+
+    def patched(self, patches: list[Any]) -> torch.Tensor:
+        """What ComfyUI's patcher makes of it."""
+        with normal_tensors():
+            layer = copy.copy(self._module)
+            layer.__dict__["_parameters"] = dict(self._module._parameters)
+            if self._dtype is not None:
+                layer._parameters[self._name] = nn.Parameter(self.bare.to(self._dtype), requires_grad=False)
+            # under its own key, which stochastic rounding begins with
+            patcher = comfy.model_patcher.ModelPatcher(_alone(layer, self.key.split(".")[:-1]), CPU, CPU)
+            patcher.patches = {self.key: patches}
+            patcher.patch_weight_to_device(self.key)
+            found: torch.Tensor = getattr(layer, self._name)
+            return found
+
+
+class _Blocks(_Weight):
+    """One of a GGUF file, quantised: with the weight's shape and type, and dequantised by what computes with it."""
+
+    def __init__(self, key: str, home: Home, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__(key, home, spec, dtype)
+        layer: Any = home.module
+        self.bare = _Dequantised(home.tensor, layer.quant, layer.whole_shape, dtype)
+        vars(self.bare).update(vars(home.parameter))  # what it is on the workers
+        self._computed = patch_dtype(spec)
+
+    def patched(self, patches: list[Any]) -> torch.Tensor:
+        with normal_tensors():
+            return BlockPatch(self.key, patches, self._computed)(self.bare.clone())
+
+
+class _Dequantised(Blocks):
+    """Blocks that say the type they are dequantised to."""
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor, quant: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Dequantised:
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=raw.device)
+        made.raw, made.quant = raw, quant
+        return made
+
+    def whole(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return dequantise(self.raw, self.quant, tuple(self.shape), dtype=dtype or self.dtype)
+
+
+def _alone(layer: nn.Module, path: list[str]) -> nn.Module:
+    """A model in which there is nothing but a layer, at its place."""
+    for name in reversed(path):
+        outer = nn.Module()
+        outer.add_module(name, layer)
+        layer = outer
+    return layer

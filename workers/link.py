@@ -323,10 +323,8 @@ def _patches(patcher: Any) -> Patches:
         for name, value in patcher.object_patches.items()
         if name.startswith(PREFIX) or name in CARRIED_OBJECTS
     }
-    weights = {name: list(value) for name, value in patcher.patches.items() if name.startswith(PREFIX)}
+    weights = weight_patches(patcher)
     hooks = patcher.current_hooks.hooks if patcher.current_hooks else []
-    for name, value in patcher.get_combined_hook_patches(patcher.current_hooks).items():
-        weights[name] = weights.get(name, []) + list(value)
     if not (weights or objects or patcher.force_cast_weights):
         return Patches()
     fingerprint = (
@@ -336,6 +334,14 @@ def _patches(patcher: Any) -> Patches:
         *(part for hook in hooks for part in (hook.hook_ref, hook.strength)),
     )
     return Patches(fingerprint=fingerprint, weights=weights, objects=objects, force_cast=patcher.force_cast_weights)
+
+
+def weight_patches(patcher: Any) -> dict[str, list[Any]]:
+    """The weight patches of a patcher with those of the hooks it has at the moment, by key."""
+    weights = {name: list(value) for name, value in patcher.patches.items() if name.startswith(PREFIX)}
+    for name, value in patcher.get_combined_hook_patches(patcher.current_hooks).items():
+        weights[name] = weights.get(name, []) + list(value)
+    return weights
 
 
 def _changes(calls: Iterable[Call]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 
 from ..loaders.source import Source
 from ..loaders.staging import Engine, Piece, engine_for, upload
+from ..raylight.config import ModelSpec
 from .adopt import Home, address, parts
 from .gguf_ops import BlockPatch
 from .loading import normal_tensors
@@ -350,6 +351,13 @@ def device_bytes(home: Home) -> int:
 def _uploads(home: Home) -> bool:
     """Whether it is to be read from the file: it is at home, and one tensor."""
     return home.at_home and len(parts(home.tensor)) == 1
+
+
+def patch_dtype(spec: ModelSpec) -> torch.dtype | None:
+    """What patches of quantised blocks are computed in; None is the dtype that a weight computes in, for `target`."""
+    if not spec.patch_dtype:
+        return torch.float32
+    return None if spec.patch_dtype == "target" else getattr(torch, spec.patch_dtype)
 
 
 def is_blocks(home: Home) -> bool:

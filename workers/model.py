@@ -31,7 +31,7 @@ from .block_patcher import BLOCKS, BlockPatcher, Divided
 from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
-from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes
+from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
 from .messages import PREFIX, ModelFacts, ModelReport
 from .recorded import Recordings, Waits, by_itself, recordable
 
@@ -65,7 +65,7 @@ class WorkerModel:
         self._blocks = self._divided(adopted)
         inside = self._blocks.inside if self._blocks is not None else ()
         outside = {key: home for key, home in adopted.homes.items() if key not in inside}
-        self._weights = Weights(self.source, outside, _patch_dtype(spec))
+        self._weights = Weights(self.source, outside, patch_dtype(spec))
         found = adopted.patcher
         kind = MappedPatcher if self._blocks is None else BlockPatcher
         self._base = kind(found.model, found.load_device, found.offload_device)
@@ -420,10 +420,3 @@ class WorkerModel:
 def _of_diffusion(objects: Mapping[str, Any]) -> dict[str, Any]:
     """The object patches of the diffusion model, by their names in it."""
     return {name.removeprefix(PREFIX): value for name, value in objects.items() if name.startswith(PREFIX)}
-
-
-def _patch_dtype(spec: ModelSpec) -> torch.dtype | None:
-    """`target` is the dtype that a weight computes in: None here."""
-    if not spec.patch_dtype:
-        return torch.float32
-    return None if spec.patch_dtype == "target" else getattr(torch, spec.patch_dtype)

@@ -24,7 +24,7 @@ from ..raylight.errors import ConfigError
 from ..raylight.replaced import within
 from . import conds, cores, ghost, layers, lending, refusals, standing
 from .comfy_host import describe
-from .link import SETTINGS, ModelLink, interruptible, settings_of
+from .link import SETTINGS, ModelLink, interruptible, settings_of, weight_patches
 from .messages import PREFIX
 from .pool import HISTORY, Pool, acquire, close_all, shut_down
 from .transfer import FILE
@@ -162,7 +162,8 @@ class _RemoteModule(torch.nn.Module):
 
     Mixed in before the family's own class, so that the family's `forward` (its wrapper handling and argument
     order) and its weightless helpers run here unchanged, and `isinstance` holds. Attributes come from the ghost, layers
-    and tensors from a model that is mapped when the first of them is asked for: nodes patch, call and read them.
+    and tensors from a model that is mapped when the first of them is asked for: ComfyUI and nodes patch, call and
+    read them. They have the patches of the MODEL that samples.
     Whoever walks the model around this one, as ComfyUI does, finds none.
     """
 
@@ -211,8 +212,14 @@ class _RemoteModule(torch.nn.Module):
         if self._lent is not None:
             return self._lent
         if self._layers is None:
-            self.__dict__["_layers"] = layers.Layers(self.link.spec, self.dtype, self.link)
+            self.__dict__["_layers"] = layers.Layers(self.link.spec, self.dtype, self.link, self._patches)
         return self._layers.model
+
+    def _patches(self) -> dict[str, list[Any]]:
+        """The weight patches of the MODEL that samples; there are none between runs."""
+        owner = self._owner()
+        patcher = owner.current_patcher if owner is not None else None
+        return weight_patches(patcher) if patcher is not None else {}
 
     def refuse_strangers(self, patches: Collection[str]) -> None:
         """Refuse what nodes have put into the layers without a patch of it; it stays there, as in a plain model.
@@ -288,7 +295,8 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     module: Any = type(family.__name__, (_RemoteModule, family), {**methods, **names})
     instance: torch.nn.Module = module.__new__(module)
     torch.nn.Module.__init__(instance)
-    instance.__dict__.update(_ghost=shadow, _layers=None, _lent=None, _patching=False, link=link, dtype=dtype)
+    state = {"_ghost": shadow, "_layers": None, "_lent": None, "_patching": False, "_owner": base_ref}
+    instance.__dict__.update(state, link=link, dtype=dtype)
     return instance.eval()
 
 
