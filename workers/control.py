@@ -18,6 +18,7 @@ from .deferred import Evaluation
 from .lending import borrows
 from .link import ModelLink, interruptible
 from .remote import RemotePatcher, refer
+from .said import Told
 
 STOCK = "Use ComfyUI's Load ControlNet Model: it runs in ComfyUI's process and works with models on the pool"
 
@@ -30,9 +31,11 @@ def load_control(config: PoolConfig, spec: ModelSpec) -> Any:
         UnsupportedError: a kind of ControlNet that needs the weights of the model it controls.
         WorkerError: the pool did not start, or a worker failed while loading.
     """
-    control = _built(spec)
+    told = Told()
+    with told.here(loading=True):
+        control = _built(spec)
     shadow = control.control_model
-    link = ControlLink(config, spec, shadow.dtype, refer)
+    link = ControlLink(config, spec, shadow.dtype, refer, told)
     link.load()
     control.control_model = _RemoteControl(shadow, link)
     control.control_model_wrapped = ControlPatcher(

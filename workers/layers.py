@@ -18,6 +18,7 @@ from .gguf_ops import BlockPatch, Blocks
 from .loading import normal_tensors
 from .mapped_patcher import is_blocks, patch_dtype
 from .messages import PREFIX
+from .said import Told
 
 CPU = torch.device("cpu")
 Patches = Callable[[], Mapping[str, list[Any]]]
@@ -46,14 +47,14 @@ class Layers:
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, link: Any, patches: Patches) -> None:
-        with normal_tensors():
+        with normal_tensors(), link.told.here(loading=True):
             adopted = adopt(Source.of(spec), spec, dtype)
         self.model = marked(adopted.patcher.model.diffusion_model, spec, link)
         self._classes = {name: type(module) for name, module in self.model.named_modules()}
         by_module: dict[nn.Module, dict[str, _Weight]] = {}
         for key, home in adopted.homes.items():
-            weight = _Blocks if is_blocks(home) else _Weight
-            by_module.setdefault(home.module, {})[home.name] = weight(key, home, spec, dtype)
+            weight = _Blocks(key, home, link.told, spec, dtype) if is_blocks(home) else _Weight(key, home, link.told)
+            by_module.setdefault(home.module, {})[home.name] = weight
         for module, weights in by_module.items():
             module.__dict__["_parameters"] = _Parameters(module._parameters, weights, patches)
             if getattr(module, "quant", ""):
@@ -96,7 +97,10 @@ class _Parameters(dict[str, Any]):
         return weight.patched(patches) if patches else weight.bare
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
     def values(self) -> Any:
         return [self[name] for name in self]
@@ -117,9 +121,10 @@ class _Weight:
         bare: without patches.
     """
 
-    def __init__(self, key: str, home: Home, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(self, key: str, home: Home, told: Told) -> None:
         self.key = key
-        self.bare: torch.Tensor = home.parameter
+        self._told = told
+        self.bare: Any = home.parameter
         self._name = home.name
         self._dtype = home.dtype
         # as the layer is before its parameters are others when they are read
@@ -128,7 +133,7 @@ class _Weight:
 
     def patched(self, patches: list[Any]) -> torch.Tensor:
         """What ComfyUI's patcher makes of it."""
-        with normal_tensors():
+        with normal_tensors(), self._told.here(loading=False):
             layer = copy.copy(self._module)
             layer.__dict__["_parameters"] = dict(self._module._parameters)
             if self._dtype is not None:
@@ -144,16 +149,16 @@ class _Weight:
 class _Blocks(_Weight):
     """One of a GGUF file, quantised: with the weight's shape and type, and dequantised by what computes with it."""
 
-    def __init__(self, key: str, home: Home, spec: ModelSpec, dtype: torch.dtype) -> None:
-        super().__init__(key, home, spec, dtype)
+    def __init__(self, key: str, home: Home, told: Told, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__(key, home, told)
         layer: Any = home.module
         self.bare = _Dequantised(home.tensor, layer.quant, layer.whole_shape, dtype)
         vars(self.bare).update(vars(home.parameter))  # what it is on the workers
         self._computed = patch_dtype(spec)
 
     def patched(self, patches: list[Any]) -> torch.Tensor:
-        with normal_tensors():
-            return BlockPatch(self.key, patches, self._computed)(self.bare.clone())
+        with normal_tensors(), self._told.here(loading=False):
+            return BlockPatch(self.key, patches, self._computed)(self.bare.whole())
 
 
 class _Dequantised(Blocks):

@@ -50,9 +50,11 @@ def _weights(patcher: Any) -> Iterator[None]:
     source = Source.of(spec)
     if source.header.format == "gguf":
         _refuse(f"those of {os.path.basename(spec.path)} are quantised blocks")
-    with normal_tensors():
+    told = stand_in.link.told
+    with normal_tensors(), told.here(loading=True):
         adopted = adopt(source, spec, stand_in.dtype)
-        adopted.patcher.patches = patcher.patches
+    adopted.patcher.patches = patcher.patches
+    with normal_tensors(), told.here(loading=False):
         for key in patcher.patches:
             home = adopted.homes.get(key)
             if home is None:

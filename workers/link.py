@@ -25,6 +25,7 @@ from .lanes import Lanes
 from .messages import PREFIX, LoadRequest, ModelFacts
 from .pool import REGISTRY, Pool, acquire
 from .replica import Call, Patches, Run, Traffic, on_options
+from .said import Told
 from .transfer import CPU, Reference
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class ModelLink:
     Args:
         dtype: what plain ComfyUI keeps the weights in.
         refer: names live objects that the workers have their own of (see transfer.Encoder).
+        told: what ComfyUI's log has of the model.
         replica: which data-parallel replica of the pool answers.
 
     Attributes:
@@ -70,10 +72,11 @@ class ModelLink:
     KIND: ClassVar[Literal["diffusion", "control"]] = "diffusion"
 
     def __init__(
-        self, config: PoolConfig, spec: ModelSpec, dtype: torch.dtype, refer: Reference, *, replica: int = 0
+        self, config: PoolConfig, spec: ModelSpec, dtype: torch.dtype, refer: Reference, told: Told, *, replica: int = 0
     ) -> None:
         self.config = config
         self.spec = spec
+        self.told = told
         self.replica = replica
         self._dtype = dtype
         self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."), kind=self.KIND)
@@ -89,7 +92,9 @@ class ModelLink:
         if replica == self.replica:
             return self
         if replica not in self._others:
-            self._others[replica] = type(self)(self.config, self.spec, self._dtype, self._refer, replica=replica)
+            self._others[replica] = type(self)(
+                self.config, self.spec, self._dtype, self._refer, self.told, replica=replica
+            )
         return self._others[replica]
 
     def lanes(self) -> Lanes:
@@ -203,7 +208,8 @@ class ModelLink:
             groups = self._groups()
             groups.pool.agree_on(self.spec, _lanes(groups.pool).call_groups)
             with standing.explaining():
-                groups.load(self._request, self)
+                facts = groups.load(self._request, self)
+            self.told.say(facts[0].said, loading=True)
             return groups
 
     @contextlib.contextmanager
@@ -290,6 +296,7 @@ class ModelLink:
             numerics=numerics.take(),
             controls=tuple(self._checked(control) for control in {control for _, control in sources}),
             device=inputs[0].device if inputs else CPU,
+            told=self.told,
         )
 
     def _checked(self, control: ModelLink) -> ModelLink:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch
 from ..loaders.source import Source
 from ..raylight.errors import LoadError
 from .remote import FILE_ATTRIBUTE, RemotePatcher, on_pool
+from .said import kept_back
 
 log = logging.getLogger(__name__)
 
 APPLIED = "raylight_loras"
 """Key of the patcher's attachment that holds the LoRAs it has, in order."""
+WITHOUT_VALUES = re.compile(r"\bmeta\b", re.IGNORECASE)
+"""In what torch says where a tensor has no values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,7 @@ def _with_lora(patcher: RemotePatcher, lora: Lora) -> RemotePatcher:
     clone: RemotePatcher = patcher.clone()
     if lora.strength == 0:
         return clone
+    before = {key: len(patches) for key, patches in clone.patches.items()}
     tensors = comfy.lora_convert.convert_lora(_tensors(lora.path))
     keys = comfy.lora.model_lora_keys_unet(clone.model, {})
     loaded = comfy.lora.load_lora(tensors, keys, log_missing=False)
@@ -70,16 +75,47 @@ def _with_lora(patcher: RemotePatcher, lora: Lora) -> RemotePatcher:
             f"none of its {len(tensors)} tensors belongs to a weight of {type(clone.model).__name__}",
             "Choose a LoRA that was made for this family of models",
         )
+    misfits = list(_misfits(clone, before))
+    if len(misfits) == len(matched):
+        raise LoadError(
+            f"The LoRA {name} does not fit this model",
+            f"the {len(matched)} weights of {type(clone.model).__name__} that it names have other shapes: {misfits[0]}",
+            "Choose a LoRA that was made for this model, and not for a larger or smaller one of its family",
+        )
     unused = len(tensors) - len(_used(tensors, loaded))
-    if unused:
+    if unused or misfits:
         log.warning(
-            "LoRA %s fits in part: %d weights of the model are patched, %d of its %d tensors are not used",
+            "LoRA %s fits in part: %d weights of the model are patched, %d of its %d tensors are not used%s",
             name,
-            len(matched),
+            len(matched) - len(misfits),
             unused,
             len(tensors),
+            f", and {len(misfits)} patches do not fit their weights: {misfits[0]}" if misfits else "",
         )
     return clone
+
+
+def _misfits(patcher: RemotePatcher, before: Mapping[str, int]) -> Iterator[str]:
+    """What ComfyUI says of the patches that do not fit their weights, one for each.
+
+    It applies them to tensors without values. Where it would need these, a worker is the first to know.
+
+    Args:
+        before: how many patches of each weight, by key, are not asked about.
+    """
+    for key, patches in patcher.patches.items():
+        known = before.get(key, 0)
+        if known == len(patches):
+            continue
+        weight = torch.empty(patcher.shape_of(key), device="meta")
+        for number, patch in enumerate(patches):
+            with kept_back() as lines:
+                try:
+                    weight = comfy.lora.calculate_weight([patch], weight, key)
+                except RuntimeError as error:  # of a patch that sets the weight; sampling will end with it
+                    lines.append((logging.ERROR, str(error)))
+            if number >= known and lines and not WITHOUT_VALUES.search(lines[0][1].replace(key, "")):
+                yield lines[0][1]
 
 
 def _tensors(path: str) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from ..raylight.errors import RaylightError
+from .said import Said
 from .transfer import Parcel
 
 PREFIX = "diffusion_model."
@@ -92,7 +93,8 @@ class ModelFacts:
     """What a worker says of a model it loaded.
 
     `bytes` is what the weights occupy on `device`, whose `uuid` is "" on a CPU. `weights` says where they are and
-    what they take, `advice` what the user should change where they do not fit.
+    what they take, `advice` what the user should change where they do not fit. `said` is what ComfyUI's code has
+    warned of meanwhile.
     """
 
     family: str
@@ -101,13 +103,15 @@ class ModelFacts:
     uuid: str
     weights: str = ""
     advice: str = ""
+    said: tuple[Said, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
     """What a worker holds of a model: bytes of its weights, of those on the device, number of patches, settings.
 
-    `weights` says where they are between their uses, and what they take; `recorded` how many calls of it are.
+    `weights` says where they are between their uses, and what they take; `recorded` how many calls of it are;
+    `warnings` how often ComfyUI's code has warned while it was loaded and given its patches.
     """
 
     path: str
@@ -118,6 +122,7 @@ class ModelReport:
     settings: WorkerSettings
     weights: str
     recorded: int
+    warnings: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +181,8 @@ class ForwardReply:
 
     `seconds` is the model's own time in the call, `waiting` the part of it inside collectives; on an
     accelerator, the time to queue its work. `advice` is what the user should know of it, "" for nothing. `waits`
-    says that its device waits for Python, which a recorded call would not.
+    says that its device waits for Python, which a recorded call would not. `said` is what ComfyUI's code has warned of
+    since the last answer, lines that are known of the model's patches apart.
     """
 
     output: Parcel | None
@@ -185,6 +191,7 @@ class ForwardReply:
     waiting: float
     advice: str = ""
     waits: bool = False
+    said: tuple[Said, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ class Failure:
 
     `error` is the exception itself where it is one of ours. `collectives` counts the collectives the
     rank had entered: equal counts on all ranks of a request mean that nobody waits for anybody. `links` are those of
-    its Standing.
+    its Standing, `said` is what ForwardReply has.
     """
 
     kind: str
@@ -243,6 +250,7 @@ class Failure:
     collectives: int
     error: RaylightError | None = None
     links: tuple[str, ...] = ()
+    said: tuple[Said, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
 from .messages import PREFIX, ModelFacts, ModelReport
 from .recorded import Recordings, Waits, by_itself, recordable
+from .said import Said
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class WorkerModel:
             self._base.set_attachments(BLOCKS, Divided(self._blocks, adopted.homes))
         self.patcher = self._base
         self.state = ""
+        self._said: dict[bool, set[Said]] = {True: set(), False: set()}  # whether while loading
         self._lacking = ""
         self._settings = WorkerSettings()
         self._objects: dict[str, Any] = {}
@@ -165,6 +167,7 @@ class WorkerModel:
         self._objects = objects
         self.patcher = patcher
         self.state = state
+        self._said[False].clear()
         self._patch_objects()
 
     def settle(self, settings: WorkerSettings) -> bool:
@@ -340,7 +343,18 @@ class WorkerModel:
             settings=self._settings,
             weights=self.described(),
             recorded=self._recordings.count if self._recordings is not None else 0,
+            warnings=sum(map(len, self._said.values())),
         )
+
+    def new(self, lines: Iterable[Said], *, loading: bool = False) -> tuple[Said, ...]:
+        """Those lines of ComfyUI's code that are new: weights that are patched when they are used say them each time.
+
+        Args:
+            loading: they are of the file, and not of patches.
+        """
+        found = dict.fromkeys(line for line in lines if not any(line in known for known in self._said.values()))
+        self._said[loading].update(found)
+        return tuple(found)
 
     def predicted(self, machine: cost.Machine | None) -> float:
         """Predicted speed-up of the last call over one worker; 0 where nothing is known of it.

@@ -780,6 +780,8 @@ class Pool:
     def _raise(self, groups: Sequence[dict[int, Failure]], counts: Sequence[int], verb: str) -> None:
         """Everybody answered, some with failures: decide what it means."""
         failures = {rank: failure for group in groups for rank, failure in group.items()}
+        for level, text in failures[min(failures)].said:
+            logging.getLogger().log(level, text)
         for group, count in zip(groups, counts, strict=True):
             same_point = len({failure.collectives for failure in group.values()}) <= 1
             if len(group) not in (0, count) or not same_point:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import comfy.model_base
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.utils
 import torch
 from comfy import model_management
 
@@ -27,6 +28,7 @@ from .comfy_host import describe
 from .link import SETTINGS, ModelLink, interruptible, settings_of, weight_patches
 from .messages import PREFIX
 from .pool import HISTORY, Pool, acquire, close_all, shut_down
+from .said import Told
 from .transfer import FILE
 
 log = logging.getLogger(__name__)
@@ -44,12 +46,14 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
         UnsupportedError: the family has no plan and the pool divides sequences. Nothing was loaded then.
         WorkerError: the pool did not start, or a worker failed while loading.
     """
-    model, state = ghost.build(spec)
+    told = Told()
+    with told.here(loading=True):
+        model, state = ghost.build(spec)
     if config.parallel.needs_plan:
         with standing.explaining():
             plan_for(model.diffusion_model)
     dtype = model.get_dtype()
-    link = ModelLink(config, spec, dtype, refer)
+    link = ModelLink(config, spec, dtype, refer, told)
     facts = link.load()[0]
     log.info("%s on %s: %s", os.path.basename(spec.path), facts.device, facts.weights)
     if facts.advice:
@@ -196,6 +200,11 @@ class _RemoteModule(torch.nn.Module):
     def __deepcopy__(self, memo: Any) -> NoReturn:
         refusals.refuse_copying()
 
+    @property
+    def ghost(self) -> torch.nn.Module:
+        """The model that has all names and shapes, and no values."""
+        return self._ghost
+
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
         """ComfyUI applies object patches meanwhile, which workers have as well."""
@@ -316,6 +325,11 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         link: ModelLink = self.model.diffusion_model.link
         return link
 
+    def shape_of(self, key: str) -> torch.Size:
+        """The unpatched shape of a weight by its key."""
+        shape: torch.Size = comfy.utils.get_attr(self.model.diffusion_model.ghost, key.removeprefix(PREFIX)).shape
+        return shape
+
     def at(self, replica: int) -> RemotePatcher:
         """A clone of this MODEL on a replica of its pool: the same patches and options on a model of its own."""
         clone: RemotePatcher = self.clone()
@@ -374,6 +388,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             refusals.refuse_another_device()
         refusals.check(self)
         self.model.diffusion_model.refuse_strangers(self.object_patches)
+        self.link.told.patched(self.patches_uuid)
         super().pre_run()
 
     def cleanup(self) -> None:

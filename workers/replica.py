@@ -16,6 +16,7 @@ from ..raylight import cfg
 from ..raylight.config import ModelSpec, WorkerSettings
 from .arena import Arena
 from .messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest
+from .said import Told
 from .transfer import CPU, Encoder, Reference, Shelf
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Call:
         numerics: how this process's torch sums products when the call is made.
         controls: links to the ControlNets that its arguments are to come from.
         device: where its output is to be.
+        told: what ComfyUI's log has of the model.
     """
 
     spec: ModelSpec
@@ -69,6 +71,7 @@ class Call:
     around: tuple[Callable[..., Any], ...] = ()
     controls: tuple[Any, ...] = ()
     device: torch.device = CPU
+    told: Told = field(default_factory=Told)
 
 
 @dataclass
@@ -255,6 +258,7 @@ class Replica:
         traffic.worker_seconds += max(reply.seconds for reply in replies)
         traffic.collective_seconds += max(reply.waiting for reply in replies)
         traffic.bytes_sent, traffic.bytes_held = self._encoder.bytes_sent, self._encoder.bytes_held
+        call.told.say(first.said, loading=False)
         says = self._ranks[0] == 0  # every cfg group has the same tokens: one of them says it
         if first.advice and says and first.advice not in self._told:
             self._told.add(first.advice)

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from .messages import (
     WorkerReport,
 )
 from .model import WorkerModel
+from .said import Heard, Said
 from .transfer import FILE, Decoder, Parcel
 from .vae_messages import DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
 from .vaes import WorkerVAEs
@@ -79,6 +80,9 @@ class Runner:
         self._ready: dict[ModelSpec, _Ready] = {}
         self._functions: dict[int, Callable[..., Any]] = {}
         self._last: ModelSpec | None = None  # the model of the last forward
+        self._patching: WorkerModel | None = None  # whose patches are applied in the request at hand
+        self.heard = Heard()
+        """What ComfyUI's code says during the request at hand."""
         self._files = OpenFiles()
         self._decoder = Decoder(self._resolve, model_management.get_torch_device())
         self._here: dict[ModelSpec, ModelSpec] = {}  # the driver's files, as this machine has them
@@ -106,6 +110,12 @@ class Runner:
         """Where this rank is; asked by other threads while it works."""
         mesh, watch = self._mesh, self._link_watch
         return Standing(waits=mesh.waits if mesh else 0.0, links=watch.dead if watch else ())
+
+    def said(self) -> tuple[Said, ...]:
+        """What ComfyUI's code has said since the last answer, without what is known of the model's patches."""
+        lines, model = self.heard.take(), self._patching
+        self._patching = None
+        return tuple(lines) if model is None else model.new(lines)
 
     def open_store(self, host: str, port: int, timeout: float) -> int:
         """Start the rendezvous store of several machines on `host`; returns its port.
@@ -191,12 +201,14 @@ class Runner:
     def load(self, request: LoadRequest) -> ModelFacts:
         """Load a model, or say what is known of it where it is already here."""
         spec = request.spec
+        said: tuple[Said, ...] = ()
         if spec not in self._models:
             with normal_tensors():
                 found = self._on_this_machine(spec)
                 kind = WorkerControl if request.kind == "control" else WorkerModel
                 model = kind(found, getattr(torch, request.dtype), self.mesh, self._kernel)
             self._models[spec] = model
+            said = model.new(self.heard.take(), loading=True)
             if spec.reader == "map":
                 prefetch(
                     model.source.fd,
@@ -205,7 +217,7 @@ class Runner:
                     count=self._readers[1],
                     cancelled=self.wire.cancelled,
                 )
-        return self._models[spec].facts()
+        return replace(self._models[spec].facts(), said=said)
 
     def patch(self, request: PatchRequest) -> None:
         """Replace the weight and object patches of a model."""
@@ -224,7 +236,7 @@ class Runner:
 
     def forward(self, request: Forward) -> ForwardReply:
         """Run one method of the diffusion model."""
-        model = self._models[request.spec]
+        model = self._patching = self._models[request.spec]
         with torch.inference_mode():
             computed = Computed(self._evaluate, model_management.get_torch_device())
             args, kwargs = self._restore(self._decoder.decode(request.call), computed)
@@ -247,6 +259,7 @@ class Runner:
             model.note(queued, took, (args, kwargs))
             filled.check(held)
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
+        said = self.said()
         return ForwardReply(
             output=parcel,
             random=random_states.take() if request.random is not None and self._speaks else None,
@@ -254,6 +267,7 @@ class Runner:
             waiting=waited,
             advice=model.advice(self._machine) if self._speaks else "",
             waits=model.waits,
+            said=said if self._speaks else (),
         )
 
     def outline(self, spec: ModelSpec, arguments: Parcel) -> Any:

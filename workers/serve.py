@@ -63,7 +63,8 @@ def answer(request: Request, runner: Runner) -> Reply:
     try:
         if request.verb not in VERBS:
             raise AssertionError(f"unknown verb {request.verb!r}")
-        value: Any = getattr(runner, request.verb)(*request.arguments)
+        with runner.heard:
+            value: Any = getattr(runner, request.verb)(*request.arguments)
         return Reply(id=request.id, value=value)
     except Exception as error:
         log.debug("verb %s failed", request.verb, exc_info=True)
@@ -77,5 +78,6 @@ def answer(request: Request, runner: Runner) -> Reply:
                 collectives=runner.collectives,
                 error=ours,
                 links=runner.standing().links,
+                said=runner.said(),
             ),
         )

@@ -14,7 +14,7 @@ from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt
-from comfy_raylight.tests.host.prompts import SAVE, Case, PoolCase, plain, pool, with_gguf
+from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, SAVE, Case, PoolCase, plain, pool, with_gguf
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.files import is_linear, write_gguf
 from comfy_raylight.tests.weights.widening import write_widening
@@ -49,9 +49,10 @@ WIDENED = {
 
 @dataclasses.dataclass(frozen=True)
 class Wide:
-    """A sampling with a picture in its conditioning, and the LoRA that widens its model for it."""
+    """A sampling with a picture in its conditioning, the same without the LoRA, and the LoRA that widens the model."""
 
     case: Case
+    bare: Case
     lora: str
 
 
@@ -73,11 +74,12 @@ def wide(server: ComfyServer, comfy_root: Path) -> Any:
             _, whole = write_gguf(path, file, quant, quantised=lambda key, value: key == too or is_linear(key, value))
             path = path.with_name(f"wide-{name}-{quant}-whole.safetensors")
             save_file(whole, path)
-        inputs = families.FAMILIES[name].inputs
+        bare = dataclasses.replace(families.case(name), file=path.name, sampling="KSamplerAdvanced")
         image = {"concat_latent_image": {"randn": [1, *what.image]}}
-        inputs = dataclasses.replace(inputs, extras={**inputs.extras, **image})
-        case = dataclasses.replace(families.case(name), file=path.name, inputs=inputs, sampling="KSamplerAdvanced")
-        return Wide(case, lora)
+        wanted = dataclasses.replace(bare.inputs, extras={**bare.inputs.extras, **image})
+        # where the family has none of its own, the picture is there and has no channels to go to
+        unused = dataclasses.replace(bare.inputs, extras={**image, **bare.inputs.extras})
+        return Wide(dataclasses.replace(bare, inputs=wanted), dataclasses.replace(bare, inputs=unused), lora)
 
     return make
 
@@ -122,13 +124,33 @@ def test_widened(result: Run, wide: Any, name: str, quant: str, where: PoolCase)
     chain = [(given.lora, 0.8)]
 
     def pooled(*, core: bool, loras: list[tuple[str, float]]) -> Prompt:
-        prompt = pool(given.case, dataclasses.replace(where, through_model=core))
+        prompt = pool(given.case if loras else given.bare, dataclasses.replace(where, through_model=core))
         add = with_stock_loras(prompt, loras, output=1) if core else with_ray_loras(prompt, loras, both_ways=False)
         return with_gguf(add, given.case.file.replace("-whole.safetensors", ".gguf")) if quant else add
 
     expected = result(with_stock_loras(plain(given.case), chain))
-    bare = result(plain(given.case))
+    bare = result(plain(given.bare))
     assert apart(expected, bare) > EFFECT
     assert apart(result(pooled(core=False, loras=chain)), expected) <= FP32
     assert apart(result(pooled(core=False, loras=[])), bare) <= FP32
     assert apart(result(pooled(core=True, loras=chain)), expected) <= FP32
+
+
+def test_padded(result: Run, wide: Any) -> None:
+    """A node adds a difference that is larger than the weight; a merge with the model as it is widens it too."""
+    given: Wide = wide("wan")
+    wider = dataclasses.replace(given.case, model_nodes=(("RLTestInside", {"how": "padded"}),))
+    expected = result(plain(wider))
+    assert apart(expected, result(plain(given.bare))) > EFFECT
+    where = PoolCase(through_model=True)
+    assert apart(result(pool(wider, where)), expected) <= FP32
+    merged = []
+    for way, output in ((plain, 0), (lambda case: pool(case, where), 1)):
+        prompt = way(wider)
+        prompt["merge"] = {
+            "class_type": "ModelMergeSimple",
+            "inputs": {"model1": ["model0", 0], "model2": [LOADER, output], "ratio": 1.0},
+        }
+        prompt[SAMPLER]["inputs"]["model"] = ["merge", 0]
+        merged.append(result(prompt))
+    assert apart(merged[1], merged[0]) <= FP32

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..host.checkpoints import shapes
-
-if TYPE_CHECKING:
-    import torch
 
 RANK = 8
 

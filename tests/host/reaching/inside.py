@@ -137,6 +137,19 @@ def wrapped(model: Any, blocks: Blocks) -> None:
         block.ffn = torch.nn.Sequential(block.ffn)
 
 
+def padded(model: Any, blocks: Blocks) -> None:
+    """Gives the input layer twice the channels, by a difference that is larger than the weight."""
+    rows, columns, *kernel = model.model.diffusion_model.patch_embedding.weight.shape
+    diff = torch.randn(rows, 2 * columns, *kernel, generator=torch.Generator().manual_seed(4)) / 8
+    model.add_patches({"diffusion_model.patch_embedding.weight": ("diff", (diff, {"pad_weight": True}))}, 0.5)
+
+
+def strange(model: Any, blocks: Blocks) -> None:
+    """Patches of a kind that ComfyUI does not know."""
+    weights = [f"diffusion_model.{name}.ffn.0.weight" for name, _ in blocks]
+    model.add_patches({key: ("strange", (torch.ones(1),)) for key in weights})
+
+
 WAYS: Mapping[str, Callable[[Any, Blocks], None]] = {
     "louder": louder_blocks,
     "mixing": mixing_blocks,
@@ -149,6 +162,8 @@ WAYS: Mapping[str, Callable[[Any, Blocks], None]] = {
     "copied": copied,
     "assigned": assigned,
     "wrapped": wrapped,
+    "padded": padded,
+    "strange": strange,
 }
 
 
