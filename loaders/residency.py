@@ -28,16 +28,18 @@ class Leaf:
         host: its values, on the host and contiguous.
         dtype: what it is on the device.
         put: makes the module use a tensor in its place.
+        shape: what it is on the device, which a patch may have made another one than on the host.
     """
 
     host: torch.Tensor
     dtype: torch.dtype
     put: Callable[[torch.Tensor], None]
+    shape: torch.Size
 
     @property
     def nbytes(self) -> int:
         """On the device."""
-        return self.host.numel() * self.dtype.itemsize
+        return self.shape.numel() * self.dtype.itemsize
 
 
 class PackedBlock:
@@ -69,7 +71,7 @@ class PackedBlock:
 
     def point(self, whole: torch.Tensor) -> None:
         for leaf, start, size in zip(self.leaves, self.packing.starts, self.packing.sizes, strict=True):
-            leaf.put(whole[start : start + size].view(leaf.dtype).view(leaf.host.shape))
+            leaf.put(whole[start : start + size].view(leaf.dtype).view(leaf.shape))
 
     def release(self) -> None:
         for leaf, stub in zip(self.leaves, self._stubs, strict=True):
@@ -266,4 +268,4 @@ def _placeholder(leaf: Leaf, device: torch.device) -> torch.Tensor:
     # one byte has no room for a NaN that every kernel knows
     empty = float("nan") if leaf.dtype.is_floating_point and leaf.dtype.itemsize > 1 else 0
     with torch.inference_mode(False):
-        return torch.full((), empty, device=device).to(leaf.dtype).expand(leaf.host.shape)
+        return torch.full((), empty, device=device).to(leaf.dtype).expand(leaf.shape)

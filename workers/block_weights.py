@@ -176,7 +176,7 @@ class BlockWeights:
         changed = {index: parts(self._homes[key].parameter)[0].detach() for index, key in values.items()}
         leaves = list(self._plain[number].leaves)
         for index, tensor in changed.items():
-            leaves[index] = replace(leaves[index], dtype=tensor.dtype)
+            leaves[index] = replace(leaves[index], dtype=tensor.dtype, shape=tensor.shape)
         block = self._plain[number]
         if changed:
             block = PackedBlock(block.name, block.module, leaves, ranks=self._comm.size, device=self._device)
@@ -227,7 +227,7 @@ class BlockWeights:
             set_data(home.parameter, value)  # patches and moves replace it
 
         converted = self._device.type != "cpu" and len(parts(home.tensor)) == 1
-        return Leaf(tensor, (home.dtype if converted else None) or tensor.dtype, put)
+        return Leaf(tensor, (home.dtype if converted else None) or tensor.dtype, put, tensor.shape)
 
     def _prefetches(self, prefetch: str) -> bool:
         if prefetch != "auto":

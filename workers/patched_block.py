@@ -15,12 +15,13 @@ from .adopt import Home, parts
 class PatchedBlock(PackedBlock):
     """A block with patches: they are computed into the bytes that its weights were gathered into.
 
-    So a weight is what it is in a model that fits, quantised again if it was, and takes no memory beside the block.
+    So a weight is what it is in a model that fits, quantised again if it was, and takes no memory beside the block. One
+    whose shape the patches change has no room there, and is on its own while the block computes.
 
     Args:
         block: the same without patches.
         homes: of the parameters to patch, by key.
-        patch: makes a parameter, by its key, the patched one, of the same dtype and shape.
+        patch: makes a parameter, by its key, the patched one, of the same dtype.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class PatchedBlock(PackedBlock):
             self._bare.append((home, home.parameter))
             gathered = parts(home.parameter)[0]
             self._patch(key)
-            gathered.copy_(parts(home.parameter)[0])
-            set_data(home.parameter, gathered)
+            patched = parts(home.parameter)[0]
+            if patched.shape == gathered.shape:
+                gathered.copy_(patched)
+                set_data(home.parameter, gathered)
 
     def release(self) -> None:
         for home, parameter in self._bare:  # with the scale of the file, for the next time

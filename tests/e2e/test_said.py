@@ -47,6 +47,14 @@ def said(server: ComfyServer, client: ComfyClient, prompt: Prompt, pattern: str)
     return Counter(re.findall(pattern, server.log()[before:]))
 
 
+@pytest.fixture(scope="module")
+def expected(server: ComfyServer, client: ComfyClient) -> Counter[str]:
+    """What plain ComfyUI says of the LoRA that fits in part, when it patches the model."""
+    found = said(server, client, with_stock_loras(plain(SAMPLING), [(HALF, 0.6)]), MISFIT)
+    assert len(found) == BLOCKS and set(found.values()) == {1}
+    return found
+
+
 WHERE = [
     pytest.param(PoolCase(), "", id="resident"),
     pytest.param(PoolCase(workers=1), "", id="on one", marks=SLOW),
@@ -59,15 +67,14 @@ WHERE = [
 
 
 @pytest.mark.parametrize("where,quant", WHERE)
-def test_patches_that_do_not_fit(server: ComfyServer, client: ComfyClient, where: PoolCase, quant: str) -> None:
+def test_patches_that_do_not_fit(
+    server: ComfyServer, client: ComfyClient, expected: Counter[str], where: PoolCase, quant: str
+) -> None:
     """Core's node: each weight's line as in plain ComfyUI, whoever says it how often; the report has their number."""
-    chain = [(HALF, 0.6)]
-    expected = said(server, client, with_stock_loras(plain(SAMPLING), chain), MISFIT)
-    assert len(expected) == BLOCKS and set(expected.values()) == {1}
 
     def pooled(seed: int) -> Prompt:
         prompt = pool(dataclasses.replace(SAMPLING, seed=seed), dataclasses.replace(where, through_model=True))
-        prompt = with_stock_loras(prompt, chain, output=1)
+        prompt = with_stock_loras(prompt, [(HALF, 0.6)], output=1)
         return with_gguf(prompt, f"said-{quant}.gguf") if quant else prompt
 
     if quant:

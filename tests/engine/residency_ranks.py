@@ -84,7 +84,7 @@ def leaf_of(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -
     def put(tensor: torch.Tensor) -> None:
         parameter.data = tensor
 
-    return Leaf(parameter.data, parameter.dtype, put) if parameter.is_contiguous() else None
+    return Leaf(parameter.data, parameter.dtype, put, parameter.shape) if parameter.is_contiguous() else None
 
 
 @contextlib.contextmanager

@@ -141,8 +141,10 @@ def test_parts_make_the_block(ranks: int) -> None:
     tensors = [torch.randn(5, 7), torch.arange(34, dtype=torch.uint8), torch.randn(300).to(torch.float8_e4m3fn)]
     tensors += [torch.randn(1000, 3).bfloat16(), torch.tensor(2.5)]
     kept: dict[int, torch.Tensor] = {}
-    leaves = [Leaf(tensor, tensor.dtype, partial(kept.__setitem__, i)) for i, tensor in enumerate(tensors)]
-    leaves[0] = Leaf(tensors[0], torch.float64, leaves[0].put)
+    leaves = [
+        Leaf(tensor, tensor.dtype, partial(kept.__setitem__, i), tensor.shape) for i, tensor in enumerate(tensors)
+    ]
+    leaves[0] = Leaf(tensors[0], torch.float64, leaves[0].put, tensors[0].shape)
     block = PackedBlock("block", torch.nn.Identity(), leaves, ranks=ranks, device=torch.device("cpu"))
     whole = torch.full((block.packing.total,), 255, dtype=torch.uint8)
     other = torch.randn(300).to(torch.float8_e4m3fn)

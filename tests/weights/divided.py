@@ -49,6 +49,8 @@ FILES = (
     "IQ4_XS",
 )
 PATCHED = ("fp32", "bf16", "scaled", "layers", "comfy_quant", *KITCHEN, "Q8_0")
+WIDER = 5
+"""Number of the patch set that makes weights of blocks larger."""
 SLACK_BYTES = 2 << 20
 SETTLED_S = 20.0
 RANKS = (2, 3, 4)
@@ -98,7 +100,7 @@ class Story:
             write_adapter(bench.base, bench.path(), kind, seed=seed, part=part)
             for seed, (kind, part) in enumerate((("lora", "attn"), ("lora", "ffn"), ("diff", "blocks.1.")))
         ]
-        sets = [[], [(files[0], 0.7)], [(files[0], 0.7), (files[1], -0.5)], [(files[2], 0.5)], [(files[1], -0.5)]]
+        sets = [[], [(files[0], 0.7)], [(files[0], 0.7), (files[1], -0.5)], [(files[2], 0.5)], [(files[1], -0.5)], []]
         for name in names:
             if absent(name):
                 self.absent[name] = absent(name)
@@ -111,12 +113,27 @@ class Story:
                 plain = bench.plain(self.paths[name])
             model = bench.mapped(self.paths[name])
             for number, chain in enumerate(sets if name in PATCHED else sets[:1]):
-                wanted = patched(plain, *chain)
+                wanted = patched(plain, *chain) if number != WIDER else wider(plain)
                 self.plain[name, number] = bench.run(wanted)
                 self.patches[name, number] = wanted.patches
                 put(model, self.patches[name, number], number)
                 self.whole[name, number] = bench.run(model)
             model.close()
+
+
+def wider(patcher: Any) -> Any:
+    """A clone of a plain patcher whose feed forwards are wider."""
+    import torch
+
+    clone, generator = patcher.clone(), torch.Generator().manual_seed(3)
+    added = {"ffn.0.weight": (64, 0), "ffn.0.bias": (64,), "ffn.2.weight": (0, 64)}
+    for key, weight in patcher.model.named_parameters():
+        more = added.get(".".join(key.split(".")[-3:]))
+        if more is not None:
+            shape = [size + add for size, add in zip(weight.shape, more, strict=True)]
+            diff = torch.randn(shape, generator=generator) / shape[-1]
+            clone.add_patches({key: ("diff", (diff, {"pad_weight": True}))})
+    return clone
 
 
 def put(model: WorkerModel, patches: Any, number: int) -> None:
@@ -185,7 +202,7 @@ class Rank:
 
     def patches(self, name: str) -> None:
         story, model = self.story, self.model(name)
-        for number in (1, 2, 0, 3, 1, 4, 0):
+        for number in (1, 2, 0, 3, WIDER, 1, 4, 0):
             put(model, story.patches[name, number], number)
             got, wanted = run(model), story.whole[name, number]
             must(bool((got == wanted).all()), f"set {number} is {apart(got, wanted):.1e} off resident weights")
