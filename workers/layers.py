@@ -85,8 +85,13 @@ class _Parameters(dict[str, Any]):
 
     def __init__(self, bare: Mapping[str, Any], weights: Mapping[str, _Weight], patches: Patches) -> None:
         super().__init__(bare)
-        self._weights = weights
+        self._weights = dict(weights)
         self._patches = patches
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """What a node puts there, or has moved, is that."""
+        self._weights.pop(name, None)
+        super().__setitem__(name, value)
 
     def __getitem__(self, name: str) -> Any:
         bare = super().__getitem__(name)

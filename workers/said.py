@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 OURS = __name__.partition(".")[0]
+THEIRS = ("root", "comfy")
+"""How the names of the loggers of ComfyUI and its packages begin."""
 Said = tuple[int, str]
 """Level and text."""
 
 
 class Heard(logging.Handler):
-    """Warnings and errors of code that is not ours, in this thread and while it is entered."""
+    """Warnings and errors of ComfyUI's code, in this thread and while it is entered."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -21,7 +23,7 @@ class Heard(logging.Handler):
         self._thread = 0
 
     def __enter__(self) -> Heard:
-        self._thread = threading.get_ident()
+        self._thread, self._lines = threading.get_ident(), []
         logging.getLogger().addHandler(self)
         return self
 
@@ -29,11 +31,12 @@ class Heard(logging.Handler):
         logging.getLogger().removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread and record.name.partition(".")[0] != OURS:
+        theirs = record.name.startswith(THEIRS) and record.name.partition(".")[0] != OURS
+        if theirs and record.thread == self._thread:
             self._lines.append((record.levelno, record.getMessage()))
 
     def take(self) -> list[Said]:
-        """The lines since the last time."""
+        """The lines since it was entered, or since the last time."""
         found, self._lines = self._lines, []
         return found
 

@@ -363,6 +363,76 @@ def lora_hook_over_a_lora(bench: Bench, model: Model) -> torch.Tensor:
     return hooked(bench, bench.with_lora(model, 0.0, 0.5), keyframes=False)
 
 
+def control_lora() -> dict[str, torch.Tensor]:
+    """Has the input layer take a picture's channels beside the latent's."""
+    import torch
+
+    layer, (rows, columns, *kernel) = "diffusion_model.patch_embedding.", (256, 32, 1, 2, 2)
+    return {
+        layer + "lora_down.weight": noise(5, 8, columns, *kernel) / 8,
+        layer + "lora_up.weight": noise(6, rows, 8, 1, 1, 1) / 4,
+        layer + "reshape_weight": torch.tensor([rows, columns, *kernel]),
+    }
+
+
+def controlled(bench: Bench, model: Model, *, hook: bool = False) -> torch.Tensor:
+    import comfy.hooks
+    import comfy.sd
+
+    model = comfy.sd.load_lora_for_models(model, None, control_lora(), 0.8, 0.0)[0]
+    texts = {
+        name: conditioning(WAN, seed, concat_latent_image=noise(8, *WAN.shape))
+        for name, seed in (("positive", 1), ("negative", 2))
+    }
+    if hook:
+        hooks = comfy.hooks.create_hook_lora(bench.loras[0], 0.8, 0.0)
+        texts["positive"] = comfy.hooks.set_hooks_for_conditioning(texts["positive"], hooks)
+    return bench.picture(model, **texts)
+
+
+@check()
+def lora_that_widens_the_input(bench: Bench, model: Model) -> torch.Tensor:
+    return controlled(bench, model)
+
+
+@check(unlike=controlled)
+def lora_hook_over_one_that_widens_the_input(bench: Bench, model: Model) -> torch.Tensor:
+    return controlled(bench, model, hook=True)
+
+
+@check(unlike=one_lora)
+def patched_layer_that_is_called_beside_the_model(bench: Bench, model: Model) -> torch.Tensor:
+    """ComfyUI's process calls it, while the model has the LoRA."""
+    patched, found = bench.with_lora(model, 0.7), noise(6, 1, 3, 256)
+    layer = patched.model.diffusion_model.blocks[0].self_attn.q
+
+    def beside(call: Any, arguments: dict[str, Any]) -> Any:
+        output = call(arguments["input"], arguments["timestep"], **arguments["c"])
+        return output * (1 + layer(found).std())
+
+    patched.set_model_unet_function_wrapper(beside)
+    return bench.picture(patched)
+
+
+@fact
+def weights_between_runs(bench: Bench) -> None:
+    """A weight has the shape that a patch gives it while the model is sampled, and no longer."""
+    seen: list[tuple[int, ...]] = []
+
+    def weight() -> tuple[int, ...]:
+        return tuple(bench.far.model.diffusion_model.patch_embedding.weight.shape)
+
+    def look(arguments: dict[str, Any]) -> Any:
+        seen.append(weight())
+        return arguments["denoised"]
+
+    watched = bench.far.clone()
+    watched.set_model_sampler_post_cfg_function(look)
+    controlled(bench, watched)
+    must(set(seen) == {(256, 32, 1, 2, 2)}, f"the weight was {set(seen)} in the run")
+    must(weight() == (256, 16, 1, 2, 2), f"the weight is {weight()} afterwards")
+
+
 @check(unlike=lambda bench, model: both(one_lora(bench, model), bench.picture(model)))
 def patched_clone_beside_a_bare_one(bench: Bench, model: Model) -> torch.Tensor:
     patched = node("ModelSamplingSD3", model=bench.with_lora(model, 0.7), shift=5.0)
