@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import mmap
 import os
-import warnings
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -23,6 +23,9 @@ from .header import Entry, Header, read_header
 CHUNK_BYTES = 16 << 20
 """What one thread reads at a time: large enough for a disk or a network filesystem, small enough to share out."""
 READ_THREADS = 4
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Linux refuses a map with more pages that could be written than there is memory, unless it is told that few will be.
+Python has its name from 3.13 on."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,11 @@ class FileRef:
 
 
 class Source:
-    """A model file of which nothing is copied: `tensors` are read-only views of one shared map.
+    """A model file of which nothing is copied: `tensors` are views of a map of it.
 
-    The page cache is the host's only copy, whatever the number of processes that open the same file.
-    Tensors are never written: the map is read-only and a write would end the process.
+    The page cache is the host's only copy, whatever the number of processes that open the same file. Who writes into
+    a tensor gets pages of his own, of which the file and other processes see nothing; `writing` says so here, since
+    such a tensor is not the file's bytes any more.
 
     Args:
         path: a safetensors or GGUF file.
@@ -73,6 +77,7 @@ class Source:
         self._inode = stat.st_ino
         self.header: Header = read_header(path, fd)
         self._ranges: list[tuple[int, int, int]] = []  # address, end, offset in the file; sorted
+        self._written: list[tuple[int, int]] = []  # address, end
         self._names: dict[tuple[int, torch.dtype, tuple[int, ...]], str] = {}  # by place, once one is asked for
         if reader == "fastsafetensors" and self.header.format == "safetensors":
             self.tensors: Mapping[str, torch.Tensor] = self._read_fast()
@@ -110,7 +115,30 @@ class Source:
             raise changed(self.path, f"size {self._identity[0]} -> {stat.st_size}")
 
     def offset(self, tensor: torch.Tensor) -> int | None:
-        """Where in the file a tensor's memory is, or None where it is not this file's."""
+        """Where in the file a tensor's bytes are; None where they are not this file's, or not any more."""
+        place = self._place(tensor)
+        if place is None or not self._written:
+            return place
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
+        return None if any(start < stop and begin < end for begin, stop in self._written) else place
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is the map, or what was read in its place, whatever was written there."""
+        return self._place(tensor) is not None
+
+    def writing(self, tensor: torch.Tensor) -> None:
+        """Note that something writes into a tensor; does nothing where it is not in this file's memory."""
+        if tensor.device.type != "cpu" or tensor.is_meta or not tensor.numel():
+            return
+        start = tensor.data_ptr()
+        # from the first to the last element, where they do not follow each other
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = start + (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
+        if (start, end) not in self._written and any(start < stop and begin < end for begin, stop, _ in self._ranges):
+            self._written.append((start, end))
+
+    def _place(self, tensor: torch.Tensor) -> int | None:
         if tensor.device.type != "cpu" or not tensor.numel():
             return None
         address = tensor.data_ptr()
@@ -143,15 +171,24 @@ class Source:
         return self.tensors[name]
 
     def _map(self) -> torch.Tensor:
-        mapped = mmap.mmap(self._fd, self.header.size, mmap.MAP_SHARED, mmap.PROT_READ)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")
+        try:
+            mapped = mmap.mmap(
+                self._fd, self.header.size, mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        except OSError as error:  # a kernel that counts every page that could be written (vm.overcommit_memory 2)
+            raise LoadError(
+                f"{os.path.basename(self.path)} cannot be mapped",
+                str(error),
+                "Let the system promise more memory than it has (vm.overcommit_memory 0 or 1), or add swap",
+            ) from error
+        with torch.inference_mode(False):
             whole = torch.frombuffer(mapped, dtype=torch.uint8)
         self._ranges = [(whole.data_ptr(), whole.data_ptr() + whole.numel(), 0)]
         return whole
 
     def _read_private(self) -> torch.Tensor:
-        whole = torch.empty(self.header.size, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            whole = torch.empty(self.header.size, dtype=torch.uint8)
         read_into(self._fd, self.path, 0, whole)
         self._ranges = [(whole.data_ptr(), whole.data_ptr() + whole.numel(), 0)]
         return whole

@@ -14,8 +14,10 @@ import comfy.utils
 import torch
 from comfy import model_management
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..loaders.source import Source
+from ..raylight import cfg
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
 from . import gguf_ops, ghost
@@ -28,8 +30,29 @@ READS_DTYPES = re.compile(r"\.weight\.dtype|parameters\(\)\)\.dtype")
 NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+class _Writing(TorchDispatchMode):
+    """Tells a source what is written into its memory, in this thread and scope only."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source = source
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)  # operations of higher order have none
+        if schema is not None and schema.is_mutable:
+            given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+            written = [item for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write]
+            for tensor in cfg.tensors([given.get(item.name) for item in written]):
+                if type(tensor) in (torch.Tensor, nn.Parameter):
+                    self._source.writing(tensor)
+        return func(*args, **kwargs)
+
+
 class Adopting(torch.overrides.TorchFunctionMode):
     """Turns `parameter.copy_(tensor of the source)` into taking the tensor over, in this thread and scope only.
+
+    Conversions of keys may write into tensors of the source: those are taken over as well, as they are then.
 
     Args:
         convert: take tensors of another dtype over as well: they are converted when they are used. What
@@ -40,8 +63,18 @@ class Adopting(torch.overrides.TorchFunctionMode):
         super().__init__()
         self._source = source
         self._convert = convert
+        self._writing = _Writing(source)
         # with the parameters themselves, so that an id is never another one's
         self._declared: dict[int, tuple[nn.Parameter, torch.dtype]] = {}
+
+    def __enter__(self) -> Adopting:
+        self._writing.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._writing.__exit__(*raised)
 
     def dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
         """What the model means a parameter to be, whatever it was taken over as."""
@@ -68,7 +101,7 @@ class Adopting(torch.overrides.TorchFunctionMode):
             and target.shape == value.shape
             and target.device == value.device
             and (target.dtype == value.dtype or (self._convert and value.is_floating_point()))
-            and self._source.offset(value) is not None
+            and self._source.holds(value)
         )
 
 
@@ -131,7 +164,7 @@ def adopt(source: Source, spec: ModelSpec, dtype: torch.dtype) -> Adopted:
     arguments["dtype"] = dtype
     convert = False
     if source.header.format == "gguf":
-        state: dict[str, torch.Tensor] = gguf_ops.state_dict(source)
+        state: dict[str, torch.Tensor] = gguf_ops.state_dict(source, dtype)
         arguments["custom_operations"] = gguf_ops.operations(spec)
         convert = not on_cpu() or dtype == torch.float32
     else:

@@ -12,11 +12,16 @@ from ..loaders.quants import dequantise
 from ..loaders.source import Source
 from ..raylight.config import ModelSpec
 
+DEQUANTISED = (torch.float32, torch.bfloat16, torch.float16)
+"""What blocks can be dequantised to at once."""
+
 
 class Blocks(torch.Tensor):
     """Quantised blocks with the shape of the weight they stand for, so that ComfyUI's detection sees that.
 
-    Only layers of `operations` keep the blocks; every other use dequantises them (a private copy).
+    Only layers of `operations` keep the blocks; every other use dequantises them (a private copy). What takes a view,
+    or writes, gets a plain tensor that stays: blocks that were written into are that from then on. Make them outside
+    of inference mode.
 
     Attributes:
         raw: the blocks, flat uint8.
@@ -25,18 +30,33 @@ class Blocks(torch.Tensor):
 
     raw: torch.Tensor
     quant: str
+    _plain: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, raw: torch.Tensor, quant: str, shape: tuple[int, ...]) -> Blocks:
-        # float16 is only what it says it is; ComfyUI then chooses the dtype the family prefers
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float16, device=raw.device)
+    def __new__(cls, raw: torch.Tensor, quant: str, shape: tuple[int, ...], dtype: torch.dtype) -> Blocks:
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=raw.device)
         made.raw = raw
         made.quant = quant
+        made._plain = None
         return made
 
-    def whole(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight itself."""
-        return dequantise(self.raw, self.quant, tuple(self.shape), dtype=dtype)
+    @property
+    def written(self) -> bool:
+        """Whether something wrote into them, or into a view of them."""
+        return self._version > 0
+
+    def whole(self, *, keep: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight itself.
+
+        Args:
+            keep: the result is this tensor's own from now on, for views and writes.
+            dtype: of the result where there is none of its own yet; by default what this says it is.
+        """
+        plain = self._plain
+        if plain is None:
+            plain = dequantise(self.raw, self.quant, tuple(self.shape), dtype=dtype or self.dtype)
+            self._plain = plain if keep else None
+        return plain
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Blocks({self.quant}, {tuple(self.shape)})"
@@ -45,21 +65,33 @@ class Blocks(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return func(*_whole(args), **_whole(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.copy_.default and not isinstance(args[0], Blocks) and args[0].dtype in DEQUANTISED:
+            # rounded once, whatever this says it is
+            return func(args[0], args[1].whole(dtype=args[0].dtype), *args[2:], **kwargs)
+        aliased = {argument.name for argument in func._schema.arguments if argument.alias_info is not None}
+        names = [argument.name for argument in func._schema.arguments]
+        given = [_whole(value, keep=name in aliased) for name, value in zip(names, args, strict=False)]
+        return func(*given, **{name: _whole(value, keep=name in aliased) for name, value in kwargs.items()})
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: Any, *, keep: bool) -> Any:
     if isinstance(value, Blocks):
-        return value.whole()
+        return value.whole(keep=keep)
     if isinstance(value, dict):
-        return {key: _whole(item) for key, item in value.items()}
-    return type(value)(_whole(item) for item in value) if isinstance(value, (list, tuple)) else value
+        return {key: _whole(item, keep=keep) for key, item in value.items()}
+    return type(value)(_whole(item, keep=keep) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def state_dict(source: Source) -> dict[str, torch.Tensor]:
-    """A GGUF file's tensors for ComfyUI's loader."""
+def state_dict(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A GGUF file's tensors for ComfyUI's loader.
+
+    Args:
+        dtype: what plain ComfyUI keeps the weights in, and so what is made of quantised ones that it joins or changes.
+    """
+    said = dtype if dtype in DEQUANTISED else torch.float32
     return {
-        name: Blocks(source.tensors[name], entry.quant, entry.shape) if entry.quant else source.tensors[name]
+        name: Blocks(source.tensors[name], entry.quant, entry.shape, said) if entry.quant else source.tensors[name]
         for name, entry in source.header.entries.items()
     }
 
@@ -107,7 +139,7 @@ def operations(spec: ModelSpec) -> Any:
             def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
                 key = prefix + "weight"
                 value = state_dict.get(key)
-                if not isinstance(value, Blocks) or value.shape != self.weight.shape:
+                if not isinstance(value, Blocks) or value.written or value.shape != self.weight.shape:
                     super()._load_from_state_dict(state_dict, prefix, *rest)
                     return
                 self.weight = torch.nn.Parameter(value.raw, requires_grad=False)

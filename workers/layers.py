@@ -27,12 +27,14 @@ Patches = Callable[[], Mapping[str, list[Any]]]
 
 def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
     """A diffusion model whose modules and weights say what they are on the workers: `raylight_place` of modules,
-    `raylight_source` and `raylight_link` of weights."""
+    `raylight_source` and `raylight_link` of weights, with `raylight_version`, by which one that was written into is
+    told."""
     for name, module in model.named_modules():
         module.raylight_place = (spec, name)  # type: ignore[assignment]
     for key, parameter in model.state_dict(keep_vars=True).items():
         parameter.raylight_source = (spec, PREFIX + key)
         parameter.raylight_link = link
+        parameter.raylight_version = _version_of(parameter)
     return model
 
 
@@ -61,17 +63,31 @@ class Layers:
                 module.quant = ""  # type: ignore[assignment]  # to itself it has a plain weight
 
     def replaced(self) -> Iterator[tuple[str, object]]:
-        """What has been put in the place of modules, of their classes and of their methods, by its dotted name."""
+        """What has been put in the place of modules, of their classes, of their methods and of the values of weights,
+        by its dotted name."""
         for name, module in self.model.named_modules():
             place = place_of(module)
             if place is None:
                 yield name, module
             elif type(module) is not self._classes[place[1]]:
                 yield f"{name}.__class__", type(module)
+            for key, parameter in module.named_parameters(recurse=False):
+                if is_written(parameter):
+                    yield f"{name}.{key}", parameter
             for attribute, value in vars(module).items():
                 usual = getattr(type(module), attribute, None)
                 if callable(usual) and getattr(value, "__func__", value) is not usual:
                     yield f"{name}.{attribute}", value
+
+
+def is_written(tensor: torch.Tensor) -> bool:
+    """Whether something has written into a tensor of a file or a model since it got its name on the workers."""
+    return _version_of(tensor) != getattr(tensor, "raylight_version", 0)
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """How often that was so of the tensor, or of what shares its memory; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def place_of(value: object) -> tuple[Any, ...] | None:

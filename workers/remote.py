@@ -422,11 +422,10 @@ def refer(value: object) -> tuple[Any, ...] | None:
         UnsupportedError: the object holds another model's weights.
     """
     if isinstance(value, torch.Tensor):
-        source = getattr(value, "raylight_source", None)
-        if source is not None:
-            return ("weight", *source)
-        file = getattr(value, FILE_ATTRIBUTE, None)
-        return None if file is None else (FILE, file)
+        source, file = getattr(value, "raylight_source", None), getattr(value, FILE_ATTRIBUTE, None)
+        if (source is None and file is None) or layers.is_written(value):
+            return None  # what the workers have is another one: it is sent
+        return (FILE, file) if source is None else ("weight", *source)
     if isinstance(value, _RemoteModule):
         return ("diffusion", value.link.spec)
     place = layers.place_of(value)

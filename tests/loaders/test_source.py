@@ -14,6 +14,7 @@ from comfy_raylight.loaders import prefetch, staging
 from comfy_raylight.loaders.source import OpenFiles, Source, opened, read_tensor
 from comfy_raylight.loaders.staging import HostEngine, Piece, upload
 from comfy_raylight.raylight.errors import LoadError
+from comfy_raylight.tests.weights.memory import private
 from safetensors.torch import save_file
 
 
@@ -64,7 +65,7 @@ def test_only_the_map_is_shared(path: str) -> None:
             for line in file:
                 first, last = (int(part, 16) for part in line.split()[0].split("-"))
                 if first <= address < last:
-                    return path in line and line.split()[1] == "r--s"
+                    return path in line and line.split()[1] == "rw-p"
         raise AssertionError("not in any mapping")
 
     assert mapped(Source(path))
@@ -75,6 +76,42 @@ def test_one_tensor_without_the_rest(path: str, tensors: dict[str, torch.Tensor]
     source = Source(path)
     for name in ("half", "one", "after"):
         assert torch.equal(read_tensor(source.header, source.fd, source.header.entries[name]), tensors[name])
+
+
+@pytest.mark.parametrize("reader", ["map", "private", "fastsafetensors"])
+def test_who_writes_gets_a_copy(path: str, tensors: dict[str, torch.Tensor], reader: str) -> None:
+    if reader == "fastsafetensors":
+        pytest.importorskip("fastsafetensors")
+    before = Path(path).read_bytes()
+    source, other = Source(path, reader=reader), Source(path)
+    large = source.tensors["large"]
+    source.writing(large[2:4])
+    large[2:4] = 5.0
+    assert Path(path).read_bytes() == before and torch.equal(other.tensors["large"], tensors["large"])
+    source.check()
+    assert source.offset(large) is None and source.offset(large[3]) is None, "those bytes are not the file's"
+    assert source.offset(large[1]) is not None and source.offset(source.tensors["half"]) is not None
+    assert source.holds(large) and not source.holds(torch.ones(4))
+    pieces = [Piece(tensor, source.offset(tensor), tensor.dtype) for tensor in (large, source.tensors["half"])]
+    for got, wanted in zip(
+        upload(source, pieces, HostEngine(torch.device("cpu"))), (large, tensors["half"]), strict=True
+    ):
+        assert torch.equal(got, wanted), "the device gets what was written"
+    source.writing(large[:, 3])
+    assert source.offset(large[7]) is None, "one column of every row"
+
+
+def test_memory_of_a_map_that_was_written_into(tmp_path: Path) -> None:
+    """By the kernel's count: what is written is this process's own, and nothing else."""
+    file, me, mib = tmp_path / "large.safetensors", [os.getpid()], 1 << 20
+    save_file({"weight": torch.ones(96, mib, dtype=torch.uint8)}, file)
+    weight = Source(str(file)).tensors["weight"]
+    before = private(me)
+    assert all(bool((row == 1).all()) for row in weight)
+    assert private(me) - before <= 4 * mib, "what is read is the page cache's"
+    before = private(me)
+    weight[40:56] = 2
+    assert 15 * mib <= private(me) - before <= 18 * mib
 
 
 @pytest.mark.parametrize("how", ["truncated", "overwritten"])

@@ -26,6 +26,7 @@ class Job:
         path: the file; one that exists is kept.
         dtype: torch's name, or "" for the family's.
         size: overrides of the family's sizes.
+        layout: "diffusers" for a file with its names and shapes, "" for ComfyUI's.
     """
 
     family: str
@@ -33,6 +34,7 @@ class Job:
     dtype: str = ""
     seed: int = 0
     size: Mapping[str, int] = field(default_factory=dict)
+    layout: str = ""
 
 
 def write(jobs: Sequence[Job], *, comfy_root: Path, python: Path | None = None) -> None:
@@ -46,7 +48,7 @@ def write(jobs: Sequence[Job], *, comfy_root: Path, python: Path | None = None) 
     missing = [job for job in jobs if not job.path.is_file()]
     for job in missing:
         job.path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"dtype": job.dtype, "seed": job.seed, **job.size}
+        options = {"dtype": job.dtype, "seed": job.seed, "layout": job.layout, **job.size}
         command += ["--make", job.family, str(job.path), *(f"{name}={value}" for name, value in options.items())]
     if missing:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

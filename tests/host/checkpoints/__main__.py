@@ -23,6 +23,7 @@ def main() -> None:
         family, path, *options = words
         given = dict(option.split("=", 1) for option in options)
         dtype, seed = given.pop("dtype", ""), int(given.pop("seed", "0"))
+        layout = given.pop("layout", "")
         like = SCHEMES.get(family, family)
         if family not in {*RECIPES, *SCHEMES}:
             parser.error(f"no family {family}, only {', '.join([*RECIPES, *SCHEMES])}")
@@ -30,12 +31,14 @@ def main() -> None:
         if unknown := given.keys() - sizes.keys():
             parser.error(f"{family} has no size {', '.join(unknown)}, only {', '.join(sizes)}")
         numbers = {name: int(value) for name, value in given.items()}
-        return Job(family=family, path=Path(path), dtype=dtype, seed=seed, size=numbers)
+        return Job(family=family, path=Path(path), dtype=dtype, seed=seed, size=numbers, layout=layout)
 
     parser = argparse.ArgumentParser(description="Write small checkpoints that a ComfyUI detects.")
     parser.add_argument("--comfy", type=Path, required=True, help="root of a ComfyUI")
     families = ", ".join([*RECIPES, *SCHEMES])
-    help_make = f"FAMILY FILE [NAME=VALUE ...]: one of {families}; the file; dtype, seed and sizes; may be repeated"
+    help_make = (
+        f"FAMILY FILE [NAME=VALUE ...]: one of {families}; the file; dtype, seed, layout and sizes; may be repeated"
+    )
     parser.add_argument("--make", nargs="+", action="append", required=True, metavar="WORD", help=help_make)
     options = parser.parse_args()
     jobs = [job(words) for words in options.make]

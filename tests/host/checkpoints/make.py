@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import Job, controls
+from . import Job, controls, layouts
 from .markers import Keys
 from .recipes import RECIPES, Recipe
 
@@ -40,6 +40,8 @@ def make(job: Job) -> str:
     if type(config).__name__ != recipe.detected:
         raise RuntimeError(f"ComfyUI takes this {job.family} for {type(config).__name__}, not {recipe.detected}")
     _compare(job.family, model, weights)
+    if job.layout:
+        weights = layouts.diffusers(job.family, weights)
     metadata = {"config": json.dumps({"transformer": dict(recipe.config)})} if recipe.config else None
     partial = job.path.with_suffix(".partial")
     save_file(weights, partial, metadata=metadata)
