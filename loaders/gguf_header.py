@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .header import COUNT, NAME_CHARS, RANK, Entry, RawFile, in_file_order, quoted
+from .header import COUNT, NAME_CHARS, RANK, Entry, RawFile, Split, in_file_order, quoted
 
 HEADER_BYTES = 512 << 20
 WINDOW_BYTES = 64 << 10
@@ -36,6 +36,8 @@ MAX_RANK = 4
 
 ALIGNMENT = "general.alignment"
 MAX_ALIGNMENT = 1 << 16
+SPLIT = {"split.no": 0, "split.count": 1, "split.tensors.count": 0}
+"""Fields of a part of a model, with what holds where they are not there."""
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 PLAIN = {
@@ -51,8 +53,8 @@ PLAIN = {
 """Types whose blocks are single values."""
 
 
-def parse(file: RawFile) -> tuple[list[Entry], dict[str, str]]:
-    """The tensors of a GGUF file, in file order, and its text fields.
+def parse(file: RawFile) -> tuple[list[Entry], dict[str, str], Split]:
+    """The tensors of a GGUF file, in file order, its text fields, and which part of a model it is.
 
     The format (ggml's docs/gguf.md): magic, version, numbers of tensors
     and fields, the fields, what describes the tensors, and from the next multiple of the alignment on their data.
@@ -75,7 +77,7 @@ def parse(file: RawFile) -> tuple[list[Entry], dict[str, str]]:
     types = _types(file)
     entries = in_file_order(_entry(info, file=file, fields=fields, types=types, data=start) for info in infos)
     _check_places(file, entries)
-    return entries, fields.text
+    return entries, fields.text, Split(*(fields.split.get(key, default) for key, default in SPLIT.items()))
 
 
 class _Cursor:
@@ -163,11 +165,13 @@ def _check_version(file: RawFile, version: int) -> None:
 
 @dataclass
 class _Fields:
-    """What is used of the fields: the text ones, the alignment of the data in bytes, and shapes by tensor."""
+    """What is used of the fields: the text ones, the alignment of the data in bytes, shapes by tensor, and those of
+    `SPLIT`."""
 
     text: dict[str, str] = field(default_factory=dict)
     alignment: int = 32
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    split: dict[str, int] = field(default_factory=dict)
 
 
 def _fields(file: RawFile, cursor: _Cursor, count: int) -> _Fields:
@@ -184,6 +188,8 @@ def _fields(file: RawFile, cursor: _Cursor, count: int) -> _Fields:
             fields.alignment = _alignment(file, cursor, kind)
         elif key.startswith(ORIGINAL_SHAPE):
             fields.shapes[key.removeprefix(ORIGINAL_SHAPE)] = _original_shape(file, cursor, key, kind)
+        elif key in SPLIT:
+            fields.split[key] = _count(file, cursor, key, kind)
         elif kind == TEXT:
             fields.text[key] = cursor.text(TEXT_BYTES)
         else:
@@ -195,6 +201,14 @@ def _alignment(file: RawFile, cursor: _Cursor, kind: int) -> int:
     value = cursor.integer(4) if kind == UINT32 else 0
     if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
         raise file.refuse(f"{ALIGNMENT} is no uint32 that is a power of two up to {MAX_ALIGNMENT}")
+    return value
+
+
+def _count(file: RawFile, cursor: _Cursor, key: str, kind: int) -> int:
+    code = VALUES.get(kind)
+    value: int = struct.unpack(f"<{code}", cursor.take(SIZES[kind]))[0] if code in INTEGERS else -1
+    if not 0 <= value <= MAX_ITEMS:
+        raise file.refuse(f"field {quoted(key)} is no integer from 0 to {MAX_ITEMS}")
     return value
 
 

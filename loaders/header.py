@@ -53,6 +53,16 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Split:
+    """What a GGUF file says of the model that it is a part of: its number from 0, how many there are, and how many
+    tensors all of them have (0 where it does not say)."""
+
+    number: int = 0
+    count: int = 1
+    tensors: int = 0
+
+
+@dataclass(frozen=True)
 class Header:
     """A header that has been checked: every entry lies in the file, agrees with its shape and overlaps no other.
 
@@ -61,6 +71,7 @@ class Header:
         entries: by name, in file order.
         metadata: safetensors' __metadata__, or GGUF's text fields; {} where there is none.
         format: "safetensors" or "gguf".
+        split: of a GGUF file that is a part.
     """
 
     path: str
@@ -68,6 +79,7 @@ class Header:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     format: str
+    split: Split = Split()
 
 
 def read_header(path: str, fd: int) -> Header:
@@ -88,7 +100,7 @@ def read_header(path: str, fd: int) -> Header:
     try:
         file = RawFile(path, fd, os.fstat(fd).st_size)
         kind = _format(file)
-        entries, metadata = (gguf_header if kind == "gguf" else safetensors_header).parse(file)
+        entries, metadata, split = (gguf_header if kind == "gguf" else safetensors_header).parse(file)
     except OSError as error:
         raise LoadError(
             f"{os.path.basename(path)} cannot be read", str(error), "Check the file, its permissions and its disk"
@@ -99,7 +111,7 @@ def read_header(path: str, fd: int) -> Header:
             "its header needs more memory than there is",
             "Free memory, or get the file again from its source: an honest header takes a few megabytes",
         ) from error
-    return Header(path, file.size, {entry.name: entry for entry in entries}, metadata, kind)
+    return Header(path, file.size, {entry.name: entry for entry in entries}, metadata, kind, split)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .header import COUNT, RANK, Entry, RawFile, in_file_order, quoted
+from .header import COUNT, RANK, Entry, RawFile, Split, in_file_order, quoted
 
 HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -48,8 +48,8 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, ours) for name, ours in N
 """The format's names of what this torch has."""
 
 
-def parse(file: RawFile) -> tuple[list[Entry], dict[str, str]]:
-    """The tensors of a safetensors file, in file order, and its metadata.
+def parse(file: RawFile) -> tuple[list[Entry], dict[str, str], Split]:
+    """The tensors of a safetensors file, in file order, and its metadata; a part does not say that it is one.
 
     The format (safetensors' README, "Format"): the header's length as a little-endian uint64, that
     many bytes of JSON, and the tensors' bytes without gaps.
@@ -68,7 +68,7 @@ def parse(file: RawFile) -> tuple[list[Entry], dict[str, str]]:
     metadata = _metadata(file, fields.pop("__metadata__", {}))
     entries = in_file_order(_entry(file, name, value, 8 + length) for name, value in fields.items())
     _check_cover(file, entries, 8 + length)
-    return entries, metadata
+    return entries, metadata, Split()
 
 
 def _json(file: RawFile, raw: bytes) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import mmap
 import os
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +16,12 @@ import torch
 
 from ..raylight.config import READERS, ModelSpec
 from ..raylight.errors import ConfigError, LoadError
+from .files import changed, fill, open_file, read_into
 from .header import Entry, Header, read_header
+from .parts import joined
 
-CHUNK_BYTES = 16 << 20
-"""What one thread reads at a time: large enough for a disk or a network filesystem, small enough to share out."""
-READ_THREADS = 4
+PAGE = 4096
+"""Every file begins at a multiple of it, so that what is aligned in one is so in all."""
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 """Linux refuses a map with more pages that could be written than there is memory, unless it is told that few will be.
 Python has its name from 3.13 on."""
@@ -46,20 +45,69 @@ class FileRef:
         return (self.path, self.size, self.mtime_ns, self.inode)
 
 
+class OpenFile:
+    """One file of a model.
+
+    Args:
+        start: where its bytes begin among those of all the model's files.
+
+    Attributes:
+        identity: path, size, mtime_ns and inode, as it was opened.
+        header: its own, checked.
+    """
+
+    def __init__(self, path: str, start: int) -> None:
+        self.path, self.start = path, start
+        fd = self.fd = open_file(path)
+        self._close = weakref.finalize(self, os.close, fd)
+        stat = os.fstat(fd)
+        self.identity = (path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        self.header: Header = read_header(path, fd)
+
+    def check(self) -> None:
+        """See Source.check."""
+        stat, (_, size, mtime_ns, _) = os.fstat(self.fd), self.identity
+        if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
+            raise changed(self.path, f"size {size} -> {stat.st_size}")
+
+    def mapped(self) -> torch.Tensor:
+        """Its bytes: the page cache's, until they are written into."""
+        try:
+            mapped = mmap.mmap(
+                self.fd, self.header.size, mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        except OSError as error:  # a kernel that counts every page that could be written (vm.overcommit_memory 2)
+            raise LoadError(
+                f"{os.path.basename(self.path)} cannot be mapped",
+                str(error),
+                "Let the system promise more memory than it has (vm.overcommit_memory 0 or 1), or add swap",
+            ) from error
+        with torch.inference_mode(False):
+            return torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def read(self) -> torch.Tensor:
+        """Its bytes, in memory of this process alone."""
+        with torch.inference_mode(False):
+            whole = torch.empty(self.header.size, dtype=torch.uint8)
+        read_into(self.fd, self.path, 0, whole)
+        return whole
+
+
 class Source:
-    """A model file of which nothing is copied: `tensors` are views of a map of it.
+    """A model of one file, or of several, of which nothing is copied: `tensors` are views of maps.
 
     The page cache is the host's only copy, whatever the number of processes that open the same file. Who writes into
     a tensor gets pages of his own, of which the file and other processes see nothing; `writing` says so here, since
     such a tensor is not the file's bytes any more.
 
     Args:
-        path: a safetensors or GGUF file.
+        paths: a safetensors or GGUF file, or all parts of a model in order.
         reader: "map"; "private" reads it into this process's own memory, for filesystems that map badly;
             "fastsafetensors" does the same with that package.
 
     Attributes:
-        header: the checked header.
+        path: of the first file.
+        header: the checked headers as one: offsets are those in all files, one after another.
         tensors: by name, in file order. Quantised GGUF blocks are flat uint8, everything else has its shape.
 
     Raises:
@@ -67,52 +115,59 @@ class Source:
         ConfigError: the reader's package is not installed.
     """
 
-    def __init__(self, path: str, *, reader: str = "map") -> None:
-        assert reader in READERS
-        self.path = path
-        fd = self._fd = _open(path)
-        self._close = weakref.finalize(self, os.close, fd)
-        stat = os.fstat(fd)
-        self._identity = (stat.st_size, stat.st_mtime_ns)
-        self._inode = stat.st_ino
-        self.header: Header = read_header(path, fd)
-        self._ranges: list[tuple[int, int, int]] = []  # address, end, offset in the file; sorted
+    def __init__(self, *paths: str, reader: str = "map") -> None:
+        assert reader in READERS and paths
+        self.path = paths[0]
+        self.files: list[OpenFile] = []
+        start = 0
+        for path in paths:
+            self.files.append(OpenFile(path, start))
+            start += -(-self.files[-1].header.size // PAGE) * PAGE
+        self.header: Header = joined([file.header for file in self.files], [file.start for file in self.files])
+        self._ranges: list[tuple[int, int, int]] = []  # address, end, offset in the files; sorted
         self._written: list[tuple[int, int]] = []  # address, end
         self._names: dict[tuple[int, torch.dtype, tuple[int, ...]], str] = {}  # by place, once one is asked for
+        self.tensors: Mapping[str, torch.Tensor] = {}
         if reader == "fastsafetensors" and self.header.format == "safetensors":
-            self.tensors: Mapping[str, torch.Tensor] = self._read_fast()
+            self.tensors = self._read_fast()
         else:
-            whole = self._map() if reader == "map" else self._read_private()
-            self.tensors = {name: _view(whole, entry) for name, entry in self.header.entries.items()}
+            for file in self.files:
+                whole = file.mapped() if reader == "map" else file.read()
+                self._ranges.append((whole.data_ptr(), whole.data_ptr() + whole.numel(), file.start))
+                self.tensors |= {name: _view(whole, entry) for name, entry in file.header.entries.items()}
+            self._ranges.sort()
         self.check()
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Source:
-        """The file that a spec names.
+        """The files that a spec names.
 
         Raises:
             LoadError: as above, or another file is there by now.
         """
         if spec.now() != spec:
             raise changed(spec.path, "it is not the file that was chosen any more")
-        return cls(spec.path, reader=spec.reader)
+        return cls(*spec.paths, reader=spec.reader)
 
-    @property
-    def fd(self) -> int:
-        """The open file, for readers of their own."""
-        return self._fd
+    def fill(self, start: int, target: memoryview) -> None:
+        """Fill a buffer with bytes of one tensor, by where they are as `offset` has it; for readers of their own.
+
+        Raises:
+            LoadError: the file ends before the buffer does: it was truncated.
+        """
+        file = self._file_at(start)
+        fill(file.fd, file.path, start - file.start, target)
 
     def check(self) -> None:
-        """Refuse to go on with a file that was truncated or overwritten since it was opened.
+        """Refuse to go on with files of which one was truncated or overwritten since it was opened.
 
         Costs a microsecond. Reading a page that a truncation took away would end the process.
 
         Raises:
             LoadError: it changed.
         """
-        stat = os.fstat(self._fd)
-        if (stat.st_size, stat.st_mtime_ns) != self._identity:
-            raise changed(self.path, f"size {self._identity[0]} -> {stat.st_size}")
+        for file in self.files:
+            file.check()
 
     def offset(self, tensor: torch.Tensor) -> int | None:
         """Where in the file a tensor's bytes are; None where they are not this file's, or not any more."""
@@ -151,8 +206,8 @@ class Source:
     def ref(self, name: str) -> FileRef:
         """Names a tensor for another process of this host."""
         entry = self.header.entries[name]
-        size, mtime_ns = self._identity
-        return FileRef(self.path, size, mtime_ns, self._inode, entry.start, entry.dtype, entry.shape)
+        file = self._file_at(entry.start)
+        return FileRef(*file.identity, entry.start - file.start, entry.dtype, entry.shape)
 
     def resolve(self, ref: FileRef) -> torch.Tensor:
         """The tensor another process named.
@@ -160,7 +215,8 @@ class Source:
         Raises:
             LoadError: the file is not the one that was meant.
         """
-        if ref.file != (self.path, *self._identity, self._inode):
+        (file,) = self.files
+        if ref.file != file.identity:
             raise changed(self.path, "it was replaced")
         if not self._names:
             entries = self.header.entries.items()
@@ -170,33 +226,13 @@ class Source:
             raise changed(self.path, f"no tensor at {ref.start}")
         return self.tensors[name]
 
-    def _map(self) -> torch.Tensor:
-        try:
-            mapped = mmap.mmap(
-                self._fd, self.header.size, mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            )
-        except OSError as error:  # a kernel that counts every page that could be written (vm.overcommit_memory 2)
-            raise LoadError(
-                f"{os.path.basename(self.path)} cannot be mapped",
-                str(error),
-                "Let the system promise more memory than it has (vm.overcommit_memory 0 or 1), or add swap",
-            ) from error
-        with torch.inference_mode(False):
-            whole = torch.frombuffer(mapped, dtype=torch.uint8)
-        self._ranges = [(whole.data_ptr(), whole.data_ptr() + whole.numel(), 0)]
-        return whole
-
-    def _read_private(self) -> torch.Tensor:
-        with torch.inference_mode(False):
-            whole = torch.empty(self.header.size, dtype=torch.uint8)
-        read_into(self._fd, self.path, 0, whole)
-        self._ranges = [(whole.data_ptr(), whole.data_ptr() + whole.numel(), 0)]
-        return whole
+    def _file_at(self, start: int) -> OpenFile:
+        return self.files[bisect.bisect_right([file.start for file in self.files], start) - 1]
 
     def _read_fast(self) -> dict[str, torch.Tensor]:
         module: Any = fastsafetensors()
         loader = module.SafeTensorsFileLoader(None, "cpu", nogds=True, set_numa=False)
-        loader.add_filenames({0: [self.path]})
+        loader.add_filenames({0: [file.path for file in self.files]})
         self._buffers = loader.copy_files_to_device()  # its tensors die with it
         loader.close()
         tensors = {name: self._buffers.get_tensor(name) for name in self.header.entries}
@@ -232,20 +268,6 @@ class OpenFiles:
         return source.resolve(ref)
 
 
-@contextlib.contextmanager
-def opened(path: str) -> Iterator[int]:
-    """A descriptor of the file for the length of a block.
-
-    Raises:
-        LoadError: it cannot be opened.
-    """
-    fd = _open(path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def fastsafetensors() -> object:
     """The package of that name.
 
@@ -263,56 +285,6 @@ def fastsafetensors() -> object:
     return module
 
 
-def changed(path: str, how: str) -> LoadError:
-    """The error for a file that is not what it was when it was opened."""
-    return LoadError(
-        f"{os.path.basename(path)} changed while it was in use",
-        how,
-        "Wait until the file is complete, then queue the prompt again: it is loaded anew",
-    )
-
-
-def fill(fd: int, path: str, start: int, target: memoryview) -> None:
-    """Fill a buffer from `start` of a file.
-
-    Raises:
-        LoadError: the file ends before the buffer does: it was truncated.
-    """
-    done = 0
-    while done < len(target):
-        count = os.preadv(fd, [target[done:]], start + done)
-        if not count:
-            raise changed(path, f"it ends at {start + done}")
-        done += count
-
-
-def read_into(fd: int, path: str, start: int, target: torch.Tensor) -> None:
-    """Fill a contiguous uint8 CPU tensor from `start` of a file, by several threads in file order.
-
-    Raises:
-        LoadError: as `fill`.
-    """
-    view = memoryview(target.numpy())  # type: ignore[arg-type]
-
-    def read(begin: int) -> None:
-        fill(fd, path, start + begin, view[begin : begin + CHUNK_BYTES])
-
-    begins = range(0, len(view), CHUNK_BYTES)
-    if len(begins) <= 1:
-        fill(fd, path, start, view)
-        return
-    with ThreadPoolExecutor(min(READ_THREADS, len(begins))) as pool:
-        for _ in pool.map(read, begins):
-            pass
-
-
-def read_tensor(header: Header, fd: int, entry: Entry) -> torch.Tensor:
-    """A private copy of one tensor, for small ones that are wanted without the rest of the file."""
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    read_into(fd, header.path, entry.start, raw)
-    return raw if entry.quant else raw.view(entry.dtype).view(entry.shape)
-
-
 def _view(whole: torch.Tensor, entry: Entry) -> torch.Tensor:
     raw = whole[entry.start : entry.stop]
     if entry.quant:
@@ -322,12 +294,3 @@ def _view(whole: torch.Tensor, entry: Entry) -> torch.Tensor:
     # a view of another dtype must start at a multiple of its size; files need not keep to that
     raw = raw if entry.aligned else raw.clone()
     return raw.view(entry.dtype).view(entry.shape)
-
-
-def _open(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise LoadError(
-            f"The model file {path} cannot be read", str(error), "Check the file name and its permissions"
-        ) from error

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .source import Source, fill
+from .source import Source
 
 PART_BYTES = 8 << 20
 """What one thread reads at a time, into a buffer of that size."""
@@ -253,7 +253,7 @@ def _bring(source: Source, lane: Lane, part: _Part) -> None:
         if piece.offset is None:
             read.copy_(_bytes(piece.tensor)[start : start + target.numel()])
         else:
-            fill(source.fd, source.path, piece.offset + start, memoryview(read.numpy()))  # type: ignore[arg-type]
+            source.fill(piece.offset + start, memoryview(read.numpy()))  # type: ignore[arg-type]
         copies.append((target, read))
     lane.copy(copies)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import folder_paths
 
-from ..raylight.config import ModelSpec
+from ..loaders.parts import spec_of
 from ..workers import remote
 from ..workers.control import load_control
 from .files import changed, find
@@ -47,5 +47,5 @@ class RayControlNetLoader:
 
     def load(self, ray_actors: Any, control_net_name: str) -> tuple[Any, Any]:
         config = remote.on_pool(ray_actors).link.config
-        control = load_control(config, ModelSpec.of(find(FOLDERS, control_net_name), reader=config.reader))
+        control = load_control(config, spec_of(find(FOLDERS, control_net_name), reader=config.reader))
         return control, control

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import folder_paths
 
-from ..raylight.config import ModelSpec
+from ..loaders.parts import spec_of
 from ..raylight.errors import LoadError
 
 
@@ -30,7 +30,9 @@ def find(folders: Sequence[str], name: str) -> str:
 def changed(folders: Sequence[str], name: str) -> str:
     """A node's IS_CHANGED value for a file: another one for a file that was replaced or overwritten."""
     try:
-        spec = ModelSpec.of(find(folders, name))
+        spec = spec_of(find(folders, name))
     except LoadError:
         return "missing"
-    return f"{spec.size} {spec.mtime_ns} {spec.inode}"
+    return " ".join(
+        map(str, (spec.size, spec.mtime_ns, spec.inode, *(item for other in spec.others for item in other)))
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import folder_paths
 
+from ..loaders.parts import spec_of
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import LoadError
 from ..workers import remote
@@ -78,7 +79,7 @@ class RayUNETLoader(_Loader):
     ) -> tuple[Any, Any]:
         dtype, options = WEIGHT_DTYPES[weight_dtype]
         path = find(FOLDERS, unet_name)
-        spec = ModelSpec.of(path, dtype=dtype, options=options, reader=ray_actors_init.reader)
+        spec = spec_of(path, dtype=dtype, options=options, reader=ray_actors_init.reader)
         return self.result(ray_actors_init, spec, lora)
 
 
@@ -129,7 +130,7 @@ class RayGGUFLoader(_Loader):
             raise LoadError(
                 f"{unet_name} is not a GGUF file", "", "Choose a GGUF file, or use Load Diffusion Model (Ray)"
             )
-        spec = ModelSpec.of(
+        spec = spec_of(
             path,
             reader=ray_actors_init.reader,
             dequant_dtype=GGUF_DTYPES[dequant_dtype],

@@ -6,6 +6,7 @@ from typing import Any
 
 import folder_paths
 
+from ..loaders.parts import spec_of
 from ..raylight.config import ModelSpec
 from ..workers import decode, remote
 from ..workers.vae_messages import MODES, Mode, TileSizes
@@ -142,4 +143,4 @@ class RayVAEEncodeDistributed(_VAENode):
 
 def _spec(pool: remote.RemotePatcher, name: str, dtype: str) -> ModelSpec:
     path = find(FOLDERS, name)
-    return ModelSpec.of(path, dtype=DTYPES[dtype], options=("vae",), reader=pool.link.config.reader)
+    return spec_of(path, dtype=DTYPES[dtype], options=("vae",), reader=pool.link.config.reader)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ class ModelSpec:
     ComfyUI's UNETLoader means by `weight_dtype`: a torch dtype name or "", and the names of boolean
     model options to switch on. `reader` is one of READERS. `dequant_dtype` and `patch_dtype` are for GGUF
     files: the torch dtype, or "" for the computation's, that weights are rounded to after they are
-    dequantised, and that patches to them are computed in (float32 where "").
+    dequantised, and that patches to them are computed in (float32 where ""). `others` are the other files of a model
+    in parts, each with its path, size, mtime_ns and inode; what makes such a spec is `loaders.parts.spec_of`.
     """
 
     path: str
@@ -178,33 +180,29 @@ class ModelSpec:
     reader: str = "map"
     dequant_dtype: str = ""
     patch_dtype: str = ""
+    others: tuple[tuple[str, int, int, int], ...] = ()
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], **options: Any) -> ModelSpec:
+    def of(
+        cls, path: str | os.PathLike[str], *, others: Sequence[str | os.PathLike[str]] = (), **options: Any
+    ) -> ModelSpec:
         """Describe the file as it is now.
 
         Args:
+            others: paths of the model's other files.
             options: the other fields.
 
         Raises:
-            LoadError: the file does not exist or cannot be read.
+            LoadError: a file does not exist or cannot be read.
         """
-        real = Path(path).resolve()
-        try:
-            stat = real.stat()
-        except OSError as error:
-            raise LoadError(
-                f"The model file {real} cannot be read", str(error), "Check the file name and its permissions"
-            ) from error
-        if not real.is_file():
-            raise LoadError(f"{real} is not a file", "", "Choose a model file")
-        return cls(
-            path=str(real),
-            size=stat.st_size,
-            mtime_ns=stat.st_mtime_ns,
-            inode=stat.st_ino,
-            **options,
-        )
+        real, size, mtime_ns, inode = _stamp(path)
+        stamps = tuple(map(_stamp, others))
+        return cls(path=real, size=size, mtime_ns=mtime_ns, inode=inode, others=stamps, **options)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files of the model."""
+        return (self.path, *(path for path, *_ in self.others))
 
     def now(self) -> ModelSpec:
         """The same file with the same options as it is now: equal to this one unless the file changed.
@@ -213,9 +211,23 @@ class ModelSpec:
             LoadError: the file does not exist any more, or cannot be read.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("path", "size", "mtime_ns", "inode"):
+        for name in ("path", "size", "mtime_ns", "inode", "others"):
             del fields[name]
-        return ModelSpec.of(self.path, **fields)
+        first, *others = self.paths
+        return ModelSpec.of(first, others=others, **fields)
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[str, int, int, int]:
+    real = Path(path).resolve()
+    try:
+        stat = real.stat()
+    except OSError as error:
+        raise LoadError(
+            f"The model file {real} cannot be read", str(error), "Check the file name and its permissions"
+        ) from error
+    if not real.is_file():
+        raise LoadError(f"{real} is not a file", "", "Choose a model file")
+    return (str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @dataclass(frozen=True, kw_only=True)

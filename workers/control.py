@@ -96,7 +96,7 @@ class _RemoteControl(torch.nn.Module):
 def _built(spec: ModelSpec) -> Any:
     """ComfyUI's ControlNet of a file, on meta tensors."""
     name = os.path.basename(spec.path)
-    state, _ = ghost.header(spec.path)
+    state, _ = ghost.header(spec)
     if "difference" in state:
         _refuse(name, "it holds differences to the weights of the model it controls")
     options: dict[str, Any] = {}

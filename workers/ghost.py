@@ -14,8 +14,9 @@ import comfy.sd
 import comfy.utils
 import torch
 
+from ..loaders.files import opened, read_tensor
 from ..loaders.header import Entry, Header, read_header
-from ..loaders.source import opened, read_tensor
+from ..loaders.parts import joined
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
 from .loading import load_options
@@ -72,7 +73,7 @@ def build(spec: ModelSpec) -> tuple[Any, Any]:
     Raises:
         LoadError: the file is missing, damaged or not a diffusion model ComfyUI knows.
     """
-    state, metadata = header(spec.path)
+    state, metadata = header(spec)
     check_metadata(spec.path, state, metadata)
     check_formats(spec.path, state, metadata)
     options, keywords = load_options(spec)
@@ -171,18 +172,21 @@ def without_weights(ghost: Any, state: dict[str, torch.Tensor], dtype: torch.dty
     return model
 
 
-def header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    """A file's tensors as meta tensors of their shape and dtype (small ones real), and its metadata.
+def header(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """A model's tensors as meta tensors of their shape and dtype (small ones real), and its metadata.
 
     Quantised GGUF tensors appear with the shape and dtype they say they have in a worker (gguf_ops.Blocks).
 
     Raises:
-        LoadError: the file is missing, or not what its name says.
+        LoadError: a file is missing, or not what its name says.
     """
-    with opened(path) as fd:
-        found = read_header(path, fd)
-        state = {name: _real_or_meta(found, fd, entry) for name, entry in found.entries.items()}
-    return state, dict(found.metadata) or None
+    state: dict[str, torch.Tensor] = {}
+    found = []
+    for path in spec.paths:
+        with opened(path) as fd:
+            found.append(read_header(path, fd))
+            state |= {name: _real_or_meta(found[-1], fd, entry) for name, entry in found[-1].entries.items()}
+    return state, dict(joined(found, [0] * len(found)).metadata) or None
 
 
 def _real_or_meta(found: Header, fd: int, entry: Entry) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy
 import torch
 from comfy import model_management
 
-from ..loaders.source import changed
+from ..loaders.files import changed
 from ..raylight import cfg
 from ..raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ..raylight.errors import UnsupportedError, WorkerError

@@ -388,7 +388,7 @@ class Pool:
         if self._single or spec in self._agreed:
             return
         ask = call_groups or self.call_groups
-        told: list[str] = ask("recognise", [(range(len(self.members)), (spec, content_key(spec.path)))])[0]
+        told: list[str] = ask("recognise", [(range(len(self.members)), (spec, content_key(spec.paths)))])[0]
         wrong = {member.place.host: why for member, why in zip(self.members, told, strict=True) if why}
         if wrong:
             raise LoadError(

@@ -180,7 +180,7 @@ class Runner:
         """Find this machine's copy of a file of the driver's; what is wrong with it, "" for nothing."""
         try:
             found = spec.now()
-            if content_key(found.path) != content:
+            if content_key(found.paths) != content:
                 return f"the file there is another one, of {found.size} bytes where it has {spec.size}"
         except LoadError as error:
             return str(error)
@@ -210,13 +210,14 @@ class Runner:
             self._models[spec] = model
             said = model.new(self.heard.take(), loading=True)
             if spec.reader == "map":
-                prefetch(
-                    model.source.fd,
-                    spec.size,
-                    index=self._readers[0],
-                    count=self._readers[1],
-                    cancelled=self.wire.cancelled,
-                )
+                for file in model.source.files:
+                    prefetch(
+                        file.fd,
+                        file.header.size,
+                        index=self._readers[0],
+                        count=self._readers[1],
+                        cancelled=self.wire.cancelled,
+                    )
         return replace(self._models[spec].facts(), said=said)
 
     def patch(self, request: PatchRequest) -> None:

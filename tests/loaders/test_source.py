@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.loaders import prefetch, staging
-from comfy_raylight.loaders.source import OpenFiles, Source, opened, read_tensor
+from comfy_raylight.loaders.files import opened, read_tensor
+from comfy_raylight.loaders.source import OpenFiles, Source
 from comfy_raylight.loaders.staging import HostEngine, Piece, upload
 from comfy_raylight.raylight.errors import LoadError
 from comfy_raylight.tests.weights.memory import private
@@ -75,7 +76,7 @@ def test_only_the_map_is_shared(path: str) -> None:
 def test_one_tensor_without_the_rest(path: str, tensors: dict[str, torch.Tensor]) -> None:
     source = Source(path)
     for name in ("half", "one", "after"):
-        assert torch.equal(read_tensor(source.header, source.fd, source.header.entries[name]), tensors[name])
+        assert torch.equal(read_tensor(source.header, source.files[0].fd, source.header.entries[name]), tensors[name])
 
 
 @pytest.mark.parametrize("reader", ["map", "private", "fastsafetensors"])
