@@ -239,10 +239,17 @@ def write_gguf(
     strings: Iterable[tuple[str, str]] = (),
     prefix: str = "",
     quantised: Callable[[str, torch.Tensor], bool] | None = None,
+    stored: Callable[[str, torch.Tensor], tuple[int, ...] | None] = lambda *_: None,
+    noted: str | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[Path, State]:
     """Write the weights of `base` as GGUF, matrices quantised as `kind`, and return what they dequantise to.
 
-    `quantised` says which matrices, by default the linear layers of blocks.
+    Args:
+        quantised: says which matrices are, by default the linear layers of blocks.
+        stored: the dims that a tensor has in the file without a note of its own ones, None for what is usual.
+        noted: prefix of the names of tensors in notes of their shapes, by default `prefix`.
+        part: which part of the model to write, from 0, of how many.
 
     Types that the gguf package cannot quantise get random blocks of small weights.
     """
@@ -259,18 +266,30 @@ def write_gguf(
         writer.add_string(key, text)
     whole: State = {}
     generator = numpy.random.default_rng(0)
-    for key, value in load_file(base).items():
+    model = load_file(base)
+    if part[1] > 1:
+        writer.add_uint16("split.no", part[0])
+        writer.add_uint16("split.count", part[1])
+        writer.add_int32("split.tensors.count", len(model))
+    for number, (key, value) in enumerate(model.items()):
         array = value.float().numpy()
+        here = number * part[1] // len(model) == part[0]
         if value.ndim == 2 and value.shape[1] % weights == 0 and (quantised or is_linear)(key, value):
             blocks = _quantise(array, quant, nbytes, generator)
-            writer.add_tensor(prefix + key, blocks, raw_dtype=quant)
+            dims = stored(key, value)
+            stored_blocks = blocks if dims is None else blocks.reshape(*dims[:-1], -1)
+            if here:
+                writer.add_tensor(prefix + key, stored_blocks, raw_dtype=quant)
             with numpy.errstate(all="ignore"):
                 array = gguf.quants.dequantize(blocks, quant).reshape(array.shape)
-        elif value.ndim > 4:  # GGUF has four dims
+        elif here and (dims := stored(key, value)) is not None:
+            writer.add_tensor(prefix + key, array.reshape(dims))
+        elif here and value.ndim > 4:  # GGUF has four dims
             flat = array.reshape(array.shape[0], -1)
             writer.add_tensor(prefix + key, flat)
-            writer.add_array(f"comfy.gguf.orig_shape.{prefix}{key}", list(map(int, array.shape)))
-        else:
+            name = (prefix if noted is None else noted) + key
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(map(int, array.shape)))
+        elif here:
             writer.add_tensor(prefix + key, array)
         whole[key] = torch.from_numpy(numpy.ascontiguousarray(array))
     writer.write_header_to_file()
@@ -297,3 +316,21 @@ def _quantise(array: Any, quant: Any, nbytes: int, generator: Any) -> Any:
         with numpy.errstate(all="ignore"):
             good = numpy.flatnonzero(numpy.isfinite(whole).all(1) & (abs(whole).max(1) < SMALL))
         return blocks[good[numpy.arange(rows) % len(good)]] if len(good) else blocks * 0
+
+
+def split(path: Path, count: int, *, index: bool) -> list[Path]:
+    """Write a safetensors file in parts, with an index beside them or without, and return the parts."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(path)
+    names = list(state)
+    parts = [path.with_name(f"{path.stem}-{number + 1:05}-of-{count:05}.safetensors") for number in range(count)]
+    places: dict[str, str] = {}
+    for number, part in enumerate(parts):
+        chosen = names[number * len(names) // count : (number + 1) * len(names) // count]
+        save_file({name: state[name] for name in chosen}, part, {"format": "pt"})
+        places |= dict.fromkeys(chosen, part.name)
+    if index:
+        whole = {"metadata": {"total_size": path.stat().st_size}, "weight_map": places}
+        path.with_name(f"{path.stem}.safetensors.index.json").write_text(json.dumps(whole), encoding="utf-8")
+    return parts
