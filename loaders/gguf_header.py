@@ -40,6 +40,9 @@ SPLIT = {"split.no": 0, "split.count": 1, "split.tensors.count": 0}
 """Fields of a part of a model, with what holds where they are not there."""
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.")
+"""Of diffusion models' tensors in files that may hold more."""
+
 PLAIN = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -173,6 +176,15 @@ class _Fields:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     split: dict[str, int] = field(default_factory=dict)
 
+    def noted(self, name: str, count: int) -> tuple[int, ...] | None:
+        """The shape of a tensor of `count` values that is noted under the name without its prefix, or with one."""
+        for prefix in PREFIXES:
+            for other in (name.removeprefix(prefix), prefix + name):
+                shape = self.shapes.get(other)
+                if shape is not None and math.prod(shape) == count:
+                    return shape
+        return None
+
 
 def _fields(file: RawFile, cursor: _Cursor, count: int) -> _Fields:
     fields = _Fields()
@@ -290,7 +302,7 @@ def _entry(
         raise file.refuse(f"tensor {info.name!r} of {quant} has the dims {info.dims}, which cannot be")
     if info.offset % fields.alignment:
         raise file.refuse(f"tensor {info.name!r} is at {info.offset}, no multiple of {fields.alignment}")
-    shape = fields.shapes.get(info.name, info.dims[::-1])
+    shape = fields.shapes.get(info.name) or fields.noted(info.name, count) or info.dims[::-1]
     if math.prod(shape) != count:
         raise file.refuse(f"tensor {info.name!r} has {count} values, and its original shape {shape} does not")
     start = data + info.offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import reprlib
@@ -80,6 +81,16 @@ class Header:
     metadata: Mapping[str, str]
     format: str
     split: Split = Split()
+
+
+def reshaped(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> Header:
+    """The header with other shapes for some of the tensors, of as many values."""
+    if not shapes:
+        return header
+    entries = {
+        name: dataclasses.replace(entry, shape=shapes.get(name, entry.shape)) for name, entry in header.entries.items()
+    }
+    return dataclasses.replace(header, entries=entries)
 
 
 def read_header(path: str, fd: int) -> Header:

@@ -17,7 +17,7 @@ import torch
 from ..raylight.config import READERS, ModelSpec
 from ..raylight.errors import ConfigError, LoadError
 from .files import changed, fill, open_file, read_into
-from .header import Entry, Header, read_header
+from .header import Entry, Header, read_header, reshaped
 from .parts import joined
 
 PAGE = 4096
@@ -50,19 +50,20 @@ class OpenFile:
 
     Args:
         start: where its bytes begin among those of all the model's files.
+        shapes: see Source.
 
     Attributes:
         identity: path, size, mtime_ns and inode, as it was opened.
         header: its own, checked.
     """
 
-    def __init__(self, path: str, start: int) -> None:
+    def __init__(self, path: str, start: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path, self.start = path, start
         fd = self.fd = open_file(path)
         self._close = weakref.finalize(self, os.close, fd)
         stat = os.fstat(fd)
         self.identity = (path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        self.header: Header = read_header(path, fd)
+        self.header: Header = reshaped(read_header(path, fd), shapes)
 
     def check(self) -> None:
         """See Source.check."""
@@ -104,6 +105,7 @@ class Source:
         paths: a safetensors or GGUF file, or all parts of a model in order.
         reader: "map"; "private" reads it into this process's own memory, for filesystems that map badly;
             "fastsafetensors" does the same with that package.
+        shapes: of tensors that are to have other ones than in the file.
 
     Attributes:
         path: of the first file.
@@ -115,13 +117,13 @@ class Source:
         ConfigError: the reader's package is not installed.
     """
 
-    def __init__(self, *paths: str, reader: str = "map") -> None:
+    def __init__(self, *paths: str, reader: str = "map", shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         assert reader in READERS and paths
         self.path = paths[0]
         self.files: list[OpenFile] = []
         start = 0
         for path in paths:
-            self.files.append(OpenFile(path, start))
+            self.files.append(OpenFile(path, start, shapes or {}))
             start += -(-self.files[-1].header.size // PAGE) * PAGE
         self.header: Header = joined([file.header for file in self.files], [file.start for file in self.files])
         self._ranges: list[tuple[int, int, int]] = []  # address, end, offset in the files; sorted
@@ -147,7 +149,7 @@ class Source:
         """
         if spec.now() != spec:
             raise changed(spec.path, "it is not the file that was chosen any more")
-        return cls(*spec.paths, reader=spec.reader)
+        return cls(*spec.paths, reader=spec.reader, shapes=dict(spec.shapes))
 
     def fill(self, start: int, target: memoryview) -> None:
         """Fill a buffer with bytes of one tensor, by where they are as `offset` has it; for readers of their own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -15,11 +16,12 @@ import comfy.utils
 import torch
 
 from ..loaders.files import opened, read_tensor
-from ..loaders.header import Entry, Header, read_header
+from ..loaders.header import Entry, Header, read_header, reshaped
 from ..loaders.parts import joined
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError
 from .loading import load_options
+from .shapes import Misfits, Shape, Shapes, fitting
 
 REAL_BYTES = 4 << 10
 REAL_VECTOR_BYTES = 64 << 10
@@ -62,39 +64,89 @@ class AllOnMeta(_StayOnMeta):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def build(spec: ModelSpec) -> tuple[Any, Any]:
+def build(spec: ModelSpec) -> tuple[Any, Any, ModelSpec]:
     """Build the model of a file without its weights.
 
     Returns:
-        `(ghost, config)`: ComfyUI's BaseModel on meta tensors, whose `diffusion_model` answers for keys,
-        shapes and config, and a fresh model config of the same detection with real tensors in it, from
-        which `without_weights` makes the BaseModel that samples.
+        `(ghost, config, spec)`: ComfyUI's BaseModel on meta tensors, whose `diffusion_model` answers for keys,
+        shapes and config, a fresh model config of the same detection with real tensors in it, from which
+        `without_weights` makes the BaseModel that samples, and the spec with the shapes that tensors of the file
+        have in the model.
 
     Raises:
         LoadError: the file is missing, damaged or not a diffusion model ComfyUI knows.
     """
-    state, metadata = header(spec)
+    state, found = _header(spec)
+    metadata = dict(found.metadata) or None
     check_metadata(spec.path, state, metadata)
     check_formats(spec.path, state, metadata)
+    name, failed = os.path.basename(spec.path), None
+    try:
+        patcher = _patcher(spec, state, metadata)
+    except Exception as error:  # detection trusts a file's shapes and settings; which errors it meets is open
+        patcher, failed = None, error
+    if patcher is not None:
+        return patcher.model, state, spec
+    if found.format == "gguf" and not spec.shapes:
+        shapes = _other_shapes(name, state, metadata)
+        if shapes:
+            return build(dataclasses.replace(spec, shapes=tuple(sorted(shapes.items()))))
+    if failed is not None:
+        raise LoadError(
+            f"ComfyUI cannot build a model from {name}",
+            f"{type(failed).__name__}: {failed}",
+            "The file is of another kind, or was converted in another way: choose another one",
+        ) from failed
+    hint = comfy.sd.model_detection_error_hint(spec.path, state)
+    raise LoadError(
+        f"ComfyUI does not recognise a diffusion model in {name}",
+        hint.strip() or "its tensor names and shapes fit no family",
+        "Choose a diffusion model file (not a LoRA, VAE or text encoder)",
+    )
+
+
+def _patcher(spec: ModelSpec, state: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> Any:
     options, keywords = load_options(spec)
     with torch.device("meta"), _StayOnMeta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading values into meta parameters is a no-op, and torch says so
-        try:
-            patcher = comfy.sd.load_diffusion_model_state_dict(dict(state), options, metadata=metadata, **keywords)
-        except Exception as error:  # detection trusts a file's shapes and settings; which errors it meets is open
-            raise LoadError(
-                f"ComfyUI cannot build a model from {os.path.basename(spec.path)}",
-                f"{type(error).__name__}: {error}",
-                "The file is damaged or of another kind: choose another one",
-            ) from error
-    if patcher is None:
-        hint = comfy.sd.model_detection_error_hint(spec.path, state)
+        return comfy.sd.load_diffusion_model_state_dict(dict(state), options, metadata=metadata, **keywords)
+
+
+def _other_shapes(file: str, state: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> dict[str, Shape]:
+    """The shapes of tensors that a GGUF file has in other dims than the model; {} where that is not what is wrong.
+
+    Raises:
+        LoadError: they do not follow from the model's.
+    """
+
+    def model_of(shapes: Shapes) -> dict[str, Shape]:
+        changed = {
+            name: value if value.shape == shapes[name] else value.reshape(shapes[name]) for name, value in state.items()
+        }
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(changed)
+        stripped = comfy.utils.state_dict_prefix_replace(changed, {prefix: ""}, filter_keys=True)
+        prefix, stripped = (prefix, stripped) if stripped else ("", changed)
+        with torch.device("meta"), _StayOnMeta():
+            config = comfy.model_detection.model_config_from_unet(dict(stripped), "", metadata=metadata)
+            model = config.get_model(dict(stripped), "").diffusion_model.state_dict()
+        return {prefix + name: tuple(value.shape) for name, value in model.items() if name in stripped}
+
+    try:
+        return fitting({name: tuple(value.shape) for name, value in state.items()}, model_of)
+    except Misfits as error:
+        if not error.found:
+            return {}
+        name, stored, wanted = error.found[0]
+        more = f" (and {len(error.found) - 1} more)" if error.found[1:] else ""
         raise LoadError(
-            f"ComfyUI does not recognise a diffusion model in {os.path.basename(spec.path)}",
-            hint.strip() or "its tensor names and shapes fit no family",
-            "Choose a diffusion model file (not a LoRA, VAE or text encoder)",
-        )
-    return patcher.model, state
+            f"{file} has tensors in other shapes than the model that ComfyUI takes it for",
+            f"{name} is {_dims(stored)} in the file and {_dims(wanted)} in the model{more}",
+            "Choose a file that was converted in another way, or the safetensors file of the model",
+        ) from error
+
+
+def _dims(shape: Shape) -> str:
+    return " x ".join(map(str, shape)) or "a single value"
 
 
 def check_metadata(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> None:
@@ -180,13 +232,18 @@ def header(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], dict[str, str] | N
     Raises:
         LoadError: a file is missing, or not what its name says.
     """
+    state, found = _header(spec)
+    return state, dict(found.metadata) or None
+
+
+def _header(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], Header]:
     state: dict[str, torch.Tensor] = {}
     found = []
     for path in spec.paths:
         with opened(path) as fd:
-            found.append(read_header(path, fd))
+            found.append(reshaped(read_header(path, fd), dict(spec.shapes)))
             state |= {name: _real_or_meta(found[-1], fd, entry) for name, entry in found[-1].entries.items()}
-    return state, dict(joined(found, [0] * len(found)).metadata) or None
+    return state, joined(found, [0] * len(found))
 
 
 def _real_or_meta(found: Header, fd: int, entry: Entry) -> torch.Tensor:

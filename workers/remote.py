@@ -48,7 +48,7 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
     """
     told = Told()
     with told.here(loading=True):
-        model, state = ghost.build(spec)
+        model, state, spec = ghost.build(spec)
     if config.parallel.needs_plan:
         with standing.explaining():
             plan_for(model.diffusion_model)

@@ -76,7 +76,7 @@ class Bench:
         from comfy_raylight.workers.model import WorkerModel
 
         spec = self.spec(path, **fields)
-        found, _ = ghost.build(spec)
+        found, _, spec = ghost.build(spec)
         with normal_tensors():
             mesh = mesh or Mesh.single(ParallelConfig(world=1))
             return WorkerModel(spec, found.get_dtype(), mesh, None)
