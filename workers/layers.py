@@ -10,7 +10,6 @@ import comfy.model_patcher
 import torch
 from torch import nn
 
-from ..loaders.quants import dequantise
 from ..loaders.source import Source
 from ..raylight.config import ModelSpec
 from .adopt import Home, adopt
@@ -71,8 +70,8 @@ class Layers:
                 yield name, module
             elif type(module) is not self._classes[place[1]]:
                 yield f"{name}.__class__", type(module)
-            for key, parameter in module.named_parameters(recurse=False):
-                if is_written(parameter):
+            for key, parameter in _bare(module):
+                if parameter is not None and is_written(parameter):
                     yield f"{name}.{key}", parameter
             for attribute, value in vars(module).items():
                 usual = getattr(type(module), attribute, None)
@@ -129,9 +128,21 @@ class _Parameters(dict[str, Any]):
     def items(self) -> Any:
         return ((name, self[name]) for name in self)
 
+    def bare(self) -> Iterator[tuple[str, Any]]:
+        """Each without patches; None where a layer has none."""
+        for name in self:
+            weight = self._weights.get(name)
+            yield name, super().__getitem__(name) if weight is None else weight.bare
+
     def __reduce__(self) -> Any:
         """A copy is of what it is at the moment."""
         return dict, (dict(self.items()),)
+
+
+def _bare(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The parameters of a module without patches: those that are patched are others whenever they are read."""
+    own = module._parameters
+    return own.bare() if isinstance(own, _Parameters) else iter(own.items())
 
 
 class _Weight:
@@ -173,26 +184,14 @@ class _Blocks(_Weight):
     def __init__(self, key: str, home: Home, told: Told, spec: ModelSpec, dtype: torch.dtype) -> None:
         super().__init__(key, home, told)
         layer: Any = home.module
-        self.bare = _Dequantised(home.tensor, layer.quant, layer.whole_shape, dtype)
-        vars(self.bare).update(vars(home.parameter))  # what it is on the workers
+        self.bare = Blocks(home.tensor, layer.quant, layer.whole_shape, dtype)
+        # what it is on the workers
+        vars(self.bare).update(vars(home.parameter), raylight_version=_version_of(self.bare))
         self._computed = patch_dtype(spec)
 
     def patched(self, patches: list[Any]) -> torch.Tensor:
         with normal_tensors(), self._told.here(loading=False):
             return BlockPatch(self.key, patches, self._computed)(self.bare.whole())
-
-
-class _Dequantised(Blocks):
-    """Blocks that say the type they are dequantised to."""
-
-    @staticmethod
-    def __new__(cls, raw: torch.Tensor, quant: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Dequantised:
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=raw.device)
-        made.raw, made.quant = raw, quant
-        return made
-
-    def whole(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return dequantise(self.raw, self.quant, tuple(self.shape), dtype=dtype or self.dtype)
 
 
 def _alone(layer: nn.Module, path: list[str]) -> nn.Module:

@@ -131,7 +131,7 @@ PARTS = [
 
 @pytest.mark.parametrize("kind,where", PARTS)
 def test_a_model_in_parts(
-    server: ComfyServer, client: ComfyClient, result: Run, wan: Path, kind: str, where: PoolCase
+    server: ComfyServer, client: ComfyClient, result: Run, wan: Path, *, kind: str, where: PoolCase
 ) -> None:
     """Whichever part is chosen; and where one is missing, its name."""
     whole = wan
