@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_raylight.loaders import gguf_header
-from comfy_raylight.loaders.header import Header, read_header
+from comfy_raylight.loaders.header import Header, Split, read_header
 from comfy_raylight.raylight.errors import LoadError
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 
@@ -149,6 +149,22 @@ def test_an_original_shape_keeps_the_blocks(scratch: Scratch) -> None:
     entries = scratch.read(blob, NAME).entries
     assert (entries["a"].shape, entries["a"].nbytes) == ((2, 3, 1, 4, 4), 3 * 34)
     assert entries["b"].shape == (1, 32)
+
+
+@pytest.mark.parametrize("noted,name", [("model.diffusion_model.a", "a"), ("a", "model.diffusion_model.a")])
+def test_an_original_shape_under_a_name_with_another_prefix(noted: str, name: str, scratch: Scratch) -> None:
+    fields = [array(f"comfy.gguf.orig_shape.{noted}".encode(), INT32, [(dim, 4) for dim in (2, 1, 2, 2, 2)])]
+    infos = [info(name.encode(), (4, 4)), info(b"model.a", (4, 2), offset=64)]
+    entries = scratch.read(gguf(parts(fields, infos), bytes(96)), NAME).entries
+    assert entries[name].shape == (2, 1, 2, 2, 2)
+    assert entries["model.a"].shape == (2, 4), "the note has another number of values"
+
+
+def test_parts_say_what_they_are(scratch: Scratch) -> None:
+    fields = [field(b"split.no", 2, (1, 2)), field(b"split.count", 2, (3, 2)), field(b"split.tensors.count", 5, (9, 4))]
+    header = scratch.read(gguf(parts(fields, [info(b"a", (4, 4))]), bytes(64)), NAME)
+    assert header.split == Split(number=1, count=3, tensors=9)
+    assert scratch.read(gguf(parts(infos=[info(b"a", (4, 4))]), bytes(64)), NAME).split == Split()
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 8, 64, 4096, 1 << 16])

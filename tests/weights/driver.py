@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from comfy_raylight.workers.model import WorkerModel
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "workers" / "import_root"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from comfy_raylight.tests.weights.adapters import ADAPTERS, write_adapter
 from comfy_raylight.tests.weights.bench import Bench, apart, boot, forward
@@ -192,6 +193,35 @@ def _(bench: Bench, name: str) -> None:
     model.offload()
     must(at_home(model), "not every parameter is at home after an offload")
     must(apart(bench.run(model), got) == 0, "after an offload the result is another one")
+
+
+@each(("safetensors", "private", "Q8_0"), "written into")
+def _(bench: Bench, name: str) -> None:
+    """SD3 in diffusers' layout, of which ComfyUI's loader swaps halves in place: no way leads back to the file."""
+    import torch
+    from comfy_raylight.loaders.staging import HostEngine
+    from comfy_raylight.workers.mapped_patcher import Weights
+    from host.checkpoints import Job
+    from host.checkpoints.make import make
+
+    path = bench.path()
+    make(Job(family="sd3", path=path, layout="diffusers"))
+    plain = bench.plain(path)
+    if name == "Q8_0":
+        path, whole = write_gguf(path, bench.path(".gguf"), name, quantised=lambda *_: True)
+        plain = bench.plain_state(whole)
+    model = bench.mapped(path, reader="private" if name == "private" else "map")
+    layers = ("final_layer.adaLN_modulation.1", "joint_blocks.3.context_block.adaLN_modulation.1")
+    swapped = {f"diffusion_model.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    wanted = plain.model.state_dict()
+    homes = list(model._homes.items())
+    weights = Weights(model.source, dict(homes), engine=HostEngine)
+    for (key, home), moved in zip(homes, weights.upload([home for _, home in homes], "cpu"), strict=True):
+        must(torch.equal(moved, home.tensor), f"{key} is uploaded as it was before it was written")
+        must(torch.equal(model.weight(key), wanted[key]), f"{key} is another one than ComfyUI's")
+        must(key not in swapped or model.source.offset(home.tensor) is None, f"{key} passes for the file's")
+    joined = sum(home.tensor.nbytes for key, home in homes if ".qkv." in key or key in swapped)
+    must(0 < private_bytes(model) <= joined, f"{private_bytes(model)} bytes are private, {joined} were made or written")
 
 
 # ---- patches -------------------------------------------------------------------------------------
