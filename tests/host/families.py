@@ -333,12 +333,15 @@ FAMILIES: Mapping[str, Family] = {
         model="MiniMaxH3Model",
         recipe="h3",
         since=V33,
+        # it reads them where they are conditions
+        ignores=tuple(f"minimax_payload.refs.{end}" for end in ("0.latent", "1.latent", "1.audio_latent")),
         inputs=dataclasses.replace(H3, extras={"minimax_refs": H3_REFERENCES}),
     ),
     "h3_keyframes": Family(
         model="MiniMaxH3Model",
         recipe="h3",
         since=V33,
+        ignores=tuple(f"minimax_payload.keyframes.{end}" for end in ("0.latent", "0.audio_latent", "1.latent")),
         inputs=dataclasses.replace(H3, extras={"minimax_keyframes": H3_KEYFRAMES}),
     ),
     "krea2": Family(

@@ -71,6 +71,7 @@ def check(name: str, folder: Path) -> dict[str, Any]:
             samples,
             denoise=family.denoise,
             noise_mask=latent.get("noise_mask"),
+            seed=7,
         )
         for hook in hooks:
             hook.remove()
