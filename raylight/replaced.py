@@ -106,7 +106,7 @@ class Comparison:
                 continue
             error = (part.float() - wanted.float()).nan_to_num().square().sum()
             self._sums.append(torch.stack((error, wanted.float().nan_to_num().square().sum())))
-            self.limit = max(self.limit, _limit(part))
+            self.limit = max(self.limit, limit(part))
 
     def apart(self, comm: Comm) -> float:
         """Root mean square of the difference to that of the values, over all ranks; every rank asks, or none."""
@@ -122,7 +122,8 @@ def _refuse(names: str, why: str, cause: Exception | None = None) -> NoReturn:
     ) from cause
 
 
-def _limit(x: torch.Tensor) -> float:
+def limit(x: torch.Tensor) -> float:
+    """The largest difference that rounding explains in this dtype, root mean square to root mean square."""
     if x.dtype in (torch.float32, torch.float64):
         return EXACT if torch.get_float32_matmul_precision() == "highest" else TENSOR_FLOAT
     # values that are all rounded anew differ by a third of that, and few are
