@@ -1,0 +1,129 @@
+"""Finds the plan of a diffusion model that nobody wrote one for, or the reason why there is none.
+
+1. Trace (`found_trace`, `found_lengths`): one forward of small inputs, and one for each axis made longer.
+2. Guess (`found_guess`): lists of blocks, streams, orders and arguments whose lengths fit.
+3. Replay (`found_replay`, `found_search`): what fits in several ways is tried, a block at a time.
+
+What comes out holds for the inputs it was found with, and for others of their kind; `proof.prove` compares the whole
+model. Nothing here is trusted without it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .found_cuts import Counted, Same
+from .found_guess import Guess
+from .found_lengths import Lengths, Runs, run_all
+from .found_search import Search
+from .found_trace import Call
+from .found_values import Inputs, Refused, tensors
+from .plan import Blocks, Plan, Region
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan that was found.
+
+    Attributes:
+        inputs: all that it was found with, for the proof.
+        notes: what is left whole, cut around every block, or not tried, and why.
+    """
+
+    plan: Plan
+    inputs: tuple[Inputs, ...]
+    notes: tuple[str, ...]
+
+
+def find(model: nn.Module, function: Callable[..., Any], inputs: Inputs) -> Found:
+    """Find where a model's tokens are.
+
+    Args:
+        function: what runs it: its `_forward` where it has one, else its `forward`.
+        inputs: small ones, of the kind of those to come.
+
+    Raises:
+        Refused: no list of blocks can be cut.
+    """
+    runs = run_all(model, function, inputs)
+    lengths = Lengths(runs)
+    lists = _lists(model, runs, lengths)
+    if not lists:
+        raise Refused("no list of blocks passes image tokens on")
+    regions: list[Region] = []
+    notes: list[str] = []
+    refused: list[str] = []
+    for at, calls in lists.items():
+        try:
+            search = Search(model, runs, lengths, Guess(model, runs, lengths, at=at, calls=calls))
+            blocks, wholes = search.run()
+        except Refused as why:
+            refused.append(str(why))
+            continue
+        between = _between(model, runs, calls, blocks)
+        notes += search.notes
+        notes += [f"{at} is cut around every block: {between}"] if between else []
+        regions.append(Region(blocks, whole=wholes, per_block=bool(between)))
+    if not regions:
+        raise Refused("; ".join(refused))
+    notes += [f"left whole: {why}" for why in refused]
+    return Found(Plan(*regions), (inputs, *runs.inputs), tuple(notes))
+
+
+def _lists(model: nn.Module, runs: Runs, lengths: Lengths) -> dict[str, list[Call]]:
+    """Calls of the outermost lists of blocks that carry image tokens, by the path of the list."""
+    called = {call.name for call in runs.base.calls}
+    found: dict[str, list[Call]] = {}
+    for call in runs.base.calls:
+        at, _, _ = call.name.rpartition(".")
+        if not at or at in called or not isinstance(model.get_submodule(at), (nn.ModuleList, nn.ModuleDict)):
+            continue
+        if any(call.within(other) for calls in found.values() for other in calls):
+            continue
+        given = list(lengths.tensors_of(call).values())
+        outs = lengths.tensors_of(call, "out").values()
+        if any(out in given and any(map(runs.image, out)) for out in outs):
+            found.setdefault(at, []).append(call)
+    return found
+
+
+def _between(model: nn.Module, runs: Runs, calls: list[Call], blocks: Blocks) -> str:
+    """What happens to tokens between the blocks; "" where they go from one to the next untouched and unseen."""
+    at = blocks.at.removesuffix(".*")
+    children = [f"{at}.{name}" for name, _ in model.get_submodule(at).named_children()]
+    if [call.name for call in calls] != children:
+        return "not each block runs once in its place"
+    streams = {stream.over for stream in blocks.streams.values() if not isinstance(stream, Counted)}
+    for one, other in itertools.pairwise(calls):
+        given = tensors(other.args)
+        fed = {
+            stream.over
+            for stream, value in zip(blocks.outputs, one.outs, strict=True)
+            if not isinstance(stream, Same) and value is not None
+            if any(t.shape == value.shape and torch.equal(t, value) for t in given)
+        }
+        if not streams <= fed:
+            return "tokens are changed in between"
+    produced = {live for call in calls[:-1] for live in call.out_live}
+
+    def inside(call: Call | None) -> bool:
+        return call is not None and any(call.within(block) for block in calls)
+
+    for call in runs.base.calls:
+        if calls[0].end < call.begin < calls[-1].begin and not inside(call) and call.live & produced:
+            return f"{call.name} sees tokens in between"
+    for use in runs.base.uses:
+        if calls[0].end <= use.clock < calls[-1].begin and not inside(use.inside) and use.used & produced:
+            return f"the model's own code sees tokens in between ({use.name})"
+    earlier: set[int] = set()
+    for one, other in itertools.pairwise(calls):
+        if other.live & (earlier - set(one.out_live)):
+            return "blocks are given tokens of earlier ones"
+        earlier |= set(one.out_live)
+    return ""
