@@ -287,7 +287,9 @@ def fastsafetensors() -> object:
     return module
 
 
+@torch.inference_mode(False)
 def _view(whole: torch.Tensor, entry: Entry) -> torch.Tensor:
+    # torch counts what is written into normal tensors
     raw = whole[entry.start : entry.stop]
     if entry.quant:
         return raw

@@ -224,6 +224,31 @@ def _(bench: Bench, name: str) -> None:
     must(0 < private_bytes(model) <= joined, f"{private_bytes(model)} bytes are private, {joined} were made or written")
 
 
+@check
+def what_a_node_writes_into_is_not_named(bench: Bench) -> None:
+    """In ComfyUI's process: a layer of the stand-in, which is refused, and a tensor of a LoRA, which is sent."""
+    import torch
+    from comfy_raylight.workers import layers, loras
+    from comfy_raylight.workers.remote import refer
+
+    path = write_variant(bench.base, bench.path(), "fp32")
+    found = layers.Layers(bench.spec(path), torch.float32, None)
+    must(not list(found.replaced()), "something is said to be replaced")
+    head: Any = found.model.get_submodule("head.head")
+    must(refer(head.weight) is not None, "a layer's weight has no name")
+    with torch.inference_mode():
+        head.weight[:3] = 0.0
+    must([name for name, _ in found.replaced()] == ["head.head.weight"], "the write is not seen")
+    must(refer(head.weight) is None and refer(head.bias) is not None, "the name stands for what the file has")
+    must(bool((bench.mapped(path).weight("diffusion_model.head.head.weight")[:3] != 0).any()), "others see the write")
+    file = write_adapter(bench.base, bench.path(), "lora")
+    with torch.inference_mode():
+        tensor = next(iter(loras._tensors(str(file)).values()))
+        must(refer(tensor) is not None, "a LoRA's tensor has no name")
+        tensor.mul_(2.0)
+        must(refer(tensor) is None, "the name stands for what the file has")
+
+
 # ---- patches -------------------------------------------------------------------------------------
 
 
