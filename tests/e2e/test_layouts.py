@@ -196,7 +196,7 @@ def test_gguf_with_dims_of_which_none_is_certain(client: ComfyClient, wan: Path)
     write_gguf(wan, path, "Q8_0", quantised=lambda *_: False, stored=turned)
     shapes = "text_embedding.0.weight is 4096 x 256 in the file and 256 x 4096 in the model"
     with pytest.raises(PromptError, match=f"wan-turned.gguf has tensors in other shapes .* {shapes}"):
-        client.run(with_gguf(pool(wan_case(path)), f"{FOLDER}/{path.name}"))
+        client.run(with_gguf(pool(wan_case(path), on()), f"{FOLDER}/{path.name}"))
 
 
 def turned(key: str, value: torch.Tensor) -> tuple[int, ...] | None:
