@@ -116,6 +116,7 @@ class Block(nn.Module):
             "cumsum": lambda: x + x.cumsum(1) / x.shape[1],
             "roll": lambda: x + x.roll(1, 1),
             "first_token": lambda: x + x[:, :1],
+            "told_length": lambda: x.reshape(x.shape[0], keep, -1),
             "keep_indices": lambda: x.index_add(1, keep, x.new_ones(x.shape[0], len(keep), x.shape[2])),
             "draws": lambda: x + torch.rand_like(x),
             "global_max": lambda: x / x.abs().max(),
@@ -155,7 +156,7 @@ class Toy(nn.Module):
         for index, block in enumerate(self.blocks):
             if self.kind in ("dropped", "added"):
                 pe = table(tokens.shape[1])
-            more = {"keep": keep} if self.kind == "keep_indices" else {}
+            more = {"keep_indices": {"keep": keep}, "told_length": {"keep": self.pe.shape[1]}}.get(self.kind, {})
             tokens = block(tokens, pe, transformer_options=options, **more)
             tokens = self.between(tokens, index, pe, options, context.shape[1])
         out = self.last(tokens[:, -x.flatten(2).shape[2] :])

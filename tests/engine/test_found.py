@@ -19,7 +19,7 @@ from comfy_raylight.raylight.simulated import on_ranks
 
 from .found_toys import Toy, Twins, line, picture
 
-TRUNK = ("right", "batch_statistic")
+TRUNK = ("right", "batch_statistic", "told_length")
 AROUND = ("between", "between_method", "dropped", "added", "two_lists")
 """The model works on tokens between its blocks."""
 WHOLE = {
@@ -123,7 +123,7 @@ def test_streams_of_equal_length_are_told_apart(text: int) -> None:
 def test_it_prints_as_it_is_written() -> None:
     """What is printed makes an equal plan."""
     names = {**vars(cuts), **vars(found_cuts), **vars(plan)}
-    for kind in ("right", "between", "conv_module"):
+    for kind in ("told_length", "between", "conv_module"):
         made = proved(toy(kind), picture())
         assert eval(source(made), dict(names)) == made
 
