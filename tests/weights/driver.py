@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -230,9 +231,10 @@ def what_a_node_writes_into_is_not_named(bench: Bench) -> None:
     import torch
     from comfy_raylight.workers import layers, loras
     from comfy_raylight.workers.remote import refer
+    from comfy_raylight.workers.said import Told
 
     path = write_variant(bench.base, bench.path(), "fp32")
-    found = layers.Layers(bench.spec(path), torch.float32, None)
+    found = layers.Layers(bench.spec(path), torch.float32, SimpleNamespace(told=Told()), dict)
     must(not list(found.replaced()), "something is said to be replaced")
     head: Any = found.model.get_submodule("head.head")
     must(refer(head.weight) is not None, "a layer's weight has no name")
