@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 import sys
 import time
@@ -22,10 +21,11 @@ from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.files import KITCHEN, write_gguf, write_variant
 from safetensors.torch import save_file
 
+from .conftest import Run
 from .test_data_parallel import SEEDS, TWO, Bench, parallel, same
 from .test_residency import SHARDED, STREAMED
-from .test_sampling import FP32, latent
-from .test_weights import EFFECT, Run, apart, with_ray_loras, with_stock_loras
+from .test_sampling import FP32
+from .test_weights import EFFECT, apart, with_ray_loras, with_stock_loras
 
 FOLDER = "h3"
 LORA = f"{FOLDER}/turbo.safetensors"
@@ -64,20 +64,6 @@ def files(server: ComfyServer, comfy_root: Path) -> Path:
     lora.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(job.path, lora, "lora")
     return job.path
-
-
-@pytest.fixture(scope="module")
-def result(server: ComfyServer, client: ComfyClient) -> Run:
-    """Runs a prompt and returns its latent, video and sound in one vector."""
-    count = itertools.count()
-
-    def run(prompt: Prompt) -> torch.Tensor:
-        name = f"h3_{next(count)}"
-        prompt[SAVE]["inputs"]["name"] = name
-        client.run(prompt, timeout=400)
-        return latent(server, name)
-
-    return run
 
 
 WHERE = [

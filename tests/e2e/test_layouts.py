@@ -14,13 +14,14 @@ from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.large import LARGE, WHY
-from comfy_raylight.tests.host.prompts import FAMILIES, SAVE, Case, PoolCase, plain, pool, with_gguf
+from comfy_raylight.tests.host.prompts import FAMILIES, Case, PoolCase, plain, pool, with_gguf
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.files import split, write_gguf
 from safetensors.torch import load_file, save_file
 
-from .test_sampling import FP32, latent
-from .test_weights import Run, apart
+from .conftest import Run
+from .test_sampling import FP32
+from .test_weights import apart
 
 FOLDER = "layouts"
 SIZES = {"flux": {"context": 64, "double": 4, "single": 2}, "sd3": {}, "auraflow": {}}
@@ -28,19 +29,6 @@ SIZES = {"flux": {"context": 64, "double": 4, "single": 2}, "sd3": {}, "auraflow
 PRIVATE = {"use_mmap": False}
 SHARDED = {"FSDP": True, "FSDP_prefetch": "off"}
 STREAMED = {"FSDP": True, "FSDP_CPU_OFFLOAD": True}
-
-
-@pytest.fixture
-def result(server: ComfyServer, client: ComfyClient) -> Run:
-    """Runs a prompt and returns its latent."""
-
-    def run(prompt: Prompt) -> torch.Tensor:
-        name = f"layouts{len(list(server.output.glob('layouts*')))}"
-        prompt[SAVE]["inputs"]["name"] = name
-        client.run(prompt, timeout=600)
-        return latent(server, name)
-
-    return run
 
 
 File = Callable[[str, str], tuple[Case, Case]]

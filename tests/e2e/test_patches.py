@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import write
-from comfy_raylight.tests.host.client import ComfyClient, Prompt
-from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, SAVE, Case, PoolCase, plain, pool, with_gguf
+from comfy_raylight.tests.host.client import Prompt
+from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, plain, pool, with_gguf
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.files import is_linear, write_gguf
 from comfy_raylight.tests.weights.widening import write_widening
 from safetensors.torch import save_file
 
+from .conftest import Run
 from .test_residency import SHARDED, STREAMED
-from .test_sampling import FP32, latent
-from .test_weights import EFFECT, Run, apart, with_ray_loras, with_stock_loras
+from .test_sampling import FP32
+from .test_weights import EFFECT, apart, with_ray_loras, with_stock_loras
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,19 +82,6 @@ def wide(server: ComfyServer, comfy_root: Path) -> Any:
         return Wide(dataclasses.replace(bare, inputs=wanted), dataclasses.replace(bare, inputs=unused), lora)
 
     return make
-
-
-@pytest.fixture
-def result(server: ComfyServer, client: ComfyClient) -> Run:
-    """Runs a prompt and returns its latent."""
-
-    def run(prompt: Prompt) -> torch.Tensor:
-        name = f"patches{len(list(server.output.glob('patches*')))}"
-        prompt[SAVE]["inputs"]["name"] = name
-        client.run(prompt, timeout=400)
-        return latent(server, name)
-
-    return run
 
 
 ONE = PoolCase(workers=1)

@@ -13,7 +13,7 @@ import torch
 from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
-from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
+from comfy_raylight.tests.host.client import ComfyClient, PromptError
 from comfy_raylight.tests.host.faults import FAULTS, Stage, suffer, zombies
 from comfy_raylight.tests.host.prompts import (
     FAMILIES,
@@ -31,8 +31,9 @@ from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.files import KITCHEN, write_gguf, write_variant
 from safetensors.torch import save_file
 
-from .test_sampling import FP32, latent
-from .test_weights import EFFECT, Run, apart, with_ray_loras, with_stock_loras
+from .conftest import Run
+from .test_sampling import FP32
+from .test_weights import EFFECT, apart, with_ray_loras, with_stock_loras
 
 SHARDED = {"FSDP": True}
 STREAMED = {"FSDP": True, "FSDP_CPU_OFFLOAD": True}
@@ -56,16 +57,9 @@ def files(server: ComfyServer, comfy_root: Path) -> None:
 
 
 @pytest.fixture
-def result(server: ComfyServer, client: ComfyClient, files: None) -> Run:
-    """Runs a prompt and returns its latent."""
-
-    def run(prompt: Prompt) -> torch.Tensor:
-        name = f"residency{len(list(server.output.glob('residency*')))}"
-        prompt[SAVE]["inputs"]["name"] = name
-        client.run(prompt, timeout=400)
-        return latent(server, name)
-
-    return run
+def result(result: Run, files: None) -> Run:
+    """Those of these files."""
+    return result
 
 
 ON_FOUR = PoolCase(workers=4, cfg=2, more=SHARDED)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from comfy_raylight.tests.weights.adapters import ADAPTERS, write_adapter
 from comfy_raylight.tests.weights.files import write_gguf, write_variant
 from safetensors.torch import save_file
 
+from .conftest import Run
 from .test_sampling import FP32, latent
 
 EFFECT = 1e-3
@@ -56,23 +57,6 @@ def loras(server: ComfyServer) -> dict[str, str]:
     write_adapter(base, folder / "ffn.safetensors", "lora", seed=2, part="ffn")
     save_file({"lora_unet_other.lora_up.weight": torch.ones(4, 4)}, folder / "foreign.safetensors")
     return {path.stem: path.name for path in folder.glob("*.safetensors")}
-
-
-@pytest.fixture(scope="module")
-def result(server: ComfyServer, client: ComfyClient) -> Callable[[Prompt], torch.Tensor]:
-    """Runs a prompt and returns its latent; ComfyUI keeps nothing of it that the next one could take."""
-    count = iter(range(10000))
-
-    def run(prompt: Prompt) -> torch.Tensor:
-        name = f"weights{next(count)}"
-        prompt[SAVE]["inputs"]["name"] = name
-        client.run(prompt, timeout=400)
-        return latent(server, name)
-
-    return run
-
-
-Run = Callable[[Prompt], torch.Tensor]
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
