@@ -221,7 +221,11 @@ class _RemoteModule(torch.nn.Module):
         if self._lent is not None:
             return self._lent
         if self._layers is None:
-            self.__dict__["_layers"] = layers.Layers(self.link.spec, self.dtype, self.link, self._patches)
+            # they do not hold this one: the workers release a model once nobody has it, and no collection is waited for
+            patches = weakref.WeakMethod(self._patches)
+            self.__dict__["_layers"] = layers.Layers(
+                self.link.spec, self.dtype, self.link, lambda: found() if (found := patches()) else {}
+            )
         return self._layers.model
 
     def _patches(self) -> dict[str, list[Any]]:
