@@ -105,17 +105,22 @@ def inputs() -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     return (x, torch.tensor([500.0]), torch.randn(1, 12, 4096, generator=generator)), {"transformer_options": {}}
 
 
-def forward(model: Any) -> torch.Tensor:
-    """The diffusion model of a BaseModel, in the dtype it computes in."""
-    import torch
+def inputs_of(model: Any) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """The same on the device and in the dtype that a BaseModel computes in."""
     from comfy import model_management
 
     device, dtype = model_management.get_torch_device(), model.manual_cast_dtype or model.get_dtype()
     (x, t, context), kwargs = inputs()
+    return (x.to(device, dtype), t.to(device), context.to(device, dtype)), kwargs
+
+
+def forward(model: Any) -> torch.Tensor:
+    """The diffusion model of a BaseModel, in the dtype it computes in."""
+    import torch
+
+    args, kwargs = inputs_of(model)
     with torch.inference_mode():
-        output: torch.Tensor = model.diffusion_model(
-            x.to(device, dtype), t.to(device), context.to(device, dtype), **kwargs
-        )
+        output: torch.Tensor = model.diffusion_model(*args, **kwargs)
     return output.float().cpu().clone()
 
 

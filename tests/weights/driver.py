@@ -200,7 +200,8 @@ def _(bench: Bench, name: str) -> None:
 def _(bench: Bench, name: str) -> None:
     """SD3 in diffusers' layout, of which ComfyUI's loader swaps halves in place: no way leads back to the file."""
     import torch
-    from comfy_raylight.loaders.staging import HostEngine
+    from comfy import model_management
+    from comfy_raylight.loaders.staging import HostEngine, engine_for
     from comfy_raylight.workers.mapped_patcher import Weights
     from host.checkpoints import Job
     from host.checkpoints.make import make
@@ -216,10 +217,12 @@ def _(bench: Bench, name: str) -> None:
     swapped = {f"diffusion_model.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     wanted = plain.model.state_dict()
     homes = list(model._homes.items())
-    weights = Weights(model.source, dict(homes), engine=HostEngine)
-    for (key, home), moved in zip(homes, weights.upload([home for _, home in homes], "cpu"), strict=True):
-        must(torch.equal(moved, home.tensor), f"{key} is uploaded as it was before it was written")
-        must(torch.equal(model.weight(key), wanted[key]), f"{key} is another one than ComfyUI's")
+    device = model_management.get_torch_device()
+    weights = Weights(model.source, dict(homes), engine=engine_for if on_accelerator() else HostEngine)
+    for (key, home), moved in zip(homes, weights.upload([home for _, home in homes], device), strict=True):
+        uploaded, mapped, theirs = moved.cpu(), model.weight(key).cpu(), wanted[key].cpu()
+        must(torch.equal(uploaded, home.tensor.to(moved.dtype)), f"{key} is uploaded as it was before it was written")
+        must(torch.equal(mapped.to(theirs.dtype), theirs), f"{key} is another one than ComfyUI's")
         must(key not in swapped or model.source.offset(home.tensor) is None, f"{key} passes for the file's")
     joined = sum(home.tensor.nbytes for key, home in homes if ".qkv." in key or key in swapped)
     must(0 < private_bytes(model) <= joined, f"{private_bytes(model)} bytes are private, {joined} were made or written")
@@ -392,13 +395,13 @@ def quantised_weights_merge_into_another_model(bench: Bench) -> None:
 @check
 def what_a_model_keeps_for_its_next_call_is_cleared(bench: Bench) -> None:
     """As HiDream O1 does, which is too large for a test."""
-    from comfy_raylight.tests.weights.bench import inputs
+    from comfy_raylight.tests.weights.bench import inputs_of
 
     model = bench.mapped(write_variant(bench.base, bench.path(), "fp32"))
     cleared: list[bool] = []
     model.diffusion.clear_kv_cache = lambda: cleared.append(True)  # type: ignore[assignment]
     bench.run(model)
-    args, kwargs = inputs()
+    args, kwargs = inputs_of(model.patcher.model)
     for _ in range(2):
         model.run("_forward", args, kwargs)
     must(len(cleared) == 2, f"{len(cleared)} times in 2 calls")
