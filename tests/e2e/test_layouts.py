@@ -92,7 +92,7 @@ def test_tensors_that_comfyui_writes_into(
 @pytest.fixture
 def wan(server: ComfyServer, comfy_root: Path) -> Path:
     """A Wan with enough blocks for dividing them, in a folder of its own."""
-    path = server.models / FOLDER / "whole.safetensors"  # Ray Report goes by names, and so does its test
+    path = server.models / FOLDER / "whole.safetensors"
     write([Job(family="wan", path=path, size={"layers": 5})], comfy_root=comfy_root, python=Path(sys.executable))
     return path
 

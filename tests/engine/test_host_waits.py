@@ -29,6 +29,7 @@ ASKING = {
     "AceStepConditionGenerationModel": "the lengths of reference sounds",
     "WanDancerModel": "frames per second that come as a tensor",
     "MiniMaxH3Model": "the timestep, and where its grids of positions begin and end",
+    "Ideogram4Transformer2DModel": "which tokens of the text are padding",
     "HunyuanVideo": "where in the schedule HunyuanImage is, which distilled models have a second timestep from",
     "LTXVModel": "which tokens keyframes and guides keep",
     "LTXAVModel": "the same, and whether a mask differs within a frame",
