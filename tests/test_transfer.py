@@ -66,6 +66,16 @@ def test_writing_into_a_sent_tensor_is_seen(ends: tuple[Encoder, Decoder]) -> No
     assert torch.equal(decoder.decode(encoder.encode(context)), context)
 
 
+def test_writing_into_what_came_is_not_seen(ends: tuple[Encoder, Decoder]) -> None:
+    """A model may write into its conditioning: the next call, of this model or another, has it as it was sent."""
+    encoder, decoder = ends
+    context = torch.randn(256, 256)
+    for _ in range(3):
+        came = decoder.decode(encoder.encode(context.clone()))
+        assert torch.equal(came, context)
+        came.zero_()
+
+
 def test_fresh_tensors_are_not_kept(ends: tuple[Encoder, Decoder]) -> None:
     encoder, decoder = ends
     x = torch.randn(256, 256)

@@ -255,13 +255,13 @@ class Encoder:
                     used.add(found)
                     self._held.move_to_end(found)
                     self.bytes_held += tensor.nbytes
-                    return ("held", found)
+                    return ("copy of held", found)
                 key = self._new_key(new)
                 self._held[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
                 used.add(key)
             tensors.append(tensor)
             keys.append(key)
-            return ("tensor", len(tensors) - 1)
+            return ("tensor" if key is None or keep else "copy of tensor", len(tensors) - 1)
 
         file = io.BytesIO()
         try:
@@ -375,6 +375,11 @@ class _Unpickler(pickle.Unpickler):
             return self._tensors[value]
         if kind == "held":
             return self._held[value]
+        # models may write into what they are given, as HunyuanDiT does, and others are given the same
+        if kind == "copy of tensor":
+            return self._tensors[value].clone()
+        if kind == "copy of held":
+            return self._held[value].clone()
         assert self._resolve is not None
         return self._resolve(value)
 
