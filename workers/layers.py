@@ -20,8 +20,8 @@ from .messages import PREFIX
 from .said import Told
 
 CPU = torch.device("cpu")
-Patches = Callable[[], Mapping[str, list[Any]]]
-"""Says which patches the weights have at the moment, by key."""
+PatchesOf = Callable[[str], list[Any]]
+"""Says which patches a weight has at the moment, by its key."""
 
 
 def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
@@ -47,7 +47,7 @@ class Layers:
         LoadError: the file changed.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, link: Any, patches: Patches) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, link: Any, patches_of: PatchesOf) -> None:
         with normal_tensors(), link.told.here(loading=True):
             adopted = adopt(Source.of(spec), spec, dtype)
         self.model = marked(adopted.patcher.model.diffusion_model, spec, link)
@@ -57,7 +57,7 @@ class Layers:
             weight = _Blocks(key, home, link.told, spec, dtype) if is_blocks(home) else _Weight(key, home, link.told)
             by_module.setdefault(home.module, {})[home.name] = weight
         for module, weights in by_module.items():
-            module.__dict__["_parameters"] = _Parameters(module._parameters, weights, patches)
+            module.__dict__["_parameters"] = _Parameters(module._parameters, weights, patches_of)
             if getattr(module, "quant", ""):
                 module.quant = ""  # type: ignore[assignment]  # to itself it has a plain weight
 
@@ -98,10 +98,10 @@ def place_of(value: object) -> tuple[Any, ...] | None:
 class _Parameters(dict[str, Any]):
     """The parameters of a module, each as it is at the moment when it is read."""
 
-    def __init__(self, bare: Mapping[str, Any], weights: Mapping[str, _Weight], patches: Patches) -> None:
+    def __init__(self, bare: Mapping[str, Any], weights: Mapping[str, _Weight], patches_of: PatchesOf) -> None:
         super().__init__(bare)
         self._weights = dict(weights)
-        self._patches = patches
+        self._patches_of = patches_of
 
     def __setitem__(self, name: str, value: Any) -> None:
         """What a node puts there, or has moved, is that."""
@@ -113,7 +113,7 @@ class _Parameters(dict[str, Any]):
         weight = self._weights.get(name)
         if weight is None:
             return bare
-        patches = self._patches().get(weight.key)
+        patches = self._patches_of(weight.key)
         return weight.patched(patches) if patches else weight.bare
 
     def get(self, name: str, default: Any = None) -> Any:

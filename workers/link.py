@@ -330,7 +330,9 @@ def _patches(patcher: Any) -> Patches:
         for name, value in patcher.object_patches.items()
         if name.startswith(PREFIX) or name in CARRIED_OBJECTS
     }
-    weights = weight_patches(patcher)
+    weights = {name: list(value) for name, value in patcher.patches.items() if name.startswith(PREFIX)}
+    for name, value in patcher.get_combined_hook_patches(patcher.current_hooks).items():
+        weights[name] = weights.get(name, []) + list(value)
     hooks = patcher.current_hooks.hooks if patcher.current_hooks else []
     if not (weights or objects or patcher.force_cast_weights):
         return Patches()
@@ -343,12 +345,10 @@ def _patches(patcher: Any) -> Patches:
     return Patches(fingerprint=fingerprint, weights=weights, objects=objects, force_cast=patcher.force_cast_weights)
 
 
-def weight_patches(patcher: Any) -> dict[str, list[Any]]:
-    """The weight patches of a patcher with those of the hooks it has at the moment, by key."""
-    weights = {name: list(value) for name, value in patcher.patches.items() if name.startswith(PREFIX)}
-    for name, value in patcher.get_combined_hook_patches(patcher.current_hooks).items():
-        weights[name] = weights.get(name, []) + list(value)
-    return weights
+def patches_of(patcher: Any, key: str) -> list[Any]:
+    """The patches of one weight of a patcher, with those of the hooks it has at the moment."""
+    hooked = patcher.get_combined_hook_patches(patcher.current_hooks)
+    return [*patcher.patches.get(key, ()), *hooked.get(key, ())]
 
 
 def _changes(calls: Iterable[Call]) -> list[str]:

@@ -25,7 +25,7 @@ from ..raylight.errors import ConfigError
 from ..raylight.replaced import within
 from . import conds, cores, ghost, layers, lending, refusals, standing
 from .comfy_host import describe
-from .link import SETTINGS, ModelLink, interruptible, settings_of, weight_patches
+from .link import SETTINGS, ModelLink, interruptible, patches_of, settings_of
 from .messages import PREFIX
 from .pool import HISTORY, Pool, acquire, close_all, shut_down
 from .said import Told
@@ -222,17 +222,17 @@ class _RemoteModule(torch.nn.Module):
             return self._lent
         if self._layers is None:
             # they do not hold this one: the workers release a model once nobody has it, and no collection is waited for
-            patches = weakref.WeakMethod(self._patches)
+            here = weakref.WeakMethod(self._patches_of)
             self.__dict__["_layers"] = layers.Layers(
-                self.link.spec, self.dtype, self.link, lambda: found() if (found := patches()) else {}
+                self.link.spec, self.dtype, self.link, lambda key: found(key) if (found := here()) else []
             )
         return self._layers.model
 
-    def _patches(self) -> dict[str, list[Any]]:
-        """The weight patches of the MODEL that samples; there are none between runs."""
+    def _patches_of(self, key: str) -> list[Any]:
+        """The patches that a weight has in the MODEL that samples; there are none between runs."""
         owner = self._owner()
         patcher = owner.current_patcher if owner is not None else None
-        return weight_patches(patcher) if patcher is not None else {}
+        return patches_of(patcher, key) if patcher is not None else []
 
     def refuse_strangers(self, patches: Collection[str]) -> None:
         """Refuse what nodes have put into the layers without a patch of it; it stays there, as in a plain model.

@@ -15,7 +15,7 @@ from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host import families, processes
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
-from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, SAVE, Case, PoolCase, plain, pool, with_gguf
+from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, Case, PoolCase, plain, pool, with_gguf
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.adapters import write_adapter
 from comfy_raylight.tests.weights.files import KITCHEN, write_gguf, write_variant
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from .conftest import Run
 from .test_data_parallel import SEEDS, TWO, Bench, parallel, same
-from .test_residency import SHARDED, STREAMED
+from .test_residency import SHARDED, STREAMED, taken_over
 from .test_sampling import FP32
 from .test_weights import EFFECT, apart, with_ray_loras, with_stock_loras
 
@@ -174,16 +174,9 @@ def test_teacache(server: ComfyServer, result: Run) -> None:
 @SLOW
 def test_two_models(result: Run) -> None:
     """One takes over from the other in the middle of the schedule."""
-    found = []
-    for way in (plain, pool):
-        prompt = way(case(sampling="KSamplerAdvanced", steps=4, end=2, leftover=True))
-        second = way(dataclasses.replace(OTHER, sampling="KSamplerAdvanced", steps=4, start=2, add_noise=False))
-        prompt["loader2"] = second[LOADER]
-        inputs = {**second[SAMPLER]["inputs"], "latent_image": [SAMPLER, 0]}
-        inputs["model" if way is plain else "ray_actors"] = ["loader2", 0]
-        prompt["sampler2"] = {**second[SAMPLER], "inputs": inputs}
-        prompt[SAVE]["inputs"]["samples"] = ["sampler2", 0]
-        found.append(result(prompt))
+    first = case(sampling="KSamplerAdvanced", steps=4, end=2, leftover=True)
+    second = dataclasses.replace(OTHER, sampling="KSamplerAdvanced", steps=4, start=2, add_noise=False)
+    found = [result(taken_over(way, first, second)) for way in (plain, pool)]
     assert apart(found[1], found[0]) <= FP32
 
 

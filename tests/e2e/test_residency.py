@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
-from comfy_raylight.tests.host.client import ComfyClient, PromptError
+from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
 from comfy_raylight.tests.host.faults import FAULTS, Stage, suffer, zombies
 from comfy_raylight.tests.host.prompts import (
     FAMILIES,
@@ -93,6 +94,17 @@ def test_equals_plain(server: ComfyServer, result: Run, sampling: Case, where: P
     assert server.log().count(f"{kind} weights, ") > before, "the log says what a worker holds"
 
 
+def taken_over(way: Callable[[Case], Prompt], first: Case, second: Case) -> Prompt:
+    """A run whose second model takes over in the middle of the schedule."""
+    prompt, other = way(first), way(second)
+    prompt["loader2"] = other[LOADER]
+    inputs = {**other[SAMPLER]["inputs"], "latent_image": [SAMPLER, 0]}
+    inputs["model" if way is plain else "ray_actors"] = ["loader2", 0]
+    prompt["sampler2"] = {**other[SAMPLER], "inputs": inputs}
+    prompt[SAVE]["inputs"]["samples"] = ["sampler2", 0]
+    return prompt
+
+
 KINDS = [pytest.param(SHARDED, id="sharded"), pytest.param(STREAMED, id="streamed", marks=SLOW)]
 
 
@@ -112,16 +124,9 @@ def test_patches_offload_and_another_model(result: Run, more: dict[str, Any]) ->
         assert apart(found, expected) <= FP32, chain
         assert not chain or apart(found, bare) > EFFECT
     assert torch.equal(found, bare)
-    pictures = []
-    for way in (plain, lambda case: pool(case, where)):
-        prompt = way(dataclasses.replace(DEEP, steps=4, end=2, leftover=True))
-        second = way(dataclasses.replace(DEEP, file="deep-low.safetensors", steps=4, start=2, add_noise=False))
-        prompt["loader2"] = second[LOADER]
-        inputs = {**second[SAMPLER]["inputs"], "latent_image": [SAMPLER, 0]}
-        inputs["model" if way is plain else "ray_actors"] = ["loader2", 0]
-        prompt["sampler2"] = {**second[SAMPLER], "inputs": inputs}
-        prompt[SAVE]["inputs"]["samples"] = ["sampler2", 0]
-        pictures.append(result(prompt))
+    first = dataclasses.replace(DEEP, steps=4, end=2, leftover=True)
+    second = dataclasses.replace(DEEP, file="deep-low.safetensors", steps=4, start=2, add_noise=False)
+    pictures = [result(taken_over(way, first, second)) for way in (plain, lambda case: pool(case, where))]
     assert apart(pictures[1], pictures[0]) <= FP32
 
 

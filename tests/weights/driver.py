@@ -237,7 +237,7 @@ def what_a_node_writes_into_is_not_named(bench: Bench) -> None:
     from comfy_raylight.workers.said import Told
 
     path = write_variant(bench.base, bench.path(), "fp32")
-    found = layers.Layers(bench.spec(path), torch.float32, SimpleNamespace(told=Told()), dict)
+    found = layers.Layers(bench.spec(path), torch.float32, SimpleNamespace(told=Told()), lambda key: [])
     must(not list(found.replaced()), "something is said to be replaced")
     head: Any = found.model.get_submodule("head.head")
     must(refer(head.weight) is not None, "a layer's weight has no name")
