@@ -28,9 +28,14 @@ pytestmark = pytest.mark.skipif(not machines.possible(), reason="needs namespace
 
 
 @pytest.fixture(scope="module")
-def there(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return machines.home_with_token(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def there(home: Path, comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A ComfyUI of this module's own: Ray stays connected to a cluster as long as the process lives."""
-    server = ComfyServer(comfy_root, base=tmp_path_factory.mktemp("machines"), threads=1)
+    server = ComfyServer(comfy_root, base=tmp_path_factory.mktemp("machines"), threads=1, env={"HOME": str(home)})
     server.models.mkdir(parents=True, exist_ok=True)
     job = Job(family="wan", path=server.models / "wan.safetensors")
     write([job], comfy_root=comfy_root, python=Path(sys.executable))
@@ -40,9 +45,9 @@ def there(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[machines.Cluster]:
+def cluster(home: Path) -> Iterator[machines.Cluster]:
     """Room for one worker on each machine."""
-    with machines.cluster(port=free_port(), cores=1, others=1) as found:
+    with machines.cluster(home, port=free_port(), cores=1, others=1) as found:
         yield found
 
 

@@ -23,9 +23,14 @@ GONE_S = 15.0
 
 
 @pytest.fixture
-def other(comfy_root: Path, tmp_path: Path) -> Iterator[ComfyServer]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return machines.home_with_token(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def other(home: Path, comfy_root: Path, tmp_path: Path) -> Iterator[ComfyServer]:
     """A ComfyUI of a test's own."""
-    server = ComfyServer(comfy_root, base=tmp_path, threads=1)
+    server = ComfyServer(comfy_root, base=tmp_path, threads=1, env={"HOME": str(home)})
     server.models.mkdir(parents=True, exist_ok=True)
     job = Job(family="wan", path=server.models / "wan.safetensors")
     write([job], comfy_root=comfy_root, python=Path(sys.executable))
@@ -97,8 +102,8 @@ def test_two_comfyuis_at_once(other: ComfyServer, server: ComfyServer, client: C
 
 
 @SLOW
-def test_a_cluster_is_joined_and_left_as_it_was(other: ComfyServer) -> None:
-    with other.client() as client, machines.cluster(port=free_port()) as cluster:
+def test_a_cluster_is_joined_and_left_as_it_was(home: Path, other: ComfyServer) -> None:
+    with other.client() as client, machines.cluster(home, port=free_port()) as cluster:
         wanted = Stage(other, client).good()
         own = Stage(other, client, cluster="local").prompt()
         kill = {"class_type": "RayKill", "inputs": {"ray_actors": [LOADER, 0], "kill_mode": "Kill Entire Cluster"}}

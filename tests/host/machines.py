@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -94,11 +95,21 @@ def possible() -> bool:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+def home_with_token(folder: Path) -> Path:
+    """A user's home folder with nothing in it but a token for Ray clusters, where Ray looks for it."""
+    token = folder / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    return folder
+
+
 @contextlib.contextmanager
-def cluster(*, port: int, cores: int = 2, others: int = 0) -> Iterator[Cluster]:
+def cluster(home: Path, *, port: int, cores: int = 2, others: int = 0) -> Iterator[Cluster]:
     """A head node on this machine, and a node on another one where that has cores.
 
     Args:
+        home: the folder of a user who has a token of the cluster, made by `home_with_token`.
         port: of the head.
         cores: that Ray counts on this machine.
         others: and on the other one.
@@ -111,7 +122,7 @@ def cluster(*, port: int, cores: int = 2, others: int = 0) -> Iterator[Cluster]:
         inside, first, second = stack.enter_context(network()) if others else ([], "127.0.0.1", "")
         address = f"{first}:{port}"
         head = [*_start(first, cores), "--head", f"--port={port}", "--include-dashboard=false"]
-        pid = stack.enter_context(_running([*head, f"--temp-dir={folder}"], Path(folder, "head.log")))
+        pid = stack.enter_context(_running([*head, f"--temp-dir={folder}"], Path(folder, "head.log"), home))
         outside = 0
         if others:
             script = 'mount -t tmpfs none /dev/shm && exec "$@"'
@@ -128,7 +139,7 @@ def cluster(*, port: int, cores: int = 2, others: int = 0) -> Iterator[Cluster]:
                 "-",
             ]
             node = [*_start(second, others), f"--address={address}"]
-            outside = stack.enter_context(_running([*inside, *alone, *node], Path(folder, "node.log")))
+            outside = stack.enter_context(_running([*inside, *alone, *node], Path(folder, "node.log"), home))
         yield Cluster(address, first, pid, second, outside)
 
 
@@ -139,13 +150,13 @@ def _start(address: str, cores: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], log: Path) -> Iterator[int]:
+def _running(command: list[str], log: Path, home: Path) -> Iterator[int]:
     """Run a node until the end of the block; the process id of its command."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            env={**variables, "RAY_AUTH_MODE": "token"},
+            env={**variables, "RAY_AUTH_MODE": "token", "HOME": str(home)},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
