@@ -32,9 +32,10 @@ from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
-from .messages import PREFIX, ModelFacts, ModelReport
+from .messages import PREFIX, ModelFacts, ModelReport, Wrapped
 from .recorded import Recordings, Waits, by_itself, recordable
 from .said import Said
+from .wrapped import Outer
 
 log = logging.getLogger(__name__)
 
@@ -298,32 +299,44 @@ class WorkerModel:
         return int(self._base.model_size())
 
     def run(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], cancelled: Callable[[], bool] = lambda: False
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cancelled: Callable[[], bool] = lambda: False,
+        wrapped: Wrapped | None = None,
     ) -> Any:
         """Call a method of the diffusion model, under its plan where it is the model's forward.
 
         Args:
             cancelled: whether this rank has been told to stop.
+            wrapped: a node's function that is to make the call, one of the model's forward.
 
         Raises:
             Cancelled: a rank that shares the sequence has; all of them leave before the same block.
         """
-        function = getattr(self.diffusion, method)
         forward = method in ("forward", "_forward")
         if forward and hasattr(self.diffusion, FORGETS):
             getattr(self.diffusion, FORGETS)()
-        if self._installation is not None and forward:
-            function = partial(self._installation.wrapper, function)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             watch = Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)
             with self._gathering(method), self._boundaries.watched(watch):
                 return function(*args, **kwargs)
 
+        if wrapped is not None:  # what it decides is not recorded
+            return Outer(self.diffusion, self._mesh, self._installation).run(wrapped, method, call, args, kwargs)
+        function = getattr(self.diffusion, method)
+        if self._installation is not None and forward:
+            function = partial(self._installation.wrapper, function)
         if self._recordings is None or not forward:
-            return call(*args, **kwargs)
+            return call(function, *args, **kwargs)
         return self._recordings.run(
-            call, function, args, kwargs, state=(self._weights.moves, self._settings, numerics.take())
+            partial(call, function),
+            function,
+            args,
+            kwargs,
+            state=(self._weights.moves, self._settings, numerics.take()),
         )
 
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
