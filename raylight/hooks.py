@@ -196,6 +196,11 @@ class Installation:
         """Names of the modules in which tokens are a rank's part."""
         return tuple(self._replaced.blocks)
 
+    @property
+    def between(self) -> bool:
+        """Whether replaced code may look at the tokens between two blocks."""
+        return self._replaced.between
+
     @contextlib.contextmanager
     def around(self, alike: Alike) -> Iterator[None]:
         """Forwards meanwhile have a node's code around their blocks, which sees all tokens and leaves blocks out."""

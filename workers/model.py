@@ -21,6 +21,7 @@ from ..raylight.errors import ConfigError, LoadError
 from ..raylight.hooks import Installation, install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
+from ..raylight.names import name_of
 from ..raylight.packing import Footprint, advice
 from ..raylight.plan import Plan, RowPlan
 from ..raylight.row_hooks import RowInstallation
@@ -80,6 +81,7 @@ class WorkerModel:
         self._lacking = ""
         self._settings = WorkerSettings()
         self._objects: dict[str, Any] = {}
+        self._replaced: dict[str, Any] = {}  # those of the diffusion model
         self._compiled: dict[str, Any] = {}
         self._recordings: Recordings | None = None
         self._waits = Waits()
@@ -163,9 +165,9 @@ class WorkerModel:
             patcher.patches_uuid = uuid.uuid5(uuid.NAMESPACE_OID, state)
         patcher.force_cast_weights = force_cast
         replaced = _of_diffusion(objects)
-        if self._installation is not None and (replaced or _of_diffusion(self._objects)):
+        if self._installation is not None and (replaced or self._replaced):
             self._installation.changed(replaced)
-        self._objects = objects
+        self._objects, self._replaced = objects, replaced
         self.patcher = patcher
         self.state = state
         self._said[False].clear()
@@ -227,7 +229,7 @@ class WorkerModel:
             if self._installation is not None:
                 self._installation.remove()
             self._installation = made
-            made.changed(_of_diffusion(self._objects))
+            made.changed(self._replaced)
 
     def _patch_objects(self) -> None:
         self.patcher.object_patches = {}
@@ -324,8 +326,12 @@ class WorkerModel:
             with self._gathering(method), self._boundaries.watched(watch):
                 return function(*args, **kwargs)
 
-        if wrapped is not None:  # what it decides is not recorded
-            return Outer(self.diffusion, self._mesh, self._installation).run(wrapped, method, call, args, kwargs)
+        outer = Outer(self.diffusion, self._mesh, self._installation)
+        # what code of nodes decides is not recorded
+        if wrapped is not None:
+            return outer.run(wrapped, method, call, args, kwargs)
+        if forward and self._replaced:
+            return outer.forward(method, call, args, kwargs, names=", ".join(map(name_of, self._replaced.values())))
         function = getattr(self.diffusion, method)
         if self._installation is not None and forward:
             function = partial(self._installation.wrapper, function)
@@ -394,6 +400,7 @@ class WorkerModel:
             and not self._mesh.parallel.sync_ulysses
             and self._blocks is None
             and not self._settings.compile
+            and not self._replaced
             and recordable(args, device)
         )
         if self._recordable:

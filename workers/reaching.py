@@ -16,6 +16,7 @@ import torch
 from ..raylight.errors import UnsupportedError
 from ..raylight.names import name_of
 from .layers import place_of
+from .variables import apart, codes
 
 KEY = "raylight_reaching"
 WRAPPER = "model_function_wrapper"
@@ -65,6 +66,17 @@ def reaches(function: Any) -> bool:
     return any(map(_of_model, held)) and any(map(_assigns, held))
 
 
+def check_variables(function: Any) -> None:
+    """Refuse a function with variables of a module that are others on the workers."""
+    held = (value for value in _held(function, set()) if isinstance(value, types.FunctionType))
+    for code, name in apart(held):
+        raise UnsupportedError(
+            f"{name_of(function)} cannot be used with a model on the Raylight pool",
+            f"{code.__qualname__} has {name!r} in its module, and each process has one of its own",
+            "Remove the node; where it skips steps, ComfyUI's EasyCache and TeaCache (Ray) do that on the pool",
+        )
+
+
 def _of_model(value: Any) -> bool:
     return isinstance(value, torch.nn.Module) and ("_ghost" in vars(value) or place_of(value) is not None)
 
@@ -99,14 +111,7 @@ def _assigns(value: Any) -> bool:
     """Whether it puts something into objects, or holds what does."""
     if isinstance(value, mock._patch):
         return True
-    return isinstance(value, types.FunctionType) and any(map(_stores, _codes(value.__code__)))
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+    return isinstance(value, types.FunctionType) and any(map(_stores, codes(value.__code__)))
 
 
 def _stores(code: types.CodeType) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from ..raylight.errors import UnsupportedError
 from ..raylight.names import functions, name_of
-from .reaching import WRAPPER, reaches
+from .reaching import WRAPPER, check_variables, reaches
 
 COMPILE_KEY = "torch.compile"
 """Wrapper key of `comfy_api.torch_helpers.set_torch_compile_wrapper`."""
@@ -93,6 +93,8 @@ def check(patcher: Any) -> None:
     outside = list(functions([patcher.model_options[key] for key in around if patcher.model_options[key] not in sent]))
     outside += list(functions(patcher.wrappers)) + list(functions(patcher.callbacks))
     check_shared_state(inside + sent, outside)
+    for function in sent:
+        check_variables(function)
     check_outlets(inside)
 
 

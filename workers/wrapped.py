@@ -59,9 +59,7 @@ class Outer:
                 that would not take effect, or goes another way on another worker.
         """
         name, inside = name_of(wrapped.function), self._inside(wrapped)
-        named = dict(self._model.named_modules())
-        steps = dict.fromkeys([*blocks(self._model), *(named[block] for block in inside)])
-        alike = Alike(self._control, list(steps), name)
+        alike = self._alike(name)
         before = Parts(self._model)
         options: list[dict[str, Any]] = []
         on_options(args, kwargs, options.append)
@@ -108,6 +106,30 @@ class Outer:
         if isinstance(self._installation, RowInstallation):
             _refuse_divided(name_of(wrapped.function), "it would see a part of the rows between the model's layers")
         return self._installation.blocks
+
+    def forward(
+        self, method: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, names: str
+    ) -> Any:
+        """Call a model some of whose code is a node's.
+
+        Args:
+            names: whose.
+
+        Raises:
+            UnsupportedError: it goes another way on another worker.
+        """
+        if isinstance(self._installation, Installation) and self._installation.between:
+            return self._forward(self._alike(names), method, call, args, kwargs)
+        current = getattr(self._model, method)
+        if self._installation is not None:
+            current = partial(self._installation.wrapper, current)
+        return call(current, *args, **kwargs)
+
+    def _alike(self, names: str) -> Alike:
+        inside = self._installation.blocks if isinstance(self._installation, Installation) else ()
+        named = dict(self._model.named_modules())
+        steps = dict.fromkeys([*blocks(self._model), *(named[block] for block in inside)])
+        return Alike(self._control, list(steps), names)
 
     def _forward(
         self, alike: Alike, method: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

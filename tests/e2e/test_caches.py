@@ -88,7 +88,7 @@ def test_caches_equal_plain(server: ComfyServer, client: ComfyClient, sampling: 
         pytest.param(
             case("method"),
             PoolCase(cfg=2, through_model=True),
-            r"method \(caches\) cannot be used with cfg_degree above 1.*keeps things of all conditions",
+            r"method .* cannot be used with cfg_degree above 1.*keeps things of all conditions",
             id="cfg_degree",
         ),
         pytest.param(case("within"), TWO, r"within.*tokens are divided.*blocks\.0\.forward.*ulysses", id="within"),
@@ -100,8 +100,15 @@ def test_caches_equal_plain(server: ComfyServer, client: ComfyClient, sampling: 
         pytest.param(case("answered"), ONE, "changes what the model gives", id="answered"),
         pytest.param(case("not called"), ONE, "answers in the place of the model", id="not called"),
         pytest.param(case("looked at"), ONE, "looks at 'c_crossattn', which only the model", id="looked at"),
-        pytest.param(case("with model"), ONE, r"wan_forward \(caches\).*place of forward_orig", id="with model"),
+        pytest.param(
+            case("with model"), ONE, "A node that replaces forward_orig cannot be used.*EasyCache", id="with model"
+        ),
         pytest.param(case("shared"), ONE, "shares 'count' with a function outside of it", id="shared"),
+        pytest.param(
+            case("filling"), ONE, r"changes transformer_options\['kept'\] inside of a model call", id="filling"
+        ),
+        pytest.param(case("by module"), ONE, "scaled has 'scale' in its module", id="by module"),
+        pytest.param(case("collecting"), ONE, "wrapper has 'seen' in its module", id="collecting"),
         pytest.param(case("outputs", family="unet"), TWO, "outputs.*a part of the rows", id="rows", marks=SLOW),
         pytest.param(
             case("method", family="flux"),

@@ -85,7 +85,6 @@ def test_layers_of_a_quantised_file(server: ComfyServer, client: ComfyClient) ->
             "whole",
             "Identity.*cannot be used with a model on the Raylight pool.*place of diffusion_model, half of which",
         ),
-        ("swapped", "A node that replaces forward_orig cannot be used.*EasyCache and TeaCache"),
         ("assigned", "louder.*cannot be used with a model on the Raylight pool.*ffn.forward"),
         ("wrapped", r"A node that replaces blocks\.0\.ffn cannot be used with a model on the Raylight pool"),
         ("copied", "cannot be copied with its weights"),

@@ -228,7 +228,7 @@ class Adding(nn.Module):
 def test_code_around_blocks_sees_what_they_write(new: bool) -> None:
     model, tokens = Model(), torch.ones(1, 4, 3)
     model.blocks = nn.ModuleList([Adding(new=new)])
-    installation = install(model, PLAN, mesh())
+    installation: Any = install(model, PLAN, mesh())
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
         given = tokens.clone()

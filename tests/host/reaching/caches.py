@@ -144,6 +144,18 @@ class Buffers:
 
 buffers: Buffers | None = None
 """Of the sampling at hand."""
+seen: list[float] = []
+"""Noise levels."""
+scale = 1.0
+
+
+def current() -> Buffers | None:
+    return buffers
+
+
+def begin() -> None:
+    global buffers  # noqa: PLW0603, as packs do
+    buffers = Buffers()
 
 
 class CachedBlocks(nn.Module):
@@ -156,8 +168,8 @@ class CachedBlocks(nn.Module):
         self.allowed = allowed
 
     def forward(self, x: torch.Tensor, **others: Any) -> torch.Tensor:
+        buffers, given = current(), x
         assert buffers is not None
-        given = x
         x = self.blocks[0](x, **others)
         first = x - given
         similar = buffers.first is not None and float(change(first, buffers.first)) < self.limit
@@ -186,10 +198,10 @@ def blocks(model: Any, inner: Any, limit: float) -> None:
 
     def wrapper(call: Any, arguments: dict[str, Any]) -> Any:
         nonlocal level, in_a_row
-        global buffers
         now = arguments["timestep"][0].item()
-        if buffers is None or level is None or now > level:
-            buffers, in_a_row = Buffers(), 0
+        if current() is None or level is None or now > level:
+            begin()
+            in_a_row = 0
         level = now
         with mock.patch.object(inner, "blocks", cached):
             return call(arguments["input"], arguments["timestep"], **arguments["c"])
@@ -316,6 +328,47 @@ def with_model(model: Any, inner: Any, limit: float) -> None:
     model.set_model_unet_function_wrapper(wrapper)
 
 
+def scaled(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return scale * type(self).forward_orig(self, x, *args, **kwargs)
+
+
+def by_module(model: Any, inner: Any, limit: float) -> None:
+    """Swaps in a function of the module, which reads what the node has set there."""
+    context = mock.patch.multiple(inner, forward_orig=types.MethodType(scaled, inner))
+
+    def wrapper(call: Any, arguments: dict[str, Any]) -> Any:
+        with context:
+            return as_it_is(inner, call, arguments)
+
+    model.set_model_unet_function_wrapper(wrapper)
+
+
+def collecting(model: Any, inner: Any, limit: float) -> None:
+    """Collects things in a variable of the module."""
+
+    def wrapper(call: Any, arguments: dict[str, Any]) -> Any:
+        seen.append(float(arguments["timestep"][0]))
+        with mock.patch.multiple(inner, forward_orig=types.MethodType(wan_forward, inner)):
+            return as_it_is(inner, call, arguments)
+
+    model.set_model_unet_function_wrapper(wrapper)
+
+
+def filling(model: Any, inner: Any, limit: float) -> None:
+    """Keeps what it counts in a dict of transformer_options."""
+    model.model_options.setdefault("transformer_options", {})["kept"] = {}
+
+    def forward(self: Any, *args: Any, transformer_options: Any = None, **kwargs: Any) -> torch.Tensor:
+        transformer_options["kept"]["calls"] = transformer_options["kept"].get("calls", 0) + 1
+        return type(self).forward_orig(self, *args, transformer_options=transformer_options, **kwargs)
+
+    def wrapper(call: Any, arguments: dict[str, Any]) -> Any:
+        with mock.patch.multiple(inner, forward_orig=types.MethodType(forward, inner)):
+            return as_it_is(inner, call, arguments)
+
+    model.set_model_unet_function_wrapper(wrapper)
+
+
 def shared(model: Any, inner: Any, limit: float) -> None:
     """Shares what it counts with a function that stays in ComfyUI's process."""
     count = 0
@@ -348,6 +401,9 @@ WAYS: Mapping[str, Callable[[Any, Any, float], None]] = {
     "apart": apart,
     "with model": with_model,
     "shared": shared,
+    "filling": filling,
+    "by module": by_module,
+    "collecting": collecting,
 }
 
 
@@ -363,6 +419,8 @@ class RLTestCache:
         return {"required": {"model": ("MODEL",), "how": (list(WAYS),), "limit": ("FLOAT", {"default": 0.3})}}
 
     def patch(self, model: Any, how: str, limit: float) -> tuple[Any]:
+        global scale  # noqa: PLW0603, as packs do
+        scale = limit
         model = model.clone()
         WAYS[how](model, model.get_model_object("diffusion_model"), limit)
         return (model,)

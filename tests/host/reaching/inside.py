@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from aiohttp import web
@@ -64,12 +62,6 @@ class Reminding:
         return types.MethodType(forward, module)
 
 
-def swapped(inner: Any, call: Any, arguments: dict[str, Any]) -> Any:
-    """Calls the model with another method in the place of its own, as caches do."""
-    with mock.patch.multiple(inner, forward_orig=types.MethodType(louder, inner)):
-        return call(arguments["input"], arguments["timestep"], **arguments["c"])
-
-
 Blocks = Sequence[tuple[str, Any]]
 """Names in the model, and the blocks."""
 
@@ -119,10 +111,6 @@ def whole(model: Any, blocks: Blocks) -> None:
     model.add_object_patch("diffusion_model", torch.nn.Identity())
 
 
-def swapped_calls(model: Any, blocks: Blocks) -> None:
-    model.set_model_unet_function_wrapper(functools.partial(swapped, model.model.diffusion_model))
-
-
 def copied(model: Any, blocks: Blocks) -> None:
     copy.deepcopy(model)
 
@@ -158,7 +146,6 @@ WAYS: Mapping[str, Callable[[Any, Blocks], None]] = {
     "reclassed": reclassed,
     "replaced": replaced,
     "whole": whole,
-    "swapped": swapped_calls,
     "copied": copied,
     "assigned": assigned,
     "wrapped": wrapped,
