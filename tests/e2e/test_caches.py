@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from comfy_raylight.tests.conftest import SLOW
+from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
@@ -32,10 +32,10 @@ def case(how: str, *, family: str = "wan", cfg: float = 4.0, limit: float = 0.3,
 @pytest.fixture(scope="module", autouse=True)
 def files(server: ComfyServer, comfy_root: Path) -> None:
     """A small Flux of several blocks, and a Wan of enough of them for dividing their weights to free memory."""
-    jobs = [
-        Job(family="flux", path=server.models / FLUX, dtype="float32", size={"context": 64, "double": 3, "single": 2}),
-        Job(family="wan", path=server.models / DEEP, size={"layers": 6, "dim": 128}),
-    ]
+    jobs = [Job(family="wan", path=server.models / DEEP, size={"layers": 6, "dim": 128})]
+    if "flux" in families.of_version(version_of(comfy_root)):
+        size = {"context": 64, "double": 3, "single": 2}
+        jobs.append(Job(family="flux", path=server.models / FLUX, dtype="float32", size=size))
     write(jobs, comfy_root=comfy_root, python=Path(sys.executable))
 
 
@@ -73,6 +73,8 @@ def files(server: ComfyServer, comfy_root: Path) -> None:
 )
 def test_caches_equal_plain(server: ComfyServer, client: ComfyClient, sampling: Case, where: PoolCase) -> None:
     """Twice, since such caches keep things between runs. What they leave out makes another picture."""
+    if not (server.models / sampling.file).exists():
+        pytest.skip(f"this ComfyUI knows {sampling.file} only in its full size")
     client.run(plain(dataclasses.replace(sampling, model_nodes=(), name="bare")))
     client.run(plain(dataclasses.replace(sampling, name="cached")))
     bare, cached = latent(server, "bare"), latent(server, "cached")
@@ -122,6 +124,8 @@ def test_caches_equal_plain(server: ComfyServer, client: ComfyClient, sampling: 
 def test_other_caches_are_refused(
     server: ComfyServer, client: ComfyClient, sampling: Case, where: PoolCase, message: str
 ) -> None:
+    if not (server.models / sampling.file).exists():
+        pytest.skip(f"this ComfyUI knows {sampling.file} only in its full size")
     for _ in range(2):
         with pytest.raises(PromptError, match=f"(?s){message}"):
             client.run(pool(sampling, where))

@@ -125,6 +125,26 @@ def wrapped(model: Any, blocks: Blocks) -> None:
         block.ffn = torch.nn.Sequential(block.ffn)
 
 
+def writing(write: Callable[[torch.Tensor], Any]) -> Callable[[Any, Blocks], None]:
+    def way(model: Any, blocks: Blocks) -> None:
+        for _, block in blocks:
+            write(block.ffn[0].weight)
+
+    return way
+
+
+def moved(model: Any, blocks: Blocks) -> None:
+    """Moves a layer to where it computes, and calls it."""
+    embedding = model.model.diffusion_model.text_embedding.to(torch.device("cpu"))
+    with torch.inference_mode():
+        embedding(torch.zeros(1, 1, 4096))
+    patch_feed_forwards(model, blocks, louder)
+
+
+def set_data(weight: torch.Tensor) -> None:
+    weight.data = 2 * weight.data
+
+
 def padded(model: Any, blocks: Blocks) -> None:
     """Gives the input layer twice the channels, by a difference that is larger than the weight."""
     rows, columns, *kernel = model.model.diffusion_model.patch_embedding.weight.shape
@@ -149,6 +169,10 @@ WAYS: Mapping[str, Callable[[Any, Blocks], None]] = {
     "copied": copied,
     "assigned": assigned,
     "wrapped": wrapped,
+    "moved": moved,
+    "written": writing(lambda weight: weight.mul_(2)),
+    "data written": writing(lambda weight: weight.data.mul_(2)),
+    "data set": writing(set_data),
     "padded": padded,
     "strange": strange,
 }
