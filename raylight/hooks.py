@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .alike import Alike, Written
 from .attention import ByLength, SequenceAttention
 from .cost import Work
 from .cuts import Entry
@@ -62,12 +64,21 @@ class Forward:
     Args:
         comparison: the blocks to compare.
         alone: this rank computes all of it: attention has the chosen kernel, and nothing is exchanged.
+        alike: what has a node's code between blocks go one way on all ranks; None where there is none.
     """
 
     def __init__(
-        self, regions: int, *, per_block: bool = False, comparison: Comparison | None = None, alone: bool = False
+        self,
+        regions: int,
+        *,
+        per_block: bool = False,
+        comparison: Comparison | None = None,
+        alone: bool = False,
+        alike: Alike | None = None,
     ) -> None:
         self.per_block = per_block
+        self.alike = alike
+        self.written: dict[object, Written] = {}
         self.comparison = comparison or Comparison(frozenset())
         self.alone = alone
         self.layouts: list[Layout | None] = [None] * regions
@@ -125,6 +136,7 @@ class Installation:
         self._options = Slot.find(function, "transformer_options")
         self._control = Slot.find(function, "control")
         self._replaced = Replaced()
+        self._alike: Alike | None = None
         if not self.split and self.kernel is None:
             return
         try:
@@ -179,6 +191,25 @@ class Installation:
         """
         self._replaced.changed(objects)
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the modules in which tokens are a rank's part."""
+        return tuple(self._replaced.blocks)
+
+    @property
+    def between(self) -> bool:
+        """Whether replaced code may look at the tokens between two blocks."""
+        return self._replaced.between
+
+    @contextlib.contextmanager
+    def around(self, alike: Alike) -> Iterator[None]:
+        """Forwards meanwhile have a node's code around their blocks, which sees all tokens and leaves blocks out."""
+        self._alike = alike
+        try:
+            yield
+        finally:
+            self._alike = None
+
     def _hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
         if self.split:
             self._replaced.hooked.add(self._names[module])
@@ -198,7 +229,8 @@ class Installation:
         """
         assert self.forward is None, "one forward at a time"
         comparison = Comparison(self._replaced.chosen())
-        self.forward = Forward(len(self.regions), per_block=self._per_block(args, kwargs), comparison=comparison)
+        per_block = self._per_block(args, kwargs)
+        self.forward = Forward(len(self.regions), per_block=per_block, comparison=comparison, alike=self._alike)
         try:
             out = executor(*args, **kwargs)
             self._replaced.judge(comparison, self.mesh.sequence)
@@ -247,7 +279,8 @@ class Installation:
         control = self._control and self._control.read(args, kwargs)
         patches = options.get("patches", {})
         return (
-            self._replaced.between
+            self._alike is not None
+            or self._replaced.between
             or control is not None
             or bool(options.get("patches_replace", {}).get("dit"))
             or any(patches.get(name) for name in self._plan.block_patches)
@@ -289,8 +322,14 @@ class _BlockHook:
         if self._name in forward.comparison:
             forward.comparison.expect(self._name, self._on_all(module, args, kwargs, layout, cut=not enters))
         if enters:
+            written = Written()
             for slot, stream in self._streams:
-                slot.write(args, kwargs, stream(slot.read(args, kwargs), layout))
+                whole = slot.read(args, kwargs)
+                local = stream(whole, layout)
+                slot.write(args, kwargs, local)
+                written.note(stream, whole, local)
+            if forward.per_block:
+                forward.written[self] = written
         self._functions.widen(layout, self._owner.mesh.sequence, args, kwargs)
         self._shared.cut(forward, layout, args, kwargs)
         if self._options is not None:
@@ -364,10 +403,13 @@ class _BlockHook:
         if not (self._owner.per_block(self._index) or self._last):
             return None
         layout, comm = self._owner.layout(self._index), self._owner.mesh.sequence
+        written = forward.written.pop(self, None) or Written()
         joined = tuple(
-            None if value is None else stream.join(value, layout, comm)
+            None if value is None else written.joined(value, stream, layout, comm)
             for value, stream in zip(several(output), self._blocks.outputs, strict=True)
         )
+        if forward.alike is not None:
+            written.rest(layout, comm, forward.alike)
         forward.layouts[self._index] = None
         return joined if isinstance(output, tuple) else joined[0]
 

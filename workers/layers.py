@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from .loading import normal_tensors
 from .mapped_patcher import is_blocks, patch_dtype
 from .messages import PREFIX
 from .said import Told
+from .transfer import Weight
 
 CPU = torch.device("cpu")
 PatchesOf = Callable[[str], list[Any]]
@@ -31,6 +33,8 @@ def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
     for name, module in model.named_modules():
         module.raylight_place = (spec, name)  # type: ignore[assignment]
     for key, parameter in model.state_dict(keep_vars=True).items():
+        if type(parameter) is nn.Parameter:
+            parameter.__class__ = Weight
         parameter.raylight_source = (spec, PREFIX + key)
         parameter.raylight_link = link
         parameter.raylight_version = _version_of(parameter)
@@ -70,9 +74,10 @@ class Layers:
                 yield name, module
             elif type(module) is not self._classes[place[1]]:
                 yield f"{name}.__class__", type(module)
-            for key, parameter in _bare(module):
-                if parameter is not None and is_written(parameter):
-                    yield f"{name}.{key}", parameter
+            buffers = ((key, buffer) for key, buffer in module._buffers.items() if hasattr(buffer, "raylight_source"))
+            for key, tensor in itertools.chain(_bare(module), buffers):
+                if tensor is not None and is_written(tensor):
+                    yield f"{name}.{key}", tensor
             for attribute, value in vars(module).items():
                 usual = getattr(type(module), attribute, None)
                 if callable(usual) and getattr(value, "__func__", value) is not usual:

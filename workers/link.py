@@ -22,7 +22,7 @@ from .comfy_host import describe, device_uuid
 from .conds import PER_ROW, rows_of
 from .groups import Groups
 from .lanes import Lanes
-from .messages import PREFIX, LoadRequest, ModelFacts
+from .messages import PREFIX, LoadRequest, ModelFacts, Wrapped, seen
 from .pool import REGISTRY, Pool, acquire
 from .replica import Call, Patches, Run, Traffic, on_options
 from .said import Told
@@ -85,6 +85,7 @@ class ModelLink:
         self._others: dict[int, ModelLink] = {}
         self._environment = describe()
         self._told: set[str] = set()
+        self._wrapped: Wrapped | None = None
         self._lock = threading.RLock()
 
     def at(self, replica: int) -> ModelLink:
@@ -112,6 +113,26 @@ class ModelLink:
         mine = device_uuid(model_management.get_torch_device())
         groups = self._live_groups()
         return groups.share(self.spec, mine, resident=resident) if mine and groups is not None else 0
+
+    @contextlib.contextmanager
+    def wrapping(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Calls of the model's forward meanwhile are made by a node's function, on the workers.
+
+        Args:
+            arguments: what ComfyUI gives to it beside the function that calls the model.
+        """
+        more = {key: value for key, value in arguments.items() if key not in ("input", "timestep", "c")}
+        self._wrapped = Wrapped(
+            function=function,
+            input=arguments["input"],
+            timestep=arguments["timestep"],
+            given=seen(arguments["c"]),
+            more=more,
+        )
+        try:
+            yield
+        finally:
+            self._wrapped = None
 
     def call(
         self, patcher: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: Sequence[str] = ()
@@ -277,6 +298,9 @@ class ModelLink:
 
         args, kwargs = on_options(args, kwargs, strip)
         self._tell_sent(kwargs.get("control"))
+        wrapped = self._wrapped if method in FORWARD else None
+        if wrapped is not None:
+            found.append(wrapped.function)
         inputs = cfg.tensors(args[:1])
         sources = {source for tensor in deferred.deferred_in(kwargs.get("control")) for source in tensor.sources}
         return Call(
@@ -289,6 +313,7 @@ class ModelLink:
             patches=patches,
             fresh=(
                 *inputs,
+                *((wrapped.input, wrapped.timestep) if wrapped else ()),
                 *(tensor for asked, _ in sources for tensor in cfg.tensors(asked.arguments.get("x"))),
             ),
             random=random_states.take() if found or patches.objects else None,
@@ -297,6 +322,7 @@ class ModelLink:
             controls=tuple(self._checked(control) for control in {control for _, control in sources}),
             device=inputs[0].device if inputs else CPU,
             told=self.told,
+            wrapped=wrapped,
         )
 
     def _checked(self, control: ModelLink) -> ModelLink:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from ..raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from ..raylight.errors import RaylightError
@@ -12,6 +15,9 @@ from .transfer import Parcel
 
 PREFIX = "diffusion_model."
 """Of the keys of weights and object patches of a diffusion model."""
+OPTIONS = "transformer_options"
+"""Name of the argument of a model that has what nodes put into it."""
+PLAIN = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +168,8 @@ class PatchRequest:
 class Forward:
     """One model call.
 
-    The parcel holds `(args, kwargs)` of the method, callables in it as FunctionRef. `random` holds the
-    driver's generator states (CPU, then accelerator or None) where a patch may draw. `settings` says how
+    The parcel holds args and kwargs of the method, callables in them as FunctionRef, and a Wrapped or None. `random`
+    holds the driver's generator states (CPU, then accelerator or None) where a patch may draw. `settings` says how
     to run it, `numerics` how the driver's torch sums products (nothing: as the worker's does).
     """
 
@@ -199,6 +205,30 @@ class FunctionRef:
     """A callable the workers already hold, by number: its closure's state lives on between calls."""
 
     number: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wrapped:
+    """A node's function around a model call, which the workers run, with what ComfyUI gives to it.
+
+    Attributes:
+        function: a FunctionRef on its way.
+        input, timestep: latent and noise levels, as the sampler has them.
+        given: names of the other arguments, with the value (in a tuple) of those that are plain; transformer_options
+            are those of the call.
+        more: what else it is given.
+    """
+
+    function: Any
+    input: torch.Tensor
+    timestep: torch.Tensor
+    given: Mapping[str, tuple[Any] | None]
+    more: Mapping[str, Any]
+
+
+def seen(given: Mapping[str, Any]) -> dict[str, tuple[Any] | None]:
+    """The arguments of a model as Wrapped has them."""
+    return {key: (value,) if isinstance(value, PLAIN) else None for key, value in given.items() if key != OPTIONS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from ..raylight.errors import ConfigError, LoadError
 from ..raylight.hooks import Installation, install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
+from ..raylight.names import name_of
 from ..raylight.packing import Footprint, advice
 from ..raylight.plan import Plan, RowPlan
 from ..raylight.row_hooks import RowInstallation
@@ -32,9 +33,10 @@ from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
-from .messages import PREFIX, ModelFacts, ModelReport
+from .messages import PREFIX, ModelFacts, ModelReport, Wrapped
 from .recorded import Recordings, Waits, by_itself, recordable
 from .said import Said
+from .wrapped import Outer
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class WorkerModel:
         self._lacking = ""
         self._settings = WorkerSettings()
         self._objects: dict[str, Any] = {}
+        self._replaced: dict[str, Any] = {}  # those of the diffusion model
         self._compiled: dict[str, Any] = {}
         self._recordings: Recordings | None = None
         self._waits = Waits()
@@ -162,9 +165,9 @@ class WorkerModel:
             patcher.patches_uuid = uuid.uuid5(uuid.NAMESPACE_OID, state)
         patcher.force_cast_weights = force_cast
         replaced = _of_diffusion(objects)
-        if self._installation is not None and (replaced or _of_diffusion(self._objects)):
+        if self._installation is not None and (replaced or self._replaced):
             self._installation.changed(replaced)
-        self._objects = objects
+        self._objects, self._replaced = objects, replaced
         self.patcher = patcher
         self.state = state
         self._said[False].clear()
@@ -226,7 +229,7 @@ class WorkerModel:
             if self._installation is not None:
                 self._installation.remove()
             self._installation = made
-            made.changed(_of_diffusion(self._objects))
+            made.changed(self._replaced)
 
     def _patch_objects(self) -> None:
         self.patcher.object_patches = {}
@@ -298,32 +301,48 @@ class WorkerModel:
         return int(self._base.model_size())
 
     def run(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], cancelled: Callable[[], bool] = lambda: False
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cancelled: Callable[[], bool] = lambda: False,
+        wrapped: Wrapped | None = None,
     ) -> Any:
         """Call a method of the diffusion model, under its plan where it is the model's forward.
 
         Args:
             cancelled: whether this rank has been told to stop.
+            wrapped: a node's function that is to make the call, one of the model's forward.
 
         Raises:
             Cancelled: a rank that shares the sequence has; all of them leave before the same block.
         """
-        function = getattr(self.diffusion, method)
         forward = method in ("forward", "_forward")
         if forward and hasattr(self.diffusion, FORGETS):
             getattr(self.diffusion, FORGETS)()
-        if self._installation is not None and forward:
-            function = partial(self._installation.wrapper, function)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             watch = Watch(self._mesh.control_of(self._mesh.sequence), wanted=cancelled)
             with self._gathering(method), self._boundaries.watched(watch):
                 return function(*args, **kwargs)
 
+        outer = Outer(self.diffusion, self._mesh, self._installation)
+        # what code of nodes decides is not recorded
+        if wrapped is not None:
+            return outer.run(wrapped, method, call, args, kwargs)
+        if forward and self._replaced:
+            return outer.forward(method, call, args, kwargs, names=", ".join(map(name_of, self._replaced.values())))
+        function = getattr(self.diffusion, method)
+        if self._installation is not None and forward:
+            function = partial(self._installation.wrapper, function)
         if self._recordings is None or not forward:
-            return call(*args, **kwargs)
+            return call(function, *args, **kwargs)
         return self._recordings.run(
-            call, function, args, kwargs, state=(self._weights.moves, self._settings, numerics.take())
+            partial(call, function),
+            function,
+            args,
+            kwargs,
+            state=(self._weights.moves, self._settings, numerics.take()),
         )
 
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
@@ -381,6 +400,7 @@ class WorkerModel:
             and not self._mesh.parallel.sync_ulysses
             and self._blocks is None
             and not self._settings.compile
+            and not self._replaced
             and recordable(args, device)
         )
         if self._recordable:

@@ -16,6 +16,7 @@ import torch
 
 from ..raylight.errors import UnsupportedError
 from ..raylight.names import functions, name_of
+from .reaching import WRAPPER, check_variables, reaches
 
 COMPILE_KEY = "torch.compile"
 """Wrapper key of `comfy_api.torch_helpers.set_torch_compile_wrapper`."""
@@ -32,7 +33,7 @@ DRIVER_FUNCTIONS = (
     "sampler_pre_cfg_function",
     "sampler_post_cfg_function",
     "sampler_calc_cond_batch_function",
-    "model_function_wrapper",
+    WRAPPER,
     "denoise_mask_function",
 )
 """Entries of model_options whose callables run around the model, in the driver."""
@@ -87,9 +88,13 @@ def check(patcher: Any) -> None:
         if COMPILE_KEY in wrappers.get(kinds.APPLY_MODEL, {}):
             _refuse_compiled("TorchCompileModel")
     inside = list(functions({key: options[key] for key in INSIDE if key in options}))
-    outside = list(functions({key: patcher.model_options.get(key) for key in DRIVER_FUNCTIONS}))
+    around = [key for key in DRIVER_FUNCTIONS if key in patcher.model_options]
+    sent = [patcher.model_options[key] for key in around if key == WRAPPER and reaches(patcher.model_options[key])]
+    outside = list(functions([patcher.model_options[key] for key in around if patcher.model_options[key] not in sent]))
     outside += list(functions(patcher.wrappers)) + list(functions(patcher.callbacks))
-    check_shared_state(inside, outside)
+    check_shared_state(inside + sent, outside)
+    for function in sent:
+        check_variables(function)
     check_outlets(inside)
 
 

@@ -23,7 +23,7 @@ from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
 from ..raylight.replaced import within
-from . import conds, cores, ghost, layers, lending, refusals, standing
+from . import conds, cores, ghost, layers, lending, reaching, refusals, standing
 from .comfy_host import describe
 from .link import SETTINGS, ModelLink, interruptible, patches_of, settings_of
 from .messages import PREFIX
@@ -77,6 +77,7 @@ def _patcher(base: Any, shadow: torch.nn.Module, link: ModelLink, dtype: torch.d
     device = model_management.get_torch_device()
     patcher = RemotePatcher(base, device, model_management.unet_offload_device())
     base.raylight_device = device
+    patcher.add_wrapper_with_key(conds.KINDS.CALC_COND_BATCH, reaching.KEY, reaching.calc_cond_batch)
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, lending.__name__, lending.lend)
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, cores.__name__, cores.leave)
     return patcher

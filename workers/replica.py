@@ -15,7 +15,7 @@ import torch
 from ..raylight import cfg
 from ..raylight.config import ModelSpec, WorkerSettings
 from .arena import Arena
-from .messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest
+from .messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest, Wrapped
 from .said import Told
 from .transfer import CPU, Encoder, Reference, Shelf
 
@@ -56,6 +56,7 @@ class Call:
         controls: links to the ControlNets that its arguments are to come from.
         device: where its output is to be.
         told: what ComfyUI's log has of the model.
+        wrapped: a function around it that runs on the workers, one of `functions`.
     """
 
     spec: ModelSpec
@@ -72,6 +73,7 @@ class Call:
     controls: tuple[Any, ...] = ()
     device: torch.device = CPU
     told: Told = field(default_factory=Told)
+    wrapped: Wrapped | None = None
 
 
 @dataclass
@@ -180,7 +182,7 @@ class Replica:
         Returns its output, and the workers' generator states where the call brought some.
         """
         self.patch(call.spec, call.patches)
-        args, kwargs = call.args, call.kwargs
+        args, kwargs, wrapped = call.args, call.kwargs, call.wrapped
         if call.functions:
             references = self.define(call.functions)
 
@@ -188,7 +190,8 @@ class Replica:
                 return cfg.mapped(options, lambda value: references.get(id(value), value))
 
             args, kwargs = on_options(args, kwargs, named)
-        return self._forward(call, args, kwargs)
+            wrapped = wrapped and replace(wrapped, function=references[id(wrapped.function)])
+        return self._forward(call, args, kwargs, wrapped)
 
     def patch(self, spec: ModelSpec, patches: Patches) -> None:
         """Bring the model's weight and object patches to a state; does nothing where it is there already."""
@@ -229,13 +232,15 @@ class Replica:
             self._functions.clear()
             self._call("forget")
 
-    def _forward(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _forward(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], wrapped: Wrapped | None
+    ) -> tuple[Any, Any]:
         started = time.perf_counter()
         self.resident.add(call.spec)
         self.resident.update(control.spec for control in call.controls)
         if len(args) > 1 and isinstance(args[1], torch.Tensor):
             self._levels.add(float(args[1].flatten()[0]))
-        parcel = self._encoder.encode((args, kwargs), fresh=call.fresh)
+        parcel = self._encoder.encode((args, kwargs, wrapped), fresh=call.fresh)
         settings = call.settings
         if call.spec in self._recorded and not settings.compile:
             settings = replace(settings, compile="cudagraphs")

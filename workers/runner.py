@@ -240,7 +240,10 @@ class Runner:
         model = self._patching = self._models[request.spec]
         with torch.inference_mode():
             computed = Computed(self._evaluate, model_management.get_torch_device())
-            args, kwargs = self._restore(self._decoder.decode(request.call), computed)
+            *given, wrapped = self._decoder.decode(request.call)
+            args, kwargs = self._restore(given, computed)
+            if wrapped is not None:
+                wrapped = replace(wrapped, function=self._restore(wrapped.function, computed))
             if model.settle(request.settings):
                 self._ready.pop(request.spec, None)
             with model.agreed():
@@ -252,12 +255,12 @@ class Runner:
             numerics.put(request.numerics)
             started, waited = time.perf_counter(), self.mesh.seconds
             held = filled.state(args, kwargs)
-            output = model.run(request.method, args, kwargs, self.wire.cancelled)
+            output = model.run(request.method, args, kwargs, self.wire.cancelled, wrapped)
             queued = time.perf_counter() - started
             # what is queued is not done: a rank that only says so could fail, or be killed, unnoticed
             links.finish(model_management.get_torch_device())
             took, waited = time.perf_counter() - started, self.mesh.seconds - waited
-            model.note(queued, took, (args, kwargs))
+            model.note(queued, took, (args, kwargs, wrapped))
             filled.check(held)
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
         said = self.said()

@@ -33,7 +33,23 @@ HELD_BYTES = 1 << 30
 ALIGNMENT = 64
 CPU = torch.device("cpu")
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+class Weight(torch.nn.Parameter):
+    """A parameter that counts what is written into it through `data`, which torch does not."""
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        same = value.shape == self.shape and value.dtype == self.dtype
+        if not same or not torch.equal(value.to(self.device), self):  # a layer that is moved has the values it had
+            self.raylight_version = -1  # no count of torch's
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter, Weight)
 
 FILE = "file"
 """First part of a name that a `Reference` gives to a tensor of a file; the second is its FileRef."""

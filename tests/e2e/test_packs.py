@@ -41,6 +41,7 @@ def files(server: ComfyServer, comfy_root: Path) -> None:
     [
         pytest.param(case("louder", with_lora=True), PoolCase(through_model=True), id="louder"),
         pytest.param(case("reminded"), PoolCase(through_model=True), id="reminded"),
+        pytest.param(case("moved"), PoolCase(through_model=True), id="moved"),
         pytest.param(case("rounded"), PoolCase(through_model=True), id="torch's settings"),
         pytest.param(case("louder", "reminded"), PoolCase(workers=3, through_model=True), id="both on 3", marks=SLOW),
         pytest.param(case("louder"), PoolCase(ring=2, through_model=True), id="louder, ring", marks=SLOW),
@@ -85,9 +86,11 @@ def test_layers_of_a_quantised_file(server: ComfyServer, client: ComfyClient) ->
             "whole",
             "Identity.*cannot be used with a model on the Raylight pool.*place of diffusion_model, half of which",
         ),
-        ("swapped", "A node that replaces forward_orig cannot be used.*EasyCache and TeaCache"),
         ("assigned", "louder.*cannot be used with a model on the Raylight pool.*ffn.forward"),
         ("wrapped", r"A node that replaces blocks\.0\.ffn cannot be used with a model on the Raylight pool"),
+        ("written", r"A node that replaces blocks\.0\.ffn\.0\.weight cannot be used"),
+        ("data written", r"A node that replaces blocks\.0\.ffn\.0\.weight cannot be used"),
+        ("data set", r"A node that replaces blocks\.0\.ffn\.0\.weight cannot be used"),
         ("copied", "cannot be copied with its weights"),
     ],
 )

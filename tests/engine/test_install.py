@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfy_raylight.patches.registry import UNSPLIT, plan_for
 from comfy_raylight.raylight import kernels
+from comfy_raylight.raylight.alike import Alike
 from comfy_raylight.raylight.comm import Comm, Meter
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.cuts import Rope, Split
@@ -208,6 +209,49 @@ def test_code_between_blocks_sees_all_tokens() -> None:
     installation = install(model, PLAN, mesh())
     installation.changed({"head.forward": model.head.forward})
     assert torch.equal(installation.wrapper(model._forward, x), wanted)
+
+
+class Adding(nn.Module):
+    """A block that writes into its input, and returns that or something new."""
+
+    def __init__(self, *, new: bool) -> None:
+        super().__init__()
+        self.attn = Site()
+        self.new = new
+
+    def forward(self, x: torch.Tensor, rope: Any = None, transformer_options: Any = None) -> torch.Tensor:
+        x += self.attn(x, transformer_options=transformer_options)
+        return x * 3 if self.new else x
+
+
+@pytest.mark.parametrize("new", (False, True))
+def test_code_around_blocks_sees_what_they_write(new: bool) -> None:
+    model, tokens = Model(), torch.ones(1, 4, 3)
+    model.blocks = nn.ModuleList([Adding(new=new)])
+    installation: Any = install(model, PLAN, mesh())
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        given = tokens.clone()
+        return given, model.blocks[0](given, torch.zeros(1, 4, 1, 2), transformer_options={})
+
+    alike = Alike(Twin(), list(model.blocks), "A node")
+    plain = forward()
+    with alike.watched(), installation.around(alike):
+        found = installation.wrapper(forward)
+    for given, out in (plain, found):
+        assert torch.equal(given, 2 * tokens) and torch.equal(out, (6 if new else 2) * tokens)
+        assert (given is out) is not new
+
+
+def test_ranks_that_go_apart_leave_together() -> None:
+    class Apart(Twin):
+        def all_reduce(self, x: torch.Tensor, *, op: Any = "sum") -> torch.Tensor:
+            return torch.maximum(x, torch.tensor([5, -5])) if op == "max" else 2 * x
+
+    alike = Alike(Apart(), [nn.Identity() for _ in range(6)], "A node")
+    alike.step(5)
+    with pytest.raises(UnsupportedError, match="A node cannot be used.*on one worker than on another"):
+        alike.step(4)
 
 
 def test_a_module_with_hooks_cannot_be_replaced() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .caches import RLTestCache
 from .inside import RLTestInside, RLTestTable
 
-NODE_CLASS_MAPPINGS = {"RLTestInside": RLTestInside, "RLTestTable": RLTestTable}
+NODE_CLASS_MAPPINGS = {"RLTestCache": RLTestCache, "RLTestInside": RLTestInside, "RLTestTable": RLTestTable}

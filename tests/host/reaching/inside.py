@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from aiohttp import web
@@ -64,12 +62,6 @@ class Reminding:
         return types.MethodType(forward, module)
 
 
-def swapped(inner: Any, call: Any, arguments: dict[str, Any]) -> Any:
-    """Calls the model with another method in the place of its own, as caches do."""
-    with mock.patch.multiple(inner, forward_orig=types.MethodType(louder, inner)):
-        return call(arguments["input"], arguments["timestep"], **arguments["c"])
-
-
 Blocks = Sequence[tuple[str, Any]]
 """Names in the model, and the blocks."""
 
@@ -119,10 +111,6 @@ def whole(model: Any, blocks: Blocks) -> None:
     model.add_object_patch("diffusion_model", torch.nn.Identity())
 
 
-def swapped_calls(model: Any, blocks: Blocks) -> None:
-    model.set_model_unet_function_wrapper(functools.partial(swapped, model.model.diffusion_model))
-
-
 def copied(model: Any, blocks: Blocks) -> None:
     copy.deepcopy(model)
 
@@ -135,6 +123,26 @@ def assigned(model: Any, blocks: Blocks) -> None:
 def wrapped(model: Any, blocks: Blocks) -> None:
     for _, block in blocks:
         block.ffn = torch.nn.Sequential(block.ffn)
+
+
+def writing(write: Callable[[torch.Tensor], Any]) -> Callable[[Any, Blocks], None]:
+    def way(model: Any, blocks: Blocks) -> None:
+        for _, block in blocks:
+            write(block.ffn[0].weight)
+
+    return way
+
+
+def moved(model: Any, blocks: Blocks) -> None:
+    """Moves a layer to where it computes, and calls it."""
+    embedding = model.model.diffusion_model.text_embedding.to(torch.device("cpu"))
+    with torch.inference_mode():
+        embedding(torch.zeros(1, 1, 4096))
+    patch_feed_forwards(model, blocks, louder)
+
+
+def set_data(weight: torch.Tensor) -> None:
+    weight.data = 2 * weight.data
 
 
 def padded(model: Any, blocks: Blocks) -> None:
@@ -158,10 +166,13 @@ WAYS: Mapping[str, Callable[[Any, Blocks], None]] = {
     "reclassed": reclassed,
     "replaced": replaced,
     "whole": whole,
-    "swapped": swapped_calls,
     "copied": copied,
     "assigned": assigned,
     "wrapped": wrapped,
+    "moved": moved,
+    "written": writing(lambda weight: weight.mul_(2)),
+    "data written": writing(lambda weight: weight.data.mul_(2)),
+    "data set": writing(set_data),
     "padded": padded,
     "strange": strange,
 }
