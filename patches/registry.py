@@ -115,6 +115,11 @@ UNSPLIT: Mapping[str, str] = MappingProxyType(
 """Why some classes cannot share a sequence."""
 
 
+def has_plan(model: nn.Module) -> bool:
+    """Whether a plan is written for a diffusion model."""
+    return type(model).__name__ in FAMILIES
+
+
 def plan_for(model: nn.Module) -> Plan | RowPlan:
     """The plan of a diffusion model.
 

@@ -21,6 +21,10 @@ LARGE = 1e9
 """What an infinity counts as in a comparison."""
 
 
+def never() -> None:
+    """Ends nothing."""
+
+
 class Refused(Exception):
     """There is no plan: the message names the module and says why."""
 
@@ -48,6 +52,11 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def tensors(value: Any) -> list[torch.Tensor]:
     """The tensors among the leaves."""
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def narrow(x: torch.Tensor) -> bool:
+    """Whether it was rounded to fewer than 32 bits, which hides small differences."""
+    return x.is_floating_point() and x.dtype not in (torch.float32, torch.float64)
 
 
 def _is_int(value: Any) -> bool:

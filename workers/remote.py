@@ -19,11 +19,10 @@ import comfy.utils
 import torch
 from comfy import model_management
 
-from ..patches.registry import plan_for
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
 from ..raylight.replaced import within
-from . import conds, cores, ghost, layers, lending, refusals, standing
+from . import conds, cores, ghost, layers, lending, refusals, standing, unplanned
 from .comfy_host import describe
 from .link import SETTINGS, ModelLink, interruptible, patches_of, settings_of
 from .messages import PREFIX
@@ -43,7 +42,8 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
 
     Raises:
         LoadError: the file cannot be loaded.
-        UnsupportedError: the family has no plan and the pool divides sequences. Nothing was loaded then.
+        UnsupportedError: the pool divides sequences, and the family has no plan and none can be looked for. Nothing
+            was loaded then.
         WorkerError: the pool did not start, or a worker failed while loading.
     """
     told = Told()
@@ -51,7 +51,7 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
         model, state, spec = ghost.build(spec)
     if config.parallel.needs_plan:
         with standing.explaining():
-            plan_for(model.diffusion_model)
+            unplanned.check(model.diffusion_model, config.parallel)
     dtype = model.get_dtype()
     link = ModelLink(config, spec, dtype, refer, told)
     facts = link.load()[0]
