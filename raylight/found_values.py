@@ -63,14 +63,18 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def copied(value: Any) -> Any:
-    """The same with tensors of its own, since models write into theirs; other objects stay."""
+def copied(value: Any, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
+    """The same with tensors of its own, since models write into theirs; other objects stay.
+
+    Args:
+        copy: what becomes of each tensor.
+    """
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return copy(value)
     if type(value) in (tuple, list):
-        return type(value)(map(copied, value))
+        return type(value)(copied(item, copy) for item in value)
     if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copied(item, copy) for key, item in value.items()}
     return value
 
 

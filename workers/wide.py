@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from ..raylight.found_values import Inputs, narrow
+from ..raylight.found_values import Inputs, copied, narrow
 from ..raylight.proof import sharing
 
 CASTS = "comfy_cast_weights"
@@ -45,14 +43,8 @@ def wide(model: nn.Module) -> nn.Module:
 def widened(inputs: Inputs) -> Inputs:
     """The inputs in fp32, of their own. Call it outside of inference mode."""
 
-    def of(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.float() if narrow(value) else value.clone()
-        if type(value) in (tuple, list):
-            return type(value)(map(of, value))
-        if type(value) is dict:
-            return {key: of(item) for key, item in value.items()}
-        return value
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if narrow(tensor) else tensor.clone()
 
-    args, kwargs = inputs
-    return tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}
+    args, kwargs = copied(inputs, of)
+    return args, kwargs
