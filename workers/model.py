@@ -31,6 +31,7 @@ from .block_patcher import BLOCKS, BlockPatcher, Divided
 from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
+from .kept_plans import KeptPlans
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
 from .messages import PREFIX, ModelFacts, ModelReport
 from .recorded import Recordings, Waits, by_itself, recordable
@@ -121,7 +122,13 @@ class WorkerModel:
     def _to_be_found(self) -> Unplanned | None:
         """What finds how the ranks share the model; None where each runs all of it."""
         pixels = getattr(self._base.model.latent_format, "spacial_downscale_ratio", 8) == 1
-        return Unplanned(self.diffusion, self._mesh, self._kernel, grain=16 if pixels else 2)
+        return Unplanned(
+            self.diffusion,
+            self._mesh,
+            self._kernel,
+            grain=16 if pixels else 2,
+            kept=lambda: KeptPlans([file.path for file in self.source.files], self.diffusion),
+        )
 
     def facts(self) -> ModelFacts:
         """What the driver must know of this copy."""

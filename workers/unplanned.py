@@ -7,7 +7,7 @@ import pickle
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +30,7 @@ from ..raylight.plan import Plan
 from ..raylight.replaced import limit
 from ..raylight.slots import modules
 from .failures import TRANSPORT_SIGNS
+from .kept_plans import KeptPlans
 from .said import Said
 from .wide import wide, widened
 
@@ -77,6 +78,7 @@ class Verdict:
         forms: what its blocks may be given.
         share: how much of a step it divides.
         blocks, dims: how many there are, and where their tokens are.
+        earlier: it was kept from an earlier start.
     """
 
     plan: Plan | None = None
@@ -87,12 +89,14 @@ class Verdict:
     dims: tuple[int, ...] = ()
     why: str = ""
     cancelled: bool = False
+    earlier: bool = False
 
 
 @dataclass
 class _Kind:
     """A kind of call: its plan at work, or None where every worker computes it whole, for the reason `why`."""
 
+    key: Hashable
     verdict: Verdict
     doubt: Doubt | None = None
     installation: Installation | None = None
@@ -108,19 +112,29 @@ class Unplanned:
     Args:
         model: what runs.
         grain: pixels of the picture along each axis that surely make one token.
+        kept: gives the plans of earlier starts, None for none; called once, where the first is needed.
 
     Attributes:
         used: of the last call; None where it was computed whole.
         summary: what the report says, "" for nothing.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, kernel: LocalKernel | None, *, grain: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        kernel: LocalKernel | None,
+        *,
+        grain: int,
+        kept: Callable[[], KeptPlans | None] = lambda: None,
+    ) -> None:
         self._model, self._mesh, self._kernel, self._grain = model, mesh, kernel, grain
         self._name = type(model).__name__
         self._control: Comm = mesh.control_of(mesh.sequence)
         self._kinds: dict[Hashable, _Kind] = {}
         self._lines: list[Said] = []
         self._told: set[str] = set()
+        self._kept = cache(kept)
         self.used: Installation | None = None
         self.summary = ""
 
@@ -157,7 +171,7 @@ class Unplanned:
             return run(bare, args, kwargs)
         key = method, kind_of(inputs)
         if key not in self._kinds:
-            self._kinds[key] = self._learn(method, inputs, cancelled)
+            self._kinds[key] = self._learn(key, inputs, cancelled)
         kind = self._kinds[key]
         if kind.doubt is None or kind.installation is None:
             if not any(other.verdict.plan for other in self._kinds.values()):
@@ -238,6 +252,9 @@ class Unplanned:
         if kind.installation is not None:
             kind.installation.remove()
         kind.doubt, kind.installation, kind.why, self.used = None, None, why, None
+        kept = self._kept() if self._control.rank == 0 else None
+        if kept is not None:
+            kept.drop((kind.key, self._mesh.sequence.size))
         self._say(
             f"The plan that was found for {self._name} is dropped for calls of one kind, which every worker computes "
             f"whole from now on: {why}",
@@ -246,30 +263,54 @@ class Unplanned:
 
     # ---- a kind that is new --------------------------------------------------------------------
 
-    def _learn(self, method: str, inputs: Inputs, cancelled: Callable[[], bool]) -> _Kind:
+    def _learn(self, key: tuple[str, Hashable], inputs: Inputs, cancelled: Callable[[], bool]) -> _Kind:
         """Find out about a kind of call: the first rank does, the others wait for what it says."""
         verdict = Verdict()
         if self._control.rank == 0:
-            verdict = self._examined(method, inputs, cancelled)
+            verdict = self._remembered(key) or self._examined(key[0], inputs, cancelled)
+            if verdict.plan is not None and not verdict.earlier:
+                self._keep(key, verdict)
         verdict = _from_first(self._control, verdict)
         if verdict.cancelled:
             raise Cancelled("Cancelled")
         if verdict.plan is None:
-            return _Kind(verdict, why=verdict.why)
+            return _Kind(key, verdict, why=verdict.why)
         doubt = Doubt(verdict.forms)
         installed = install(self._model, verdict.plan, self._mesh, kernel=self._kernel, replaced=doubt)
         assert isinstance(installed, Installation)
         new, little = not any(kind.verdict.plan for kind in self._kinds.values()), verdict.share < HALF
+        how = f"was found and checked in {verdict.seconds:.1f} s"
         self._say(
-            f"{self._name} has no plan of its own: one was found and checked in {verdict.seconds:.1f} s"
+            f"{self._name} has no plan of its own: one {'from an earlier start is used' if verdict.earlier else how}"
             f"{'' if new else ' for another kind of call'}, {verdict.blocks} blocks, tokens at dim "
             f"{', '.join(map(str, verdict.dims))}, {verdict.share:.0%} of a step divided"
             f"{': each worker computes the rest, so that more of them help little' if little else ''}",
             level=logging.WARNING if little else logging.INFO,
         )
-        kind = _Kind(verdict, doubt, installed)
+        kind = _Kind(key, verdict, doubt, installed)
         self._summarise(kind)
         return kind
+
+    def _remembered(self, key: Hashable) -> Verdict | None:
+        """What an earlier start has found out; a proof does not depend on who runs it, and every call is checked."""
+        kept = self._kept()
+        held = kept.get((key, self._mesh.sequence.size)) if kept is not None else None
+        if held is None:
+            return None
+        try:
+            forms = {str(name): frozenset(map(_tuples, each)) for name, each in held["forms"].items()}
+            blocks, dims, share = int(held["blocks"]), tuple(map(int, held["dims"])), float(held["share"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            # it is no file of ours
+            return None
+        return Verdict(plan=held["plan"], forms=forms, share=share, blocks=blocks, dims=dims, earlier=True)
+
+    def _keep(self, key: Hashable, verdict: Verdict) -> None:
+        kept = self._kept()
+        if kept is not None:
+            forms = {name: list(each) for name, each in verdict.forms.items()}
+            told = {"forms": forms, "share": verdict.share, "blocks": verdict.blocks, "dims": verdict.dims}
+            kept.put((key, self._mesh.sequence.size), {"plan": verdict.plan, **told})
 
     def _examined(self, method: str, inputs: Inputs, cancelled: Callable[[], bool]) -> Verdict:
         """Find a plan and prove it, on this rank alone."""
@@ -326,6 +367,11 @@ def _from_first(control: Comm, verdict: Verdict) -> Verdict:
     mine = torch.frombuffer(bytearray(packed), dtype=torch.uint8) if control.rank == 0 else torch.zeros(size).byte()
     told: Verdict = pickle.loads(control.broadcast(mine).numpy().tobytes())
     return told
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _device(inputs: Inputs) -> torch.device:

@@ -59,7 +59,7 @@ def test_workers_share_it_and_are_right(examined: Any, root: str, name: str) -> 
         worker = results[name]["worker"]
         assert worker["error"] <= TOLERANCE, worker
         assert all(count > 0 for count in worker["shared"]), worker
-        # every kind of call is found out about once, and each second call compares one block, which may cost no exchange
+        # each second call compares one block, which may cost no exchange
         assert all(second <= first for first, second in zip(*[iter(worker["shared"])] * 2, strict=True)), worker
         assert rank != "0" or all("was found and checked" in line for line in worker["said"]), worker
 

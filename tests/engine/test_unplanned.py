@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from comfy_raylight.raylight.found_small import small
 from comfy_raylight.raylight.found_values import apart
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.simulated import on_ranks
+from comfy_raylight.workers.kept_plans import KeptPlans, folder
 from comfy_raylight.workers.unplanned import Unplanned
 
 from .found_toys import Inputs, Toy, picture
@@ -37,12 +39,15 @@ def toy(kind: str) -> Toy:
 class Ranks:
     """What came of some calls on each rank: outputs, how many collectives they took, and what was said."""
 
-    def __init__(self, kind: str, *calls: Inputs, ranks: int = RANKS, changed: str = "", more: Any = None) -> None:
+    def __init__(
+        self, kind: str, *calls: Inputs, ranks: int = RANKS, changed: str = "", more: Any = None, kept: Any = None
+    ) -> None:
         self.model, self.calls = toy(kind), calls
 
         def job(mesh: Mesh) -> tuple[list[Any], list[int], list[tuple[int, str]]]:
             mine = copy.deepcopy(self.model)
-            known = Unplanned(mine, mesh, None, grain=2)
+            keeps = kept(mesh, mine) if kept else None
+            known = Unplanned(mine, mesh, None, grain=2, kept=lambda: keeps)
             outputs, counts = [], []
             for args, kwargs in copy.deepcopy(calls):
                 before = mesh.collectives
@@ -172,3 +177,76 @@ def test_large_inputs_are_made_small() -> None:
     assert args[0].shape[2] != args[0].shape[3] and args[2].shape[2] == 6
     # nothing was run at its real size
     assert all(shape.numel() < 128 * 96 for shape in seen)
+
+
+class Kept:
+    """A model file of its own, and the cache folder."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        self.file = tmp_path / "model.safetensors"
+        self.file.write_bytes(b"weights" * 1000)
+
+    def run(self, kind: str, *calls: Inputs, change: Callable[[Any], None] = lambda model: None) -> Ranks:
+        def more(mesh: Mesh, model: Any) -> Any:
+            change(model)
+            return KeptPlans([str(self.file)], model)
+
+        return Ranks(kind, *calls, kept=more)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    return Kept(tmp_path, monkeypatch)
+
+
+def test_a_proof_is_kept(kept: Kept) -> None:
+    first = kept.run("right", picture())
+    assert "found and checked" in first.said(logging.INFO)[0] and len(list(folder().glob("*.json"))) == 1
+    again = kept.run("right", picture(), picture(9, 12))
+    assert again.right() and "from an earlier start" in again.said(logging.INFO)[0]
+    # the calls themselves are compared all the same
+    assert again.counts[0] - HEARD == first.counts[0] - HEARD
+
+
+def other_file(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    kept.file.write_bytes(b"another" * 1000)
+    return {}
+
+
+def other_structure(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """As a LoRA that is a module of its own."""
+    return {"change": lambda model: model.blocks[0].add_module("lora", torch.nn.Identity())}
+
+
+def other_version(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(torch, "__version__", "0.0.0")
+    return {}
+
+
+def damaged(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (file,) = folder().glob("*.json")
+    file.write_text(file.read_text().replace('"Split"', '"Eval"'))
+    return {}
+
+
+@pytest.mark.parametrize("other", [other_file, other_structure, other_version, damaged])
+def test_a_proof_is_kept_for_nothing_else(kept: Kept, monkeypatch: pytest.MonkeyPatch, other: Any) -> None:
+    kept.run("right", picture())
+    more = other(kept, monkeypatch)
+    again = kept.run("right", picture(), **more)
+    assert "found and checked" in again.said(logging.INFO)[0]
+
+
+def test_weights_of_another_dtype_have_another_name(kept: Kept) -> None:
+    one, other = toy("right"), toy("right").to(torch.bfloat16)
+    names = {str(KeptPlans([str(kept.file)], model)._path("kind")) for model in (one, one, other)}
+    assert len(names) == 2
+
+
+def test_a_kept_proof_that_a_call_contradicts_is_forgotten(kept: Kept) -> None:
+    kept.run("late_mean", picture())
+    assert list(folder().glob("*.json"))
+    ranks = kept.run("late_mean", picture(12, 20, text=30))
+    assert ranks.right() and "is dropped" in ranks.said(logging.WARNING)[0]
+    assert not list(folder().glob("*.json"))
