@@ -16,7 +16,7 @@ from comfy_raylight.tests.host import families
 from comfy_raylight.tests.host.checkpoints import write
 from comfy_raylight.tests.host.client import ComfyClient, PromptError
 from comfy_raylight.tests.host.large import LARGE
-from comfy_raylight.tests.host.prompts import LOADER, SAMPLER, PoolCase, pool
+from comfy_raylight.tests.host.prompts import INIT, LOADER, SAMPLER, SAVE, PoolCase, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
 from .test_sampling import FP32, both, latent
@@ -80,6 +80,22 @@ def test_the_report_says_it(server: ComfyServer, client: ComfyClient, sampling: 
     text = client.run(prompt).outputs["report"]["text"][0]
     lines = re.findall(r"lens\.safetensors \(\w+\): .*plan found: 3 blocks, (\d+)% of a step divided", text)
     assert len(lines) == 2
+
+
+def test_the_next_start_does_not_pay_again(server: ComfyServer, client: ComfyClient, sampling: families.Case) -> None:
+    prompt = pool(dataclasses.replace(sampling, name="kept", cfg=1.0), PoolCase(through_model=True))
+    client.run(prompt)
+    first = latent(server, "kept")
+    loaded = {name: prompt[name] for name in (INIT, LOADER)}
+    kill = {"class_type": "RayKill", "inputs": {"ray_actors": [LOADER, 0], "kill_mode": "Kill Workers Only"}}
+    client.run({**loaded, "kill": kill})
+    before = len(server.log())
+    prompt[SAMPLER]["inputs"]["denoise"] = 0.999  # or ComfyUI would take its own result
+    prompt[SAVE]["inputs"]["name"] = "kept again"
+    client.run(prompt)
+    said = server.log()[before:]
+    assert "one from an earlier start is used, 3 blocks" in said and "found and checked" not in said
+    assert (first - latent(server, "kept again")).abs().max() < 0.1 * first.abs().max()
 
 
 def test_with_cfg_degree_and_rings(server: ComfyServer, client: ComfyClient, sampling: families.Case) -> None:
