@@ -7,8 +7,9 @@ other packs; nothing in its folder is changed. The whole table takes some ten mi
 
 The rows: whether the pack is imported; nodes that are not as recorded; each model family on two ranks against one
 process; VAEs in strips; a few families sampled over HTTP on two Ray workers against plain ComfyUI; kinds of files. One
-that fails, crashes or hangs is one row. A row is right, wrong, refused (by name), new (this pack knows nothing of it)
-or absent (this ComfyUI has no such thing). A refusal of what the pack claims to do counts as wrong.
+that fails, crashes or hangs is one row. A row is right, found (right by a plan that nobody wrote), wrong, refused (by
+name), new (this pack knows nothing of it) or absent (this ComfyUI has no such thing). A refusal of what the pack claims
+to do counts as wrong.
 
 Exit status: 0 nothing is wrong, 1 something is, 2 it could not run. Please send the output with a report.
 """
@@ -46,6 +47,7 @@ SHOWN = ("torch", "ray", "comfy-kitchen", "safetensors", "gguf")
 """Packages whose versions are told."""
 TABLE = ROOT / "docs" / "compat.md"
 BEGIN, END = "<!-- compat: written by benchmarks/compat.py -->\n", "<!-- end of compat -->\n"
+STATES = ("right", "found", "wrong", "refused", "new", "absent")
 COLUMNS = ("nodes", "families", "VAEs", "sampling", "files")
 EVERY_S = 30
 """Seconds between two lines on how far it is."""
@@ -82,7 +84,7 @@ def main() -> int:
     order = [part for parts in PARTS.values() for part in parts]
     rows.sort(key=lambda row: (order.index(row.part), not row.fault, row.state == "right", row.name))
     print("\n" + "\n".join(row.line for row in rows))
-    count = {state: sum(row.state == state for row in rows) for state in ("right", "wrong", "refused", "new", "absent")}
+    count = {state: sum(row.state == state for row in rows) for state in STATES}
     faults = sum(row.fault for row in rows)
     told = ", ".join(f"{number} {state}" for state, number in count.items() if number)
     print(f"\n{told or 'no rows'}; {faults} of them should not be so; {time.monotonic() - started:.0f} s")

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NoReturn
 
 from torch import nn
 
+from ..raylight.config import ParallelConfig
 from ..raylight.errors import UnsupportedError
 from ..raylight.plan import Plan, RowPlan
 from .audio import ACE_STEP15, MUSIC3, STABLE_AUDIO
@@ -115,6 +117,37 @@ UNSPLIT: Mapping[str, str] = MappingProxyType(
 """Why some classes cannot share a sequence."""
 
 
+def has_plan(model: nn.Module) -> bool:
+    """Whether a plan is written for a diffusion model."""
+    return type(model).__name__ in FAMILIES
+
+
+def check(model: nn.Module, parallel: ParallelConfig) -> None:
+    """Refuse a model that the ranks of a sequence cannot share, as far as that is known before it runs.
+
+    Raises:
+        UnsupportedError: its class has no plan, and none can be looked for.
+    """
+    name = type(model).__name__
+    if name in FAMILIES or name in UNSPLIT:
+        plan_for(model)
+    elif parallel.sequence == 1 or parallel.attention != "TORCH":
+        refuse(name, "it has no plan of its own, and one is only looked for with XFuser_attention TORCH")
+    elif parallel.residency != "resident":
+        refuse(
+            name, "it has no plan of its own, and one is only looked for where every worker has all weights (no FSDP)"
+        )
+
+
+def refuse(name: str, why: str) -> NoReturn:
+    """Raises UnsupportedError."""
+    raise UnsupportedError(
+        f"Raylight cannot split the model family {name} over several workers",
+        why,
+        "Set ulysses_degree and ring_degree to 1: cfg_degree and data parallel work with every model",
+    )
+
+
 def plan_for(model: nn.Module) -> Plan | RowPlan:
     """The plan of a diffusion model.
 
@@ -124,9 +157,5 @@ def plan_for(model: nn.Module) -> Plan | RowPlan:
     name = type(model).__name__
     family = FAMILIES.get(name)
     if family is None:
-        raise UnsupportedError(
-            f"Raylight cannot split the model family {name} over several workers",
-            UNSPLIT.get(name, "it has no plan for it"),
-            "Set ulysses_degree and ring_degree to 1: cfg_degree and data parallel work with every model",
-        )
+        refuse(name, UNSPLIT.get(name, "it has no plan for it"))
     return family.plan if isinstance(family.plan, Plan) else family.plan(model)

@@ -11,7 +11,7 @@ model. Nothing here is trusted without it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from .found_guess import Guess
 from .found_lengths import Lengths, Runs, run_all
 from .found_search import Search
 from .found_trace import Call
-from .found_values import Inputs, Refused, tensors
+from .found_values import Inputs, Refused, narrow, never, tensors
+from .kinds import Form, Forms
 from .plan import Blocks, Plan, Region
 
 
@@ -34,34 +35,42 @@ class Found:
     Attributes:
         inputs: all that it was found with, for the proof.
         notes: what is left whole, cut around every block, or not tried, and why.
+        forms: what each block of the plan was given, by its name.
     """
 
     plan: Plan
     inputs: tuple[Inputs, ...]
     notes: tuple[str, ...]
+    forms: Mapping[str, frozenset[Form]]
 
 
-def find(model: nn.Module, function: Callable[..., Any], inputs: Inputs) -> Found:
+def find(model: nn.Module, function: Callable[..., Any], inputs: Inputs, *, tick: Callable[[], None] = never) -> Found:
     """Find where a model's tokens are.
 
     Args:
         function: what runs it: its `_forward` where it has one, else its `forward`.
         inputs: small ones, of the kind of those to come.
+        tick: called between parts of the work; what it raises ends this.
 
     Raises:
         Refused: no list of blocks can be cut.
     """
-    runs = run_all(model, function, inputs)
+    runs = run_all(model, function, inputs, tick=tick)
     lengths = Lengths(runs)
     lists = _lists(model, runs, lengths)
     if not lists:
         raise Refused("no list of blocks passes image tokens on")
+    blocks_of_all = [call for calls in lists.values() for call in calls]
+    for call in runs.base.calls:
+        if any(map(narrow, tensors(call.out))) and any(call.within(block) for block in blocks_of_all):
+            raise Refused(f"{call.name} computes in 16 bits, in which small differences are not seen")
     regions: list[Region] = []
     notes: list[str] = []
     refused: list[str] = []
     for at, calls in lists.items():
         try:
-            search = Search(model, runs, lengths, Guess(model, runs, lengths, at=at, calls=calls))
+            guess = Guess(model, runs, lengths, at=at, calls=calls)
+            search = Search(model, runs, lengths, guess, tick=tick)
             blocks, wholes = search.run()
         except Refused as why:
             refused.append(str(why))
@@ -73,7 +82,19 @@ def find(model: nn.Module, function: Callable[..., Any], inputs: Inputs) -> Foun
     if not regions:
         raise Refused("; ".join(refused))
     notes += [f"left whole: {why}" for why in refused]
-    return Found(Plan(*regions), (inputs, *runs.inputs), tuple(notes))
+    return Found(Plan(*regions), (inputs, *runs.inputs), tuple(notes), _forms(model, runs, regions))
+
+
+def _forms(model: nn.Module, runs: Runs, regions: list[Region]) -> dict[str, frozenset[Form]]:
+    """What the blocks of these regions were given in all runs."""
+    found: dict[str, set[Form]] = {}
+    for blocks in (blocks for region in regions for blocks in region.blocks):
+        at = blocks.at.removesuffix(".*")
+        for call in (call for run in (runs.base, *runs.longer) for call in run.calls):
+            if call.name.rpartition(".")[0] == at:
+                form = Forms(model.get_submodule(call.name), tuple(blocks.streams))
+                found.setdefault(call.name, set()).add(form(*call.given))
+    return {name: frozenset(forms) for name, forms in found.items()}
 
 
 def _lists(model: nn.Module, runs: Runs, lengths: Lengths) -> dict[str, list[Call]]:

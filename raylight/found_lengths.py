@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .found_trace import Call, Trace
-from .found_values import Inputs, Path, Refused, changed, leaves, tensors
+from .found_values import Inputs, Path, Refused, changed, leaves, never, tensors
 
 Vector = tuple[int, ...]
 MOST_RUNS = 10
@@ -116,8 +116,13 @@ class Runs:
         return any(vector[run] != vector[0] for run in self.of_picture)
 
 
-def run_all(model: nn.Module, function: Callable[..., Any], inputs: Inputs) -> Runs:
+def run_all(
+    model: nn.Module, function: Callable[..., Any], inputs: Inputs, *, tick: Callable[[], None] = never
+) -> Runs:
     """Trace the inputs, and longer ones for each axis; what the model does not take, or runs otherwise, is left out.
+
+    Args:
+        tick: called before each forward; what it raises ends this.
 
     Raises:
         Refused: no size of the picture can be changed.
@@ -131,6 +136,7 @@ def run_all(model: nn.Module, function: Callable[..., Any], inputs: Inputs) -> R
 
     def attempt(way: Way) -> bool:
         tried.add(way)
+        tick()
         run, these = Trace(model), way(inputs)
         try:
             run.run(function, these)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from .found_guess import Chosen, Guess, Key
 from .found_lengths import Lengths, Runs, varies
 from .found_replay import Replay, Verdict, random_call
 from .found_trace import Call
-from .found_values import Refused
+from .found_values import Refused, never
 from .plan import Blocks, Whole
 
 SIZES = (2, 3)
@@ -29,11 +29,17 @@ ROUNDS = 8
 class Search:
     """The search for one list of blocks.
 
+    Args:
+        tick: called before each replay; what it raises ends the search.
+
     Attributes:
         notes: what its answer does not cover.
     """
 
-    def __init__(self, model: nn.Module, runs: Runs, lengths: Lengths, guess: Guess) -> None:
+    def __init__(
+        self, model: nn.Module, runs: Runs, lengths: Lengths, guess: Guess, *, tick: Callable[[], None] = never
+    ) -> None:
+        self._tick = tick
         self._model, self._runs, self._lengths, self._guess = model, runs, lengths, guess
         self._sizes: Sequence[int] = SIZES
         self._trials = 0
@@ -112,6 +118,7 @@ class Search:
         blocks = self._guess.build(chosen)
         for call in calls:
             verdict.call = call
+            self._tick()
             try:
                 replay = Replay(self._model, call, blocks, wholes, locate=locate)
             except KeyError as error:

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .found_values import OPTIONS, Inputs, by_name, copied, tensors
+from .found_values import OPTIONS, Inputs, Refused, by_name, copied, tensors
 from .overrides import OVERRIDE
 from .slots import Slot
 
+WITH_INSIDES = 2
+"""Blocks of one class in a list of which everything inside is kept; of others what they are given and give."""
+MOST_BYTES = 2 << 30
+"""What one trace may keep."""
 HARMLESS = ("dtype", "device", "is_cuda", "layout", "requires_grad", "ndim", "is_meta")
 """Attributes of a tensor that are the same for a part of its tokens."""
 
@@ -127,6 +131,10 @@ class Trace(TorchFunctionMode):
         # ids are told apart by keeping what has them
         self._kept: list[Any] = []
         self._clock = 0
+        # the block whose insides are not kept, while it runs
+        self._slim = ""
+        self._insides: dict[Any, set[str]] = {}
+        self._bytes = 0
         # one object, so that options that have it already are not made anew
         self._attend = self._override
 
@@ -153,6 +161,8 @@ class Trace(TorchFunctionMode):
     def _before(self, name: str, module: nn.Module) -> Callable[..., Any]:
         # also where the model's own code hands no options on, as the engine does at a site
         takes = OPTIONS in inspect.signature(module.forward).parameters
+        at = name.rpartition(".")[0]
+        in_list = bool(at) and isinstance(self.model.get_submodule(at), (nn.ModuleList, nn.ModuleDict))
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             self._clock += 1
@@ -162,7 +172,11 @@ class Trace(TorchFunctionMode):
             live = set(map(id, tensors([args, kwargs])))
             if self._watch:
                 self._kept.append((args, kwargs))
-            given = quietly(copied, (tuple(args), dict(kwargs)))
+            if not self._slim and in_list and self._is_another(name, module):
+                self._slim = name
+                given = quietly(self._copy, (tuple(args), dict(kwargs)))
+            else:
+                given = quietly(self._outline if self._slim else self._copy, (tuple(args), dict(kwargs)))
             call = Call(
                 name=name,
                 nth=nth,
@@ -182,11 +196,30 @@ class Trace(TorchFunctionMode):
     def _after(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         self._clock += 1
         call = self._open.pop()
-        call.end, call.out = self._clock, quietly(copied, out)
+        if self._slim == call.name:
+            self._slim = ""
+        call.end, call.out = self._clock, quietly(self._outline if self._slim else self._copy, out)
         if self._watch:
             self._kept.append(out)
             call.out_live = list(map(id, tensors(out)))
             self._outputs.update(call.out_live)
+
+    def _is_another(self, name: str, module: nn.Module) -> bool:
+        """Whether enough is known of such blocks."""
+        blocks = self._insides.setdefault((name.rpartition(".")[0], type(module)), set())
+        if len(blocks) < WITH_INSIDES:
+            blocks.add(name)
+        return name not in blocks
+
+    def _copy(self, value: Any) -> Any:
+        self._bytes += sum(t.nbytes for t in tensors(value))
+        if self._bytes > MOST_BYTES:
+            raise Refused(f"its inputs are too large to try a plan with: {MOST_BYTES >> 30} GiB for what blocks give")
+        return copied(value)
+
+    def _outline(self, value: Any) -> Any:
+        """The same without values."""
+        return copied(value, lambda t: t.new_empty(t.shape, device="meta"))
 
     def _override(self, func: Callable[..., Any], q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any) -> Any:
         def run() -> Any:

@@ -21,6 +21,10 @@ LARGE = 1e9
 """What an infinity counts as in a comparison."""
 
 
+def never() -> None:
+    """Ends nothing."""
+
+
 class Refused(Exception):
     """There is no plan: the message names the module and says why."""
 
@@ -50,18 +54,27 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def narrow(x: torch.Tensor) -> bool:
+    """Whether it was rounded to fewer than 32 bits, which hides small differences."""
+    return x.is_floating_point() and x.dtype not in (torch.float32, torch.float64)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def copied(value: Any) -> Any:
-    """The same with tensors of its own, since models write into theirs; other objects stay."""
+def copied(value: Any, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
+    """The same with tensors of its own, since models write into theirs; other objects stay.
+
+    Args:
+        copy: what becomes of each tensor.
+    """
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return copy(value)
     if type(value) in (tuple, list):
-        return type(value)(map(copied, value))
+        return type(value)(copied(item, copy) for item in value)
     if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copied(item, copy) for key, item in value.items()}
     return value
 
 

@@ -38,6 +38,7 @@ def install(
     kernel: LocalKernel | None = None,
     granularity: Granularity | None = None,
     opaque: Callable[[Attend], Attend] | None = None,
+    replaced: Replaced | None = None,
 ) -> Installation | RowInstallation:
     """Put a plan's hooks on a model.
 
@@ -48,6 +49,7 @@ def install(
         kernel: computes attention locally (`kernels.chosen`); None is what the model calls. A ring needs one.
         granularity: cut once per region ("trunk") or around every block ("block"); None decides per forward.
         opaque: makes a function one that compilers leave alone; None where nothing is compiled.
+        replaced: which blocks are compared with themselves on all tokens; None for those with code of a user's patch.
 
     Raises:
         PlanError: the plan names a module or argument that the model does not have.
@@ -55,7 +57,9 @@ def install(
     """
     if isinstance(plan, RowPlan):
         return RowInstallation(model, plan, mesh, kernel=kernel, opaque=opaque)
-    return Installation(model, plan, mesh, kernel=kernel, granularity=granularity, opaque=opaque)
+    return Installation(
+        model, plan, mesh, kernel=kernel, granularity=granularity, opaque=opaque, replaced=replaced or Replaced()
+    )
 
 
 class Forward:
@@ -121,6 +125,7 @@ class Installation:
         kernel: LocalKernel | None,
         granularity: Granularity | None,
         opaque: Callable[[Attend], Attend] | None,
+        replaced: Replaced,
     ) -> None:
         self.mesh = mesh
         self.kernel = kernel
@@ -135,7 +140,7 @@ class Installation:
         function = getattr(model, "_forward", model.forward)
         self._options = Slot.find(function, "transformer_options")
         self._control = Slot.find(function, "control")
-        self._replaced = Replaced()
+        self._replaced = replaced
         self._alike: Alike | None = None
         if not self.split and self.kernel is None:
             return
@@ -228,11 +233,12 @@ class Installation:
             PlanError: the model did not run as the plan says.
         """
         assert self.forward is None, "one forward at a time"
-        comparison = Comparison(self._replaced.chosen())
+        comparison = self._replaced.comparison()
         per_block = self._per_block(args, kwargs)
         self.forward = Forward(len(self.regions), per_block=per_block, comparison=comparison, alike=self._alike)
         try:
-            out = executor(*args, **kwargs)
+            with comparison.watching():
+                out = executor(*args, **kwargs)
             self._replaced.judge(comparison, self.mesh.sequence)
             for region, layout in zip(self.regions, self.forward.layouts, strict=True):
                 if layout is not None:
@@ -305,6 +311,7 @@ class _BlockHook:
         self._opens = number == 0
         self._first = at == 0
         self._last = number == 0 and owner.regions[index].exit is None and at == count - 1
+        self._names = tuple(self._blocks.streams)
         self._streams = [(Slot.need(module, name), stream) for name, stream in self._blocks.streams.items()]
         self._shared = Shared(self._blocks.at, module, self._blocks.shared, self._blocks.optional)
         self._functions = Functions(module, self._blocks.called)
@@ -316,6 +323,8 @@ class _BlockHook:
             return None
         args, kwargs = list(args), dict(kwargs)
         enters = self._owner.per_block(self._index) or self._first
+        streams = {name: slot.read(args, kwargs) for name, (slot, _) in zip(self._names, self._streams, strict=True)}
+        forward.comparison.given(self._name, module, streams, args, kwargs, enters)
         if enters:
             self._open(forward, args, kwargs)
         layout = self._owner.layout(self._index)
@@ -399,8 +408,9 @@ class _BlockHook:
         forward = self._owner.forward
         if forward is None:
             return None
-        forward.comparison.note(self._name, several(output))
-        if not (self._owner.per_block(self._index) or self._last):
+        stays = not (self._owner.per_block(self._index) or self._last)
+        forward.comparison.note(self._name, several(output), stays=stays)
+        if stays:
             return None
         layout, comm = self._owner.layout(self._index), self._owner.mesh.sequence
         written = forward.written.pop(self, None) or Written()

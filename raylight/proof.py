@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .found_values import Inputs, Refused, apart, close, copied, tensors
+from .found_values import Inputs, Refused, apart, close, copied, narrow, never, tensors
 from .hooks import install
 from .mesh import Mesh
 from .plan import Plan, Region
@@ -38,22 +39,30 @@ class Proof:
     notes: tuple[str, ...]
 
 
-def prove(model: nn.Module, name: str, plan: Plan, every: Sequence[Inputs], sizes: Sequence[int] = SIZES) -> Proof:
+def prove(
+    model: nn.Module,
+    name: str,
+    plan: Plan,
+    every: Sequence[Inputs],
+    sizes: Sequence[int] = SIZES,
+    *,
+    tick: Callable[[], None] = never,
+) -> Proof:
     """The plan, or the same with tokens cut around every block, whichever is right for all inputs on all ranks.
 
     Args:
-        model: in fp32: rounding of 16 bits hides what is small.
+        model: one that computes in fp32: rounding of 16 bits hides what is small.
         name: the method that runs it.
         every: the first are run on all of `sizes`, each other on one of them.
+        tick: called before each forward; what it raises ends the proof.
 
     Raises:
         Refused: neither is.
     """
-    assert all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
     coarser = Plan(*(Region(*r.blocks, whole=r.whole, per_block=True) for r in plan.regions))
     notes: list[str] = []
     for candidate in (plan, coarser) if coarser != plan else (plan,):
-        why, error = _compared(model, name, candidate, every, sizes)
+        why, error = _compared(model, name, candidate, every, sizes=sizes, tick=tick)
         if not why:
             return Proof(candidate, error, divided_share(model, name, candidate, every[0]), tuple(notes))
         notes.append(why)
@@ -76,20 +85,30 @@ class _Watch:
 
 
 def _compared(
-    model: nn.Module, name: str, plan: Plan, every: Sequence[Inputs], sizes: Sequence[int]
+    model: nn.Module,
+    name: str,
+    plan: Plan,
+    every: Sequence[Inputs],
+    *,
+    sizes: Sequence[int],
+    tick: Callable[[], None],
 ) -> tuple[str, float]:
     """What is wrong with a plan, "" for nothing, and the largest difference."""
     largest = 0.0
     for number, inputs in enumerate(every):
-        alone = _sharing(model)
+        alone = sharing(model)
         watch = _Watch(alone, plan)
+        tick()
         with torch.no_grad():
             args, kwargs = copied(inputs)
             wanted = [*tensors(getattr(alone, name)(*args, **kwargs)), *watch.seen]
+        if any(map(narrow, wanted)):
+            return "the model computes in 16 bits what it is given in 32", largest
         if not all(bool(t.isfinite().all()) for t in wanted):
             return "the model itself gives no finite values for the inputs of the proof", largest
         # blocks were replayed for all of them on all numbers of ranks; here they are run one after the other
         for size in sizes if number == 0 else (sizes[number % len(sizes)],):
+            tick()
             try:
                 outs = divided(model, name, plan, inputs, size)
             except Exception as error:
@@ -112,7 +131,7 @@ def divided(model: nn.Module, name: str, plan: Plan, inputs: Inputs, size: int) 
 
     After the model's own come those that its blocks give where tokens are whole again.
     """
-    copies = [_sharing(model) for _ in range(size)]
+    copies = [sharing(model) for _ in range(size)]
 
     def job(mesh: Mesh) -> list[torch.Tensor]:
         mine = copies[mesh.rank]
@@ -125,15 +144,26 @@ def divided(model: nn.Module, name: str, plan: Plan, inputs: Inputs, size: int) 
     return on_ranks(size, job)
 
 
-def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of a model's structure, with its state, on the same weights."""
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, dict(kept))
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy of a model's structure, with its state, on the same weights and without hooks."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") or "_hooks_" in name:
+                memo[id(value)] = OrderedDict()
+            elif isinstance(value, list) and value and all(map(callable, value)) and not _modules_in(value):
+                # what changes weights as they are used, and may hold as much as they
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
+
+
+def _modules_in(values: list[Any]) -> bool:
+    return any(isinstance(value, nn.Module) for value in values)
 
 
 def divided_share(model: nn.Module, name: str, plan: Plan, inputs: Inputs) -> float:
     """How much of a forward's multiplications a plan divides; what is `Whole` does not count."""
-    mine = _sharing(model)
+    mine = sharing(model)
     counter = FlopCounterMode(display=False)
     spent = 0
 

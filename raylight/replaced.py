@@ -7,6 +7,7 @@ name nor shape tells, so blocks are compared: the same block, on all tokens and 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -63,6 +64,10 @@ class Replaced:
             return frozenset(self._suspects)
         return frozenset({self._suspects[number % len(self._suspects)]})
 
+    def comparison(self) -> Comparison:
+        """Compares them."""
+        return Comparison(self.chosen())
+
     def judge(self, comparison: Comparison, comm: Comm) -> None:
         """Raises UnsupportedError, on all ranks alike, where blocks gave something else."""
         apart = comparison.apart(comm)
@@ -99,8 +104,17 @@ class Comparison:
         """This rank's parts of a block's outputs for all tokens."""
         self._wanted[block] = parts
 
-    def note(self, block: str, parts: tuple[torch.Tensor | None, ...]) -> None:
-        """A block's outputs for this rank's tokens."""
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around the forward."""
+        return contextlib.nullcontext()
+
+    def given(  # noqa: PLR0917, as blocks hand it on
+        self, block: str, module: nn.Module, streams: Mapping[str | int, Any], args: Any, kwargs: Any, enters: bool
+    ) -> None:
+        """A block is about to run: its streams, and all that it is given. Its tokens are whole where it `enters`."""
+
+    def note(self, block: str, parts: tuple[torch.Tensor | None, ...], *, stays: bool = False) -> None:
+        """A block's outputs for this rank's tokens; they stay its part where no block joins them."""
         for part, wanted in zip(parts, self._wanted.pop(block, ()), strict=False):
             if part is None or wanted is None:
                 continue

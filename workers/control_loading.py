@@ -31,6 +31,9 @@ class WorkerControl(WorkerModel):
     def _planned(self) -> Plan | None:
         return control_plan_for(self.diffusion)
 
+    def _to_be_found(self) -> None:
+        return None
+
 
 def adopt_control(source: Source, dtype: torch.dtype) -> Adopted:
     """Build the ControlNet of a file without copying its plain weights. Call it outside of inference mode.

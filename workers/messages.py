@@ -117,7 +117,8 @@ class ModelReport:
     """What a worker holds of a model: bytes of its weights, of those on the device, number of patches, settings.
 
     `weights` says where they are between their uses, and what they take; `recorded` how many calls of it are;
-    `warnings` how often ComfyUI's code has warned while it was loaded and given its patches.
+    `warnings` how often ComfyUI's code has warned while it was loaded and given its patches; `plan` what was found of
+    how to share it, "" where that is written.
     """
 
     path: str
@@ -129,6 +130,7 @@ class ModelReport:
     weights: str
     recorded: int
     warnings: int
+    plan: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +190,7 @@ class ForwardReply:
     `seconds` is the model's own time in the call, `waiting` the part of it inside collectives; on an
     accelerator, the time to queue its work. `advice` is what the user should know of it, "" for nothing. `waits`
     says that its device waits for Python, which a recorded call would not. `said` is what ComfyUI's code has warned of
-    since the last answer, lines that are known of the model's patches apart.
+    since the last answer, lines that are known of the model's patches apart, and what plans were found or dropped.
     """
 
     output: Parcel | None

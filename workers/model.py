@@ -14,10 +14,10 @@ from comfy import model_management
 
 from ..loaders.source import Source
 from ..patches.ffn import ChunkedFeedForward
-from ..patches.registry import plan_for
+from ..patches.registry import check, has_plan, plan_for
 from ..raylight import cost
 from ..raylight.config import ModelSpec, WorkerSettings
-from ..raylight.errors import ConfigError, LoadError
+from ..raylight.errors import ConfigError, LoadError, UnsupportedError
 from ..raylight.hooks import Installation, install
 from ..raylight.kernels import LocalKernel
 from ..raylight.mesh import Mesh
@@ -32,10 +32,12 @@ from .block_patcher import BLOCKS, BlockPatcher, Divided
 from .block_weights import BlockWeights, divide
 from .boundaries import Boundaries
 from .comfy_host import device_uuid
+from .kept_plans import KeptPlans
 from .mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
 from .messages import PREFIX, ModelFacts, ModelReport, Wrapped
 from .recorded import Recordings, Waits, by_itself, recordable
 from .said import Said
+from .unplanned import Unplanned
 from .wrapped import Outer
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class WorkerModel:
 
     Raises:
         LoadError: the file changed since the driver looked at it, or ComfyUI does not know the model.
-        UnsupportedError: no plan for the family, while the mesh divides sequences.
+        UnsupportedError: no plan for the family, and none can be looked for, while the mesh divides sequences.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, mesh: Mesh, kernel: LocalKernel | None) -> None:
@@ -90,6 +92,9 @@ class WorkerModel:
         self._kernel = kernel
         self._plan = self._planned() if mesh.parallel.needs_plan else None
         self._installation: Installation | RowInstallation | None = None
+        self._unplanned: Unplanned | None = None
+        if mesh.parallel.needs_plan and self._plan is None:
+            self._unplanned = self._to_be_found()
         log.debug(
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
         )
@@ -113,8 +118,20 @@ class WorkerModel:
         return divide(adopted.patcher.model.diffusion_model, adopted.homes, self.source, self._mesh, device=device)
 
     def _planned(self) -> Plan | RowPlan | None:
-        """How the ranks of a sequence share the model; None where each runs all of it."""
-        return plan_for(self.diffusion)
+        """How the ranks of a sequence share the model; None where that is to be found, or each runs all of it."""
+        check(self.diffusion, self._mesh.parallel)
+        return plan_for(self.diffusion) if has_plan(self.diffusion) else None
+
+    def _to_be_found(self) -> Unplanned | None:
+        """What finds how the ranks share the model; None where each runs all of it."""
+        pixels = getattr(self._base.model.latent_format, "spacial_downscale_ratio", 8) == 1
+        return Unplanned(
+            self.diffusion,
+            self._mesh,
+            self._kernel,
+            grain=16 if pixels else 2,
+            kept=lambda: KeptPlans([file.path for file in self.source.files], self.diffusion),
+        )
 
     def facts(self) -> ModelFacts:
         """What the driver must know of this copy."""
@@ -165,7 +182,7 @@ class WorkerModel:
             patcher.patches_uuid = uuid.uuid5(uuid.NAMESPACE_OID, state)
         patcher.force_cast_weights = force_cast
         replaced = _of_diffusion(objects)
-        if self._installation is not None and (replaced or self._replaced):
+        if self._plan is not None and self._installation is not None and (replaced or self._replaced):
             self._installation.changed(replaced)
         self._objects, self._replaced = objects, replaced
         self.patcher = patcher
@@ -189,6 +206,12 @@ class WorkerModel:
                 "The compiler cudagraphs needs weights that stay where they are",
                 f"they are {self._blocks.residency}",
                 "Choose another backend, or switch FSDP and FSDP_CPU_OFFLOAD off",
+            )
+        if settings.compile and self._unplanned is not None:
+            raise UnsupportedError(
+                f"{type(self.diffusion).__name__} cannot be compiled while its tokens are divided over workers",
+                "it has no plan of its own, and one that was found is checked while it is used",
+                "Remove Torch Compile Model (Ray), or set ulysses_degree and ring_degree to 1",
             )
         records, compiler = settings.compile == "cudagraphs", self._settings.compile
         if settings.compile != compiler:
@@ -326,6 +349,9 @@ class WorkerModel:
             with self._gathering(method), self._boundaries.watched(watch):
                 return function(*args, **kwargs)
 
+        if self._unplanned is not None and forward:
+            return self._found_plan(self._unplanned, method, call, args, kwargs, cancelled, wrapped)
+
         outer = Outer(self.diffusion, self._mesh, self._installation)
         # what code of nodes decides is not recorded
         if wrapped is not None:
@@ -345,6 +371,35 @@ class WorkerModel:
             state=(self._weights.moves, self._settings, numerics.take()),
         )
 
+    def _found_plan(
+        self,
+        unplanned: Unplanned,
+        method: str,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cancelled: Callable[[], bool],
+        wrapped: Wrapped | None,
+    ) -> Any:
+        """The forward of a model whose plan is found by its calls.
+
+        Raises:
+            UnsupportedError: a node's function is to make the call, which no plan that was found is checked with.
+        """
+        if wrapped is not None:
+            unplanned.refuse_wrapped(name_of(wrapped.function))
+        try:
+            return unplanned.run(
+                method,
+                lambda function, args, kwargs: call(function, *args, **kwargs),
+                (args, kwargs),
+                state=(self.state, self._settings),
+                changed=", ".join(self._replaced),
+                cancelled=cancelled,
+            )
+        finally:
+            self._installation = unplanned.used
+
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
         if self._blocks is None:
             return contextlib.nullcontext()
@@ -362,6 +417,7 @@ class WorkerModel:
             settings=self._settings,
             weights=self.described(),
             recorded=self._recordings.count if self._recordings is not None else 0,
+            plan=self._unplanned.summary if self._unplanned is not None else "",
             warnings=sum(map(len, self._said.values())),
         )
 
@@ -374,6 +430,10 @@ class WorkerModel:
         found = dict.fromkeys(line for line in lines if not any(line in known for known in self._said.values()))
         self._said[loading].update(found)
         return tuple(found)
+
+    def found(self) -> tuple[Said, ...]:
+        """What is to be said of plans that were found for it, since the last time."""
+        return self._unplanned.lines() if self._unplanned is not None else ()
 
     def predicted(self, machine: cost.Machine | None) -> float:
         """Predicted speed-up of the last call over one worker; 0 where nothing is known of it.
@@ -401,6 +461,7 @@ class WorkerModel:
             and self._blocks is None
             and not self._settings.compile
             and not self._replaced
+            and self._unplanned is None
             and recordable(args, device)
         )
         if self._recordable:
@@ -445,7 +506,9 @@ class WorkerModel:
     def close(self) -> None:
         """Take the hooks out and the weights off the device."""
         self.settle(WorkerSettings())
-        if self._installation is not None:
+        if self._unplanned is not None:
+            self._unplanned.close()
+        elif self._installation is not None:
             self._installation.remove()
         self._boundaries.remove()
         self.offload()

@@ -19,7 +19,7 @@ import comfy.utils
 import torch
 from comfy import model_management
 
-from ..patches.registry import plan_for
+from ..patches.registry import check
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import ConfigError
 from ..raylight.replaced import within
@@ -43,7 +43,8 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
 
     Raises:
         LoadError: the file cannot be loaded.
-        UnsupportedError: the family has no plan and the pool divides sequences. Nothing was loaded then.
+        UnsupportedError: the pool divides sequences, and the family has no plan and none can be looked for. Nothing
+            was loaded then.
         WorkerError: the pool did not start, or a worker failed while loading.
     """
     told = Told()
@@ -51,7 +52,7 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
         model, state, spec = ghost.build(spec)
     if config.parallel.needs_plan:
         with standing.explaining():
-            plan_for(model.diffusion_model)
+            check(model.diffusion_model, config.parallel)
     dtype = model.get_dtype()
     link = ModelLink(config, spec, dtype, refer, told)
     facts = link.load()[0]

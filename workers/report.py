@@ -155,6 +155,8 @@ def _model(model: ModelReport) -> str:
             changes.append(f"{name} {value}")
     if model.warnings:
         changes.append(f"{model.warnings} warnings of ComfyUI's code (in the log)")
+    if model.plan:
+        changes.append(model.plan)
     if model.recorded:
         changes.append(f"{model.recorded} recorded calls")
     made = f", with {', '.join(changes)}" if changes else ""

@@ -263,7 +263,7 @@ class Runner:
             model.note(queued, took, (args, kwargs, wrapped))
             filled.check(held)
             parcel = self._decoder.answer(output, request.call) if self._speaks else None
-        said = self.said()
+        said = (*self.said(), *model.found())
         return ForwardReply(
             output=parcel,
             random=random_states.take() if request.random is not None and self._speaks else None,

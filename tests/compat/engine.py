@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from comfy_raylight.patches.registry import FAMILIES, UNSPLIT
-from comfy_raylight.tests.engine import verdicts
-from comfy_raylight.tests.engine.case import Case
+from comfy_raylight.tests.engine import found_ranks, unplanned, verdicts
+from comfy_raylight.tests.engine.case import TOLERANCE, Case
 from comfy_raylight.tests.engine.families import CASES
 from comfy_raylight.tests.engine.in_step import Agreement
 from comfy_raylight.tests.engine.meshes import MESHES
@@ -31,6 +31,11 @@ from .rows import Row, chosen, short, write, wrong
 PART = "families"
 CHOSEN = ("u2", "r2")
 """Meshes that a case runs on, or the first of its own where it has neither."""
+UNPLANNED = {
+    name: [case for case in unplanned.CASES if case.family == name]
+    for name in dict.fromkeys(case.family for case in unplanned.CASES)
+}
+"""Cases of the classes that have no written plan."""
 REFUSALS = ("UnsupportedError", "MisfitError", "PlanError")
 FAMILY_S = 300
 """Seconds for one family: the largest takes half a minute on two idle cores."""
@@ -74,8 +79,8 @@ def rows_of_classes(known: Mapping[str, str]) -> list[Row]:
         Row(part=PART, name=name, state="refused", detail=reason) for name, reason in UNSPLIT.items() if name in known
     ]
     for name, module in sorted(known.items()):
-        if name not in FAMILIES and name not in UNSPLIT:
-            detail = f"{module}: no plan, so cfg_degree and data parallel alone"
+        if name not in FAMILIES and name not in UNSPLIT and name not in UNPLANNED:
+            detail = f"{module}: no plan: the workers look for one before its first use, prove it, or refuse it"
             rows.append(Row(part=PART, name=name, state="new", detail=detail))
     return rows
 
@@ -132,6 +137,34 @@ def judge(case: Case, mesh: str, report: Mapping[str, Any], found: Found) -> Non
         found.errors.extend(result["error"] for result in tables[0][case.name].values() if "error" in result)
 
 
+def found(cases: Sequence[Case]) -> Found:
+    """Run the cases of a class that has no written plan, as workers do that are given none."""
+    result = Found(0, [], {}, {})
+    for case in (case for case in cases if case.available()):
+        result = dataclasses.replace(result, cases=result.cases + 1)
+        entry = found_ranks.examine(case)
+        if "refused" in entry:
+            result.refused[case.name] = entry["refused"]
+            continue
+        ranks = fork(2, found_ranks.on_gloo, {case.name: entry["run"]})
+        tables = [table[case.name] if isinstance(table, dict) else {} for table in ranks.values()]
+        errors = [max(table["error"], table["worker"]["error"]) for table in tables if "worker" in table]
+        if len(errors) < len(tables) or max(errors) > TOLERANCE:
+            result.wrong[case.name] = f"{max(errors, default=0.0):.0e} off: {ranks}"
+        else:
+            result.errors.extend(errors)
+    return result
+
+
+def row_of_found(name: str, ended: forks.Ended) -> Row:
+    """What is told of a class that has no written plan."""
+    row = row_of(name, ended)
+    if row.state != "right":
+        return row
+    worst = max(ended.value.errors, default=0.0)
+    return dataclasses.replace(row, state="found", detail=f"{ended.value.cases} cases, at most {worst:.0e} off")
+
+
 def row_of(name: str, ended: forks.Ended) -> Row:
     """What is told of a family."""
     if ended.problem:
@@ -167,10 +200,12 @@ def main(root: str, out: str, *patterns: str) -> None:
             # where tokens are cut; the switches of an exchange do not depend on ComfyUI
             modes = tuple(mode for mode in case.modes if mode not in SWITCHES) or case.modes[:1]
             by_family.setdefault(case.family, []).append(dataclasses.replace(case, modes=modes))
+    unwritten = {name: cases for name, cases in UNPLANNED.items() if chosen(patterns, PART, name)}
     jobs = {name: functools.partial(family, cases) for name, cases in by_family.items()}
+    jobs |= {name: functools.partial(found, cases) for name, cases in unwritten.items()}
     # each family runs two ranks
     for name, ended in forks.run(jobs, seconds=FAMILY_S, at_once=max(1, (os.cpu_count() or 2) // 2)):
-        write(path, row_of(name, ended))
+        write(path, row_of_found(name, ended) if name in unwritten else row_of(name, ended))
 
 
 if __name__ == "__main__":

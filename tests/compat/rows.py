@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-State = Literal["right", "wrong", "refused", "new", "absent"]
+State = Literal["right", "found", "wrong", "refused", "new", "absent"]
 TEXT_LIMIT = 400
 """Characters of what is told of a row; logs and tracebacks have more."""
 
@@ -21,7 +21,8 @@ class Row:
     Attributes:
         part: of the table.
         name: of the thing.
-        state: "refused" by name, "new" to the pack, or "absent" from this ComfyUI; all else is right or wrong.
+        state: "found" to be right by a plan that nobody wrote, "refused" by name, "new" to the pack, or "absent" from
+            this ComfyUI; all else is right or wrong.
         detail: what is to be said of it.
         fault: whether something should change: all that is wrong, and a refusal of what the pack claims to do.
     """

@@ -112,11 +112,14 @@ def test_jobs_that_crash_or_hang() -> None:
 @pytest.mark.timeout(900)
 def test_a_comfyui_that_is_right(comfy_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
-    code, text = run(comfy_root, "--only", "families/CameraWanModel", "VAEs/taesd", "--json", str(out))
+    names = ("families/CameraWanModel", "families/LensTransformer2DModel", "VAEs/taesd")
+    code, text = run(comfy_root, "--only", *names, "--json", str(out))
     rows = table(out)
     assert code == 0, text
+    there = (comfy_root / "comfy" / "ldm" / "lens").is_dir()
     assert {name: row["state"] for name, row in rows.items()} == {
         "families/CameraWanModel": "right",
+        "families/LensTransformer2DModel": "found" if there else "absent",
         "VAEs/taesd": "right",
     }
 

@@ -19,6 +19,8 @@ from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.found_source import source
 from comfy_raylight.raylight.found_values import Refused, copied
 from comfy_raylight.raylight.hooks import install
+from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.workers import unplanned as unplanned_worker
 
 from . import families, unplanned
 from .case import Case
@@ -59,7 +61,7 @@ def examine(case: Case) -> dict[str, Any]:
 
 def on_gloo(rank: int, size: int, path: str, prepared: dict[str, Any]) -> dict[str, Any]:
     """Each proved plan on real ranks: its largest error, and whether all ranks have the same bytes."""
-    results = {}
+    results: dict[str, Any] = {}
     mesh = mesh_of(ParallelConfig(world=size, ulysses=size, ring=1, cfg=1), rank=rank, path=path)
     for name, (model, plan, every, wanted) in prepared.items():
         installation, errors, same = install(model, plan, mesh), [], []
@@ -71,8 +73,25 @@ def on_gloo(rank: int, size: int, path: str, prepared: dict[str, Any]) -> dict[s
                 same.append(same_on_all(out, mesh))
         results[name] = {"error": max(errors), "same": all(same), "collectives": mesh.collectives - before}
         installation.remove()
+        if size == SIZES[0]:
+            results[name]["worker"] = on_worker(mesh, model, every, wanted)
     mesh.close()
     return results
+
+
+def on_worker(mesh: Mesh, model: torch.nn.Module, every: Any, wanted: Any) -> dict[str, Any]:
+    """The same calls, each twice, as a worker makes them that was given no plan."""
+    forward = forward_of(model)
+    alone, errors, exchanges = unplanned_worker.Unplanned(model, mesh, None, grain=4), [], []
+    for (args, kwargs), whole in [pair for pair in zip(every, wanted, strict=True) for _ in range(2)]:
+        before = mesh.collectives
+        with torch.inference_mode():
+            out = alone.run(forward.__name__, lambda f, a, k: f(*a, **k), copied((args, kwargs)), state="")
+        errors.append(difference(out, whole))
+        exchanges.append(mesh.collectives - before)
+    said = [text for _, text in alone.lines()]
+    alone.close()
+    return {"error": max(errors), "shared": exchanges, "said": said}
 
 
 def one_of_each() -> tuple[str, ...]:

@@ -53,6 +53,13 @@ class Attention(nn.Module):
         return self.out(attention(q, k, v, self.heads, transformer_options=transformer_options, **more))
 
 
+class Rounding(nn.Module):
+    """Gives 16 bits of what it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16()
+
+
 class Block(nn.Module):
     """Attention and a feed forward, and one thing more."""
 
@@ -67,6 +74,8 @@ class Block(nn.Module):
             self.gn = nn.GroupNorm(4, width)
         if kind == "position_table":
             self.table = nn.Parameter(torch.randn(1, 512, width))
+        if kind == "rounds":
+            self.rounding = Rounding()
         if kind == "conv_inline":
             self.weight = nn.Parameter(torch.randn(width, 1, 3))
 
@@ -116,6 +125,12 @@ class Block(nn.Module):
             "cumsum": lambda: x + x.cumsum(1) / x.shape[1],
             "roll": lambda: x + x.roll(1, 1),
             "first_token": lambda: x + x[:, :1],
+            # each is right for what a proof tries: few tokens, small values, one picture
+            "late_mean": lambda: x + x.mean(1, keepdim=True) if x.shape[1] > 90 else x,
+            "late_values": lambda: x + x.mean(1, keepdim=True) if x.abs().amax() > 100 else x,
+            "late_values_last": lambda: x + x.mean(1, keepdim=True) if self.index == 2 and x.abs().amax() > 100 else x,
+            "batch_mean": lambda: x + x.mean(1, keepdim=True) if x.shape[0] > 1 else x,
+            "rounds": lambda: self.rounding(x).float(),
             "told_length": lambda: x.reshape(x.shape[0], keep, -1),
             "keep_indices": lambda: x.index_add(1, keep, x.new_ones(x.shape[0], len(keep), x.shape[2])),
             "draws": lambda: x + torch.rand_like(x),
@@ -157,6 +172,8 @@ class Toy(nn.Module):
             if self.kind in ("dropped", "added"):
                 pe = table(tokens.shape[1])
             more = {"keep_indices": {"keep": keep}, "told_length": {"keep": self.pe.shape[1]}}.get(self.kind, {})
+            if self.kind == "other_form" and not context.any():
+                more = {"keep": keep}
             tokens = block(tokens, pe, transformer_options=options, **more)
             tokens = self.between(tokens, index, pe, options, context.shape[1])
         out = self.last(tokens[:, -x.flatten(2).shape[2] :])
@@ -165,6 +182,8 @@ class Toy(nn.Module):
     def between(self, tokens: torch.Tensor, index: int, pe: Any, options: Any, text: int) -> torch.Tensor:
         """What happens to tokens after a block."""
         if self.kind == "between":
+            tokens = tokens - tokens.mean(1, keepdim=True)
+        if self.kind == "late_between" and text > 20:
             tokens = tokens - tokens.mean(1, keepdim=True)
         if self.kind == "between_method":
             tokens = tokens + tokens.flip(1)

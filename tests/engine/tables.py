@@ -9,7 +9,7 @@ from typing import Any
 from comfy_raylight.patches.registry import FAMILIES, UNSPLIT
 from comfy_raylight.tests.host import documents
 
-from . import residency_ranks, verdicts
+from . import residency_ranks, unplanned, verdicts
 from .families import CASES
 from .meshes import MESHES
 
@@ -17,18 +17,23 @@ BEGIN, END = "<!-- families: written by the tests -->\n", "<!-- end of families 
 
 
 def readme_table() -> str:
-    """What is split, with how many comparisons; what is not, and why."""
+    """What is split, by a plan that is written or found, with how many comparisons; what is not, and why."""
     lines = [
-        "| models | ComfyUI's class | Ulysses, ring | CFG, data parallel | compared with plain |",
-        "|---|---|---|---|---|",
+        "| models | ComfyUI's class | plan | Ulysses, ring | CFG, data parallel | compared with plain |",
+        "|---|---|---|---|---|---|",
     ]
     for name, family in FAMILIES.items():
         cases = [case for case in CASES if case.family == name and not (case.wrong or case.raises)]
         runs = sum(len(case.meshes or MESHES) for case in cases)
         shared = f"yes, but {family.limit}" if family.limit else "yes"
         shared = f"{family.divided}: {shared}" if family.divided else shared
-        lines.append(f"| {family.models} | `{name}` | {shared} | yes | {len(cases)} cases, {runs} runs |")
-    lines += [f"| | `{name}` | no: {reason} | yes | |" for name, reason in UNSPLIT.items()]
+        lines.append(f"| {family.models} | `{name}` | written | {shared} | yes | {len(cases)} cases, {runs} runs |")
+    for name, (models, share) in unplanned.MODELS.items():
+        cases = [case for case in unplanned.CASES if case.family == name]
+        shared = f"no: {unplanned.FIXED[name]}" if name in unplanned.FIXED else f"yes, {share} % of a step"
+        plan, told = ("", "") if name in unplanned.FIXED else ("found", f"{len(cases)} cases")
+        lines.append(f"| {models} | `{name}` | {plan} | {shared} | yes | {told} |")
+    lines += [f"| | `{name}` | | no: {reason} | yes | |" for name, reason in UNSPLIT.items()]
     return "\n".join(lines) + "\n"
 
 

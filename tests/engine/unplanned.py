@@ -86,6 +86,18 @@ def splat_points(batch: int = 1) -> Inputs:
     return (latents, torch.linspace(0.3, 0.6, batch), random(batch, 13, 24), [random(batch, 8, 2, 3)]), {}
 
 
+MODELS = {
+    "JoyImageTransformer3DModel": ("JoyImage", 95),
+    "LensTransformer2DModel": ("Lens", 94),
+    "MageFlowTransformer2DModel": ("Mage-Flow", 94),
+    "BooguTransformer2DModel": ("Boogu-Image", 92),
+    "PixDiT_T2I": ("PixelDiT", 77),
+    "LatentSeqMMFlowModel": ("TripoSplat", 74),
+}
+"""What users know them by, and how much of a step of these cases is divided, in percent."""
+FIXED = {"LatentSeqMMFlowModel": "the number of its latents is fixed, and too large to try a plan with"}
+"""Classes for which a plan is found in these sizes, and not in those of their files."""
+
 joyimage = partial(Case, family="JoyImageTransformer3DModel", model=joy, needs=JOY)
 lensed = partial(Case, family="LensTransformer2DModel", model=lens, needs=LENS)
 mageflow = partial(Case, family="MageFlowTransformer2DModel", model=mage, needs=MAGE)

@@ -351,6 +351,42 @@ FAMILIES: Mapping[str, Family] = {
             channels=16, height=14, width=18, tokens=9, context=80, extras={"reference_latents": [_latent(16, 6, 10)]}
         ),
     ),
+    "lens": Family(
+        model="LensTransformer2DModel",
+        since=V33,
+        inputs=Inputs(
+            channels=128, height=14, width=10, tokens=9, context=40, extras={"attention_mask": {"mask": [9, 7]}}
+        ),
+    ),
+    "joyimage": Family(
+        model="JoyImageTransformer3DModel",
+        since=V33,
+        inputs=Inputs(
+            channels=16,
+            frames=1,
+            height=14,
+            width=18,
+            tokens=9,
+            context=4096,
+            extras={"reference_latents": [_latent(16, 1, 6, 10)]},
+        ),
+    ),
+    "boogu": Family(
+        model="BooguTransformer2DModel",
+        since=V33,
+        large=True,
+        weight_dtype=FP8,
+        inputs=Inputs(
+            channels=16, height=14, width=18, tokens=9, context=40, extras={"reference_latents": [_latent(16, 6, 10)]}
+        ),
+    ),
+    "mageflow": Family(
+        model="MageFlowTransformer2DModel",
+        since=V33,
+        large=True,
+        weight_dtype=FP8,
+        inputs=Inputs(channels=128, height=14, width=10, tokens=9, context=2560),
+    ),
     "ideogram4": Family(
         model="Ideogram4Transformer2DModel",
         since=V33,

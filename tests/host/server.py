@@ -76,7 +76,8 @@ class ComfyServer:
         self.timeout = timeout
         self.args = tuple(args)
         self.port = 0
-        self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        # a cache of its own: what workers keep there would have one test depend on another run's
+        self._env = {**os.environ, "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(base / "cache"), **(env or {})}
         if threads is not None:
             self._env["OMP_NUM_THREADS"] = self._env["MKL_NUM_THREADS"] = str(threads)
         self._packs = {name: Path(__file__).with_name(each) for name, each in TEST_PACKS.items()} if test_nodes else {}

@@ -234,6 +234,45 @@ def krea2(size: Sizes) -> Keys:
     }
 
 
+def lens(size: Sizes) -> Keys:
+    dim = size["heads"] * 64
+    return {
+        **_layers("transformer_blocks.{}.attn.norm_added_q.weight", size["layers"]),
+        "transformer_blocks.0.img_mlp.w1.weight": (),
+        "img_in.weight": (dim, 128),
+        "proj_out.weight": (128, dim),
+        "txt_norm.weight": (size["context"],),
+    }
+
+
+def joyimage(size: Sizes) -> Keys:
+    dim = size["heads"] * 128
+    return {
+        **_layers("double_blocks.{}.attn.img_attn_qkv.weight", size["layers"]),
+        "double_blocks.0.attn.img_attn_q_norm.weight": (128,),
+        "condition_embedder.time_embedder.linear_1.weight": (),
+        "img_in.weight": (dim, 16, 1, 2, 2),
+    }
+
+
+def boogu(size: Sizes) -> Keys:
+    return {
+        **_layers("single_stream_layers.{}.norm1.linear.weight", size["layers"]),
+        **_layers("double_stream_layers.{}.img_instruct_attn.processor.img_to_q.weight", size["double"]),
+        **_layers("noise_refiner.{}.norm1.linear.weight", 1),
+        "x_embedder.weight": (28 * 120, 64),
+        "time_caption_embed.caption_embedder.0.weight": (size["context"],),
+    }
+
+
+def mageflow(size: Sizes) -> Keys:
+    return {
+        **_layers("transformer_blocks.{}.attn.to_q.weight", size["layers"]),
+        "txt_norm.weight": (2560,),
+        "proj_out.weight": (128, 24 * 128),
+    }
+
+
 def ideogram4(size: Sizes) -> Keys:
     return {
         **_layers("layers.{}.attention_norm1.weight", size["layers"]),
