@@ -22,6 +22,7 @@ from ..raylight.errors import ConfigError, PlanError, UnsupportedError
 from ..raylight.names import functions, name_of
 from ..raylight.plan import Plan, RowPlan
 from . import boundaries, random_states
+from .adopt import parts
 from .comfy_host import device_uuid
 from .link import DRIVER_ONLY, interruptible
 from .place import Place
@@ -174,13 +175,15 @@ class Chosen(Place):
         )
 
     def _sizes(self) -> tuple[tuple[int, ...], int]:
-        """Bytes of the weights of each block, and of all others. Quantised ones are as large as in the file."""
+        """Bytes of the weights of each block, and of all others."""
         model = self._model.diffusion_model
         blocks = [sum(map(_nbytes, block.parameters())) for block in dict.fromkeys(boundaries.blocks(model))]
         whole = sum(map(_nbytes, model.parameters()))
+        part = 1.0
         assert self._spec is not None
-        stored = self._spec.size + sum(size for _, size, _, _ in self._spec.others)
-        part = min(1.0, stored / whole) if whole else 1.0
+        if self._spec.path.lower().endswith(".gguf") and whole:  # whose quantised weights are shown in 16 bits
+            stored = self._spec.size + sum(size for _, size, _, _ in self._spec.others)
+            part = min(1.0, stored / whole)
         return tuple(int(size * part) for size in blocks), int(max(0, whole - sum(blocks)) * part)
 
     def _kind(self, patcher: RemotePatcher) -> tuple[Any, ...]:
@@ -292,4 +295,4 @@ def run_of(guider: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run:
 
 
 def _nbytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    return sum(part.nbytes for part in parts(parameter))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..raylight.config import WorkerSettings
-from . import standing
+from . import rates, standing
 from .messages import ModelReport, WorkerReport
 from .replica import Run
 
@@ -83,12 +83,10 @@ def collect(link: ModelLink) -> PoolReport:
         comfyui=standing.line(),
         degrees=parallel.degrees,
         links=pool.topology(),
-        tested=pool.links,
+        tested=pool.links or (rates.described(pool.machine) if pool.machine is not None else ""),
         places=tuple(f"process {member.place.pid} on {member.place.host}" for member in pool.members),
         workers=workers,
-        run=last_run(
-            link.last_runs(), parallel.sequence, workers[first]
-        ),
+        run=last_run(link.last_runs(), parallel.sequence, workers[first]),
         chosen=link.place.told,
     )
     pool.notes[LAST_REPORT] = (time.time(), report)
