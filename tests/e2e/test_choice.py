@@ -22,7 +22,7 @@ from .test_sampling import FP32
 
 Run = Callable[[Prompt], torch.Tensor]
 CARDS = "0,1"
-LARGE: dict[str, dict[str, Any]] = {"wan": dict(frames=3, height=48, width=48), "unet": dict(height=96, width=64)}
+LARGE: dict[str, dict[str, Any]] = {"wan": dict(frames=3, height=48, width=48), "unet": dict(height=48, width=32)}
 LARGE["sdxl"] = LARGE["unet"]
 """Latents whose exchange costs less than half of what they compute, with links of any kind."""
 TINY: dict[str, dict[str, Any]] = {"wan": dict(frames=1, height=4, width=4), "unet": dict(height=8, width=8)}

@@ -6,7 +6,7 @@ import reprlib
 
 from ..raylight.config import ParallelConfig, PoolConfig
 from ..raylight.errors import ConfigError
-from ..workers import devices, limits, processes
+from . import devices, limits, processes
 
 ALL = ("all", "")
 REMEDY = "Write all, or the numbers of the cards with commas, for example 0,2"
