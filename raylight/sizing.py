@@ -40,6 +40,8 @@ def works(
     for region in plan.regions:
         for blocks in region.blocks:
             members = modules(model, blocks.at)
+            if not members:  # some models have none of a kind
+                continue
             first = members[0]
             joint = len({stream.over for stream in blocks.streams.values() if len(stream.over) == 1}) > 1
             long = joint or len(blocks.order) > 1 or (len(found) > 0 and found[-1].tokens > length)

@@ -120,24 +120,28 @@ class Chosen(Place):
     def _around(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ComfyUI's sampling: where workers refuse a run because of how they share it, one card does it.
 
-        Nothing of a run that is refused is kept: it begins again with the same noise and the same generators.
+        Nothing of the run is kept: it begins again with the same noise and the same generators. That is right as long
+        as no model call has come back, of which nodes might have remembered something; after one the error is raised,
+        and the next run is not shared.
         """
         guider = executor.class_obj
         patcher: RemotePatcher = guider.model_patcher
         choice = self.choose(patcher, run_of(guider, args, kwargs))
         if len(choice.layout.cards) == 1:
             return executor(*args, **kwargs)
-        before = random_states.keep()
+        before, answered = random_states.keep(), patcher.link.answered
         conds = {name: [dict(each) for each in found] for name, found in guider.conds.items()}
         kept = [value.clone() if isinstance(value, torch.Tensor) else value for value in args[:2]]
         try:
             return executor(*args, **kwargs)
         except (UnsupportedError, ConfigError) as error:
+            self._refused.add(self._kind(patcher))
+            if patcher.link.answered != answered:
+                raise
             whole = choice.layout.residency == "resident"
             alone = Layout(
                 world=self.count, cards=choice.layout.cards[:1], residency="resident" if whole else "streamed"
             )
-            self._refused.add(self._kind(patcher))
             self._go(patcher, alone)
             self.told = f"{os.path.basename(patcher.link.spec.path)} runs on {alone}: it cannot be shared. {error}"
             log.info("%s", self.told)
@@ -220,9 +224,7 @@ class Chosen(Place):
 
     def _records(self, patcher: RemotePatcher, pool: Pool) -> bool:
         options = patcher.model_options.get("transformer_options", {})
-        inside = any(
-            True for _ in functions({name: value for name, value in options.items() if name not in DRIVER_ONLY})
-        )
+        inside = list(functions({name: value for name, value in options.items() if name not in DRIVER_ONLY}))
         family = type(self._model.diffusion_model).__name__
         nvidia = pool.device_type == "cuda" and bool(model_management.is_nvidia())
         return nvidia and not inside and not patcher.object_patches and family not in ASKING

@@ -68,6 +68,7 @@ class ModelLink:
         replica: which data-parallel replica of the pool answers.
 
     Attributes:
+        answered: model calls that have come back so far.
         together: runs the evaluation of several conditions side by side (see conds.calc_cond_batch).
     """
 
@@ -82,6 +83,7 @@ class ModelLink:
         self._replica = replica
         self._dtype = dtype
         self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."), kind=self.KIND)
+        self.answered = 0
         self.together = cfg.Together()
         self._refer = refer
         self._others: dict[int, ModelLink] = {}
@@ -147,6 +149,7 @@ class ModelLink:
             calls = {number: self._prepare(patcher, method, *part) for number, part in enumerate(parts)}
             answers = self.answer(calls, several=len(calls) > 1)
             output = cfg.join([answers[number] for number in calls]) if len(calls) > 1 else answers[0]
+        self.answered += 1
         return output
 
     def answer(self, calls: Mapping[int, Call], *, several: bool = True) -> dict[int, Any]:

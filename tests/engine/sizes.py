@@ -31,7 +31,7 @@ def seen(case: Case) -> dict[str, Any] | None:
     text = args[2].shape[1] if len(args) > 2 and isinstance(args[2], torch.Tensor) and args[2].ndim == 3 else 0
     told = sizing.works(model, plan, first.shape, text=text)
     found: list[tuple[int, int] | None] = [None] * len(told)
-    lists = [blocks for region in plan.regions for blocks in region.blocks]
+    lists = [blocks for region in plan.regions for blocks in region.blocks if modules(model, blocks.at)]
     for number, blocks in enumerate(lists):
         block = modules(model, blocks.at)[0]
 
