@@ -143,7 +143,7 @@ class Chosen(Place):
                 world=self.count, cards=choice.layout.cards[:1], residency="resident" if whole else "streamed"
             )
             self._go(patcher, alone)
-            self.told = f"{os.path.basename(patcher.link.spec.path)} runs on {alone}: it cannot be shared. {error}"
+            self.told = f"{os.path.basename(patcher.link.spec.path)} runs on {alone}: it cannot be shared. {error.what}"
             log.info("%s", self.told)
             before()
             guider.conds = conds

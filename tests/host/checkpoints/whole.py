@@ -37,17 +37,17 @@ def main(root: str, unet: str, path: str) -> None:
 
     generator = torch.Generator().manual_seed(5)
 
-    def random(shape: torch.Size) -> torch.Tensor:
+    def random(key: str, shape: torch.Size) -> torch.Tensor:
         scale = 1 / math.sqrt(max(1, shape[1:].numel())) if len(shape) > 1 else 0.1
         made = torch.randn(shape, generator=generator) * scale
-        return (made if len(shape) > 1 else made + 1).half()
+        return made + 1 if len(shape) == 1 and key.endswith("weight") else made
 
     state = {f"{UNET}{key.removeprefix(UNET)}": value for key, value in load_file(unet).items()}
     encoder = comfy.sd1_clip.SDClipModel(device="cpu", dtype=torch.float16)
     for key, value in encoder.transformer.state_dict().items():
-        state[f"{TEXT}{key}"] = random(value.shape)
+        state[f"{TEXT}{key}"] = random(key, value.shape).half()
     for key, value in comfy.taesd.taesd.TAESD(latent_channels=4).state_dict().items():
-        state[f"{PICTURE}{key}"] = random(value.shape).float() if value.ndim else value.clone()
+        state[f"{PICTURE}{key}"] = random(key, value.shape) if value.ndim else value.clone()
     save_file(state, path)
 
 
