@@ -45,6 +45,23 @@ class Prompt:
         """Load Diffusion Model (Ray)."""
         return self.add("RayUNETLoader", unet_name=file, weight_dtype="default", ray_actors_init=pool)
 
+    def everything(self, file: str) -> tuple[Link, Link, Link]:
+        """Load Model (all GPUs): model, text encoder and VAE."""
+        number, _ = self.add("RayModel", model_name=file, gpus="all", goal="auto")
+        return [number, 0], [number, 1], [number, 2]
+
+    def plainly(self, model: Link, positive: Link, negative: Link, latent: Link, **changes: Any) -> Link:
+        """ComfyUI's KSampler."""
+        values = {"seed": 1, "steps": 20, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        return self.add(
+            "KSampler",
+            **{**values, **changes},
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+        )
+
     def texts(self, clip: Link, positive: str = SCENE, negative: str = NOT) -> tuple[Link, Link]:
         """Both prompts."""
         return (

@@ -16,6 +16,7 @@ from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
 from .memory import RayKill, RayOffloadModel
 from .mirrors import display_names, node_classes
+from .model import RayModel
 from .report import RayReport
 from .samplers import XFuserKSamplerAdvanced
 from .settings import RayLTXFFNChunker, RayTorchCompileModel
@@ -39,6 +40,7 @@ NODE_CLASS_MAPPINGS = {
     "RayLTXFFNChunker": RayLTXFFNChunker,
     "RayLoraLoader": RayLoraLoader,
     "RayLoraLoaderModelOnly": RayLoraLoaderModelOnly,
+    "RayModel": RayModel,
     "RayOffloadModel": RayOffloadModel,
     "RayReport": RayReport,
     "RayTeaCache": RayTeaCache,
@@ -64,6 +66,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RayLTXFFNChunker": "Ray LTX FFN Chunker (VRAM Saver)",
     "RayLoraLoader": "Ray LoRA Loader (chain)",
     "RayLoraLoaderModelOnly": "Ray LoRA Loader",
+    "RayModel": "Load Model (all GPUs)",
     "RayOffloadModel": "Offload Model (Ray)",
     "RayReport": "Ray Report",
     "RayTeaCache": "TeaCache (Ray)",

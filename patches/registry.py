@@ -116,6 +116,24 @@ UNSPLIT: Mapping[str, str] = MappingProxyType(
 )
 """Why some classes cannot share a sequence."""
 
+ASKING: Mapping[str, str] = MappingProxyType(
+    {
+        "HiDreamImageTransformer2DModel": "which tokens an expert gets",
+        "HunYuanDiTPlain": "the same",
+        "AceStepConditionGenerationModel": "the lengths of reference sounds",
+        "WanDancerModel": "frames per second that come as a tensor",
+        "MiniMaxH3Model": "the timestep, and where its grids of positions begin and end",
+        "Ideogram4Transformer2DModel": "which tokens of the text are padding",
+        "HunyuanVideo": "where in the schedule HunyuanImage is, which distilled models have a second timestep from",
+        "LTXVModel": "which tokens keyframes and guides keep",
+        "LTXAVModel": "the same, and whether a mask differs within a frame",
+        "MiniTrainDIT": "whether all videos of a batch have one number of frames per second",
+        "GeneralDIT": "the same",
+    }
+)
+"""Classes whose own code asks a device for values, for some inputs or for all, and for what: what asks cannot be
+recorded. docs/scaling.md names them."""
+
 
 def has_plan(model: nn.Module) -> bool:
     """Whether a plan is written for a diffusion model."""

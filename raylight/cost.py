@@ -7,6 +7,7 @@ each rank (U-1)/U of its share (Jacobs et al., DeepSpeed Ulysses, 2023); a ring 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ class Work:
         out: channels per token that are joined at the exit; 0 is `width`.
         batch: rows.
         itemsize: bytes per element.
+        heads: of the attention, of which a Ulysses rank gets whole ones; 0 where they divide evenly.
     """
 
     tokens: int
@@ -37,6 +39,7 @@ class Work:
     out: int = 0
     batch: int = 1
     itemsize: int = 2
+    heads: int = 0
 
     @property
     def linear_flops(self) -> float:
@@ -47,6 +50,11 @@ class Work:
     def attention_flops(self) -> float:
         """FLOPs of the attentions: 2 L k C for the scores and as many for the values, k keys."""
         return 4.0 * self.batch * self.tokens * (self.tokens + self.context) * self.width * self.blocks
+
+    def attention_share(self, *, ulysses: int, ring: int) -> float:
+        """The part of the attention that the busiest of ulysses x ring ranks computes."""
+        heads = math.ceil(self.heads / ulysses) / self.heads if self.heads else 1 / ulysses
+        return heads / ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,7 @@ class Machine:
         call: seconds that a step costs outside the model: driver, shared memory, messages.
         launch: seconds in which a process starts what one block computes: a device that is faster waits for it.
         launch_shared: the same where the block is shared, with its hooks and exchanges.
+        bus: bytes per second from the mapped file to one device, as streamed blocks came to each of two H200.
     """
 
     linear: float
@@ -70,6 +79,7 @@ class Machine:
     call: float
     launch: float = 0.0
     launch_shared: float = 0.0
+    bus: float = 6e9
 
     def repeating(self) -> Machine:
         """The same where calls are recorded and repeated: a device waits for nobody."""
@@ -106,7 +116,8 @@ def seconds(works: Sequence[Work], machine: Machine, *, ulysses: int = 1, ring: 
     ranks = ulysses * ring
     total = machine.call if ranks > 1 else 0.0
     for work in works:
-        device = (work.linear_flops / machine.linear + work.attention_flops / machine.attention) / ranks
+        device = work.linear_flops / machine.linear / ranks
+        device += work.attention_flops / machine.attention * work.attention_share(ulysses=ulysses, ring=ring)
         if ranks > 1:
             moved = attention_bytes(work, ulysses=ulysses, ring=ring) + exit_bytes(work, ranks=ranks)
             collectives = work.blocks * ((2 if ulysses > 1 else 0) + ring - 1) + 1

@@ -11,19 +11,20 @@ import comfy.controlnet
 import torch
 from comfy import model_management
 
-from ..raylight.config import ModelSpec, PoolConfig
+from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError, UnsupportedError
 from . import deferred, ghost, standing
 from .deferred import Evaluation
 from .lending import borrows
 from .link import ModelLink, interruptible
+from .place import Place
 from .remote import RemotePatcher, refer
 from .said import Told
 
 STOCK = "Use ComfyUI's Load ControlNet Model: it runs in ComfyUI's process and works with models on the pool"
 
 
-def load_control(config: PoolConfig, spec: ModelSpec) -> Any:
+def load_control(place: Place, spec: ModelSpec) -> Any:
     """A comfy.controlnet.ControlNet whose weights are on the pool's workers.
 
     Raises:
@@ -35,7 +36,7 @@ def load_control(config: PoolConfig, spec: ModelSpec) -> Any:
     with told.here(loading=True):
         control = _built(spec)
     shadow = control.control_model
-    link = ControlLink(config, spec, shadow.dtype, refer, told)
+    link = ControlLink(place, spec, shadow.dtype, refer, told)
     link.load()
     control.control_model = _RemoteControl(shadow, link)
     control.control_model_wrapped = ControlPatcher(

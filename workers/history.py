@@ -29,12 +29,14 @@ class History:
         fault: the last one.
         restarts: pools that were started after a fault.
         starting: whether a pool starts at the moment.
+        chosen: what was chosen last for the cards of a pool (see chosen.Chosen), and which of its replicas computes.
     """
 
     def __init__(self) -> None:
         self.fault: Fault | None = None
         self.restarts = 0
         self.starting = False
+        self.chosen: dict[PoolConfig, tuple[PoolConfig, int]] = {}
         self._recovering = False
         self._failed: tuple[PoolConfig | None, list[float]] = (None, [])
 

@@ -47,7 +47,16 @@ def replicas(model: Any, *, one_will_do: bool = False) -> int:
     Raises:
         ConfigError: it is not on the pool, or the pool puts all of its workers on one picture.
     """
-    parallel: ParallelConfig = remote.on_pool(model).link.config.parallel
+    place = remote.on_pool(model).link.place
+    if place.chooses:
+        if one_will_do:
+            return 1
+        raise ConfigError(
+            "Data parallel sampling needs a pool of several replicas",
+            "Load Model (all GPUs) puts the cards on one picture, or uses one of them",
+            "Load the model with Ray Init Actor, its three degrees at 0, and Load Diffusion Model (Ray)",
+        )
+    parallel: ParallelConfig = place.config.parallel
     count = parallel.degrees["dp"]
     if count == 1 < parallel.world and not one_will_do:
         raise ConfigError(

@@ -45,7 +45,7 @@ class Lanes:
     """
 
     def __init__(self, pool: Pool, keep: Callable[[], Callable[[], None]]) -> None:
-        self._pool = pool
+        self.pool = pool
         self._keep = keep
         self._together = cfg.Together()
         self._open: list[_Question] = []
@@ -61,17 +61,17 @@ class Lanes:
         finally:
             posted = [question.exchange for question in self._open if question.exchange is not None]
             self._open.clear()
-            if posted and self._pool.alive():
-                self._pool.abandon(posted)
+            if posted and self.pool.alive():
+                self.pool.abandon(posted)
 
     def call_groups(self, verb: str, groups: RankGroups) -> list[list[Any]]:
         """What Pool.call_groups does; in a task, other tasks go on meanwhile."""
         if not self._together.inside():
-            return self._pool.call_groups(verb, groups)
+            return self.pool.call_groups(verb, groups)
         question = _Question(verb, groups)
         if self._is_free(question):
             # at once: what was packed for a rank must reach it even where another task ends all
-            question.exchange = self._pool.post(verb, groups)
+            question.exchange = self.pool.post(verb, groups)
         self._open.append(question)
         restore = self._keep()
         answer = self._together.ask(question)
@@ -85,16 +85,16 @@ class Lanes:
         """Whether it can be posted: its ranks are idle, and no older question waits for them."""
         older = self._open[: self._open.index(question)] if question in self._open else self._open
         waiting = set().union(*(other.ranks for other in older if other.exchange is None))
-        return waiting.isdisjoint(question.ranks) and self._pool.idle(sorted(question.ranks))
+        return waiting.isdisjoint(question.ranks) and self.pool.idle(sorted(question.ranks))
 
     def _answer(self, questions: Mapping[int, _Question]) -> dict[int, Any]:
         """Post what could not be posted before, and wait for somebody's answer."""
         try:
             for question in self._open:
                 if question.exchange is None and self._is_free(question):
-                    question.exchange = self._pool.post(question.verb, question.groups)
+                    question.exchange = self.pool.post(question.verb, question.groups)
             posted = {number: asked for number, asked in questions.items() if asked.exchange is not None}
-            finished = self._pool.settle([asked.exchange for asked in posted.values() if asked.exchange is not None])
+            finished = self.pool.settle([asked.exchange for asked in posted.values() if asked.exchange is not None])
         except RaylightError as error:  # the pool is closed: the first task says why
             return dict.fromkeys(questions, Failed(error))
         answers: dict[int, Any] = {}
@@ -106,6 +106,6 @@ class Lanes:
 
     def _result(self, exchange: Exchange) -> list[list[Any]] | Failed:
         try:
-            return self._pool.result(exchange)
+            return self.pool.result(exchange)
         except RaylightError as error:
             return Failed(error)

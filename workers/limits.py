@@ -18,6 +18,10 @@ VARIABLE = "RAYLIGHT_MAX_CPU_WORKERS"
 ALWAYS = 8
 PER_CORE = 4
 """CPU workers that may share a core: they are for trying a pool out, and each has a gigabyte of its own."""
+MANY = 4
+"""CPU workers that are enough to see a pool at work, where nobody asks for more."""
+WORKER_BYTES = 2 << 30
+"""Host memory that a CPU worker is counted with: torch and ComfyUI's code, and what it computes."""
 STORE_LEAST = 75 << 20
 """Bytes of the smallest object store that Ray starts."""
 STORE_ON_DISK = 10**10
@@ -64,6 +68,14 @@ def check_cpu_workers(world: int, cores: int) -> None:
             f"GPU is {world}, and {cores} cores carry {most}",
             f"Lower GPU, or set the environment variable {VARIABLE} to what the pool may have",
         )
+
+
+def cpu_workers(cores: int) -> int:
+    """How many workers all of the cores are, for who names no number: one on each, as long as memory lasts."""
+    memory = int(psutil.virtual_memory().available) // WORKER_BYTES
+    override = os.environ.get(VARIABLE, "")
+    most = int(override) if override.isdecimal() and len(override) <= 9 else MANY
+    return max(1, min(cores, memory, most, MANY))
 
 
 def _check_store(size: float) -> None:

@@ -23,6 +23,7 @@ from .conds import PER_ROW, rows_of
 from .groups import Groups
 from .lanes import Lanes
 from .messages import PREFIX, LoadRequest, ModelFacts, Wrapped, seen
+from .place import Place
 from .pool import REGISTRY, Pool, acquire
 from .replica import Call, Patches, Run, Traffic, on_options
 from .said import Told
@@ -60,26 +61,29 @@ class ModelLink:
     It holds a spec, not actors: after a failure the next call builds a new pool and loads there again.
 
     Args:
+        place: which pool.
         dtype: what plain ComfyUI keeps the weights in.
         refer: names live objects that the workers have their own of (see transfer.Encoder).
         told: what ComfyUI's log has of the model.
         replica: which data-parallel replica of the pool answers.
 
     Attributes:
+        answered: model calls that have come back so far.
         together: runs the evaluation of several conditions side by side (see conds.calc_cond_batch).
     """
 
     KIND: ClassVar[Literal["diffusion", "control"]] = "diffusion"
 
     def __init__(
-        self, config: PoolConfig, spec: ModelSpec, dtype: torch.dtype, refer: Reference, told: Told, *, replica: int = 0
+        self, place: Place, spec: ModelSpec, dtype: torch.dtype, refer: Reference, told: Told, *, replica: int = 0
     ) -> None:
-        self.config = config
+        self.place = place
         self.spec = spec
         self.told = told
-        self.replica = replica
+        self._replica = replica
         self._dtype = dtype
         self._request = LoadRequest(spec=spec, dtype=str(dtype).removeprefix("torch."), kind=self.KIND)
+        self.answered = 0
         self.together = cfg.Together()
         self._refer = refer
         self._others: dict[int, ModelLink] = {}
@@ -88,13 +92,29 @@ class ModelLink:
         self._wrapped: Wrapped | None = None
         self._lock = threading.RLock()
 
+    @property
+    def config(self) -> PoolConfig:
+        """The settings of its pool, as they are now."""
+        return self.place.config
+
+    @property
+    def replica(self) -> int:
+        """Which data-parallel replica of the pool answers."""
+        return self.place.replica if self.place.chooses else self._replica
+
+    @property
+    def resident(self) -> bool:
+        """Whether the model's weights may be on the workers' devices now."""
+        groups = self._live_groups()
+        return groups is not None and any(self.spec in replica.resident for replica in groups.replicas)
+
     def at(self, replica: int) -> ModelLink:
         """The way to the same model on another replica; it lives as long as this one does."""
         if replica == self.replica:
             return self
         if replica not in self._others:
             self._others[replica] = type(self)(
-                self.config, self.spec, self._dtype, self._refer, self.told, replica=replica
+                self.place, self.spec, self._dtype, self._refer, self.told, replica=replica
             )
         return self._others[replica]
 
@@ -150,6 +170,7 @@ class ModelLink:
             calls = {number: self._prepare(patcher, method, *part) for number, part in enumerate(parts)}
             answers = self.answer(calls, several=len(calls) > 1)
             output = cfg.join([answers[number] for number in calls]) if len(calls) > 1 else answers[0]
+        self.answered += 1
         return output
 
     def answer(self, calls: Mapping[int, Call], *, several: bool = True) -> dict[int, Any]:

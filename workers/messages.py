@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..raylight.config import ModelSpec, ParallelConfig, WorkerSettings
+from ..raylight.cost import Machine
 from ..raylight.errors import RaylightError
 from .said import Said
 from .transfer import Parcel
@@ -70,7 +71,7 @@ class JoinRequest:
     """Makes the process groups. `parallel` describes the whole pool.
 
     `readers` is the rank's index among those of its replica on its host, and their number: together they read
-    a file once. `apart` says that the pool spans machines.
+    a file once. `apart` says that the pool spans machines. `machine` has what was measured of the workers before.
     """
 
     parallel: ParallelConfig
@@ -79,6 +80,16 @@ class JoinRequest:
     threads: int
     readers: tuple[int, int] = (0, 1)
     apart: bool = False
+    machine: Machine | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """A worker's device memory in bytes: free, and taken by models that can leave it. `uuid` is the device's."""
+
+    free: int
+    ours: int
+    uuid: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -350,7 +350,7 @@ class WorkerModel:
                 return function(*args, **kwargs)
 
         if self._unplanned is not None and forward:
-            return self._found_plan(self._unplanned, method, call, args, kwargs, cancelled, wrapped)
+            return self._found_plan(self._unplanned, method, call, (args, kwargs), cancelled=cancelled, wrapped=wrapped)
 
         outer = Outer(self.diffusion, self._mesh, self._installation)
         # what code of nodes decides is not recorded
@@ -376,8 +376,8 @@ class WorkerModel:
         unplanned: Unplanned,
         method: str,
         call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
         cancelled: Callable[[], bool],
         wrapped: Wrapped | None,
     ) -> Any:
@@ -392,7 +392,7 @@ class WorkerModel:
             return unplanned.run(
                 method,
                 lambda function, args, kwargs: call(function, *args, **kwargs),
-                (args, kwargs),
+                inputs,
                 state=(self.state, self._settings),
                 changed=", ".join(self._replaced),
                 cancelled=cancelled,

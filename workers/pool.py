@@ -18,8 +18,9 @@ import psutil
 
 from ..loaders.content import content_key
 from ..raylight.config import ModelSpec, PoolConfig
+from ..raylight.cost import Machine
 from ..raylight.errors import Cancelled, ConfigError, LoadError, WorkerError
-from . import devices, doorway, limits, links, processes, standing
+from . import devices, doorway, limits, links, processes, rates, standing
 from .failures import dead, describe, failures_of, link_lost, machine_lost, ray_lost
 from .history import History
 from .messages import (
@@ -107,6 +108,7 @@ class Crew:
         actors, places, processes, variables: by rank; the variables are those of the environment that they were
             started with.
         environment: what they know of this process.
+        machine: what was measured of them, None for nothing.
     """
 
     actors: list[Any]
@@ -114,6 +116,7 @@ class Crew:
     processes: list[psutil.Process]
     variables: list[dict[str, str]]
     environment: HostEnvironment
+    machine: Machine | None = None
 
     def fitting(self, variables: Sequence[dict[str, str]], environment: HostEnvironment) -> int:
         """How many of them, from rank 0 on, are as workers with these variables would be."""
@@ -234,8 +237,8 @@ class Pool:
 
     A pool is either alive or closed; it closes itself when a rank died, stopped, or failed in a way that
     may have left another one inside a collective. `replicas` lists the ranks of each data-parallel replica,
-    `laps` the seconds each part of the start took, `links` what the link test found, if it ran, `notes` what callers
-    remember while it lives.
+    `laps` the seconds each part of the start took, `links` what the link test found, if it ran, `machine` what was
+    measured of these workers, if it was, `notes` what callers remember while it lives.
     """
 
     def __init__(
@@ -253,6 +256,7 @@ class Pool:
         self.members: list[Member] = []
         self.laps: dict[str, float] = {}
         self.links = ""
+        self.machine: Machine | None = crew.machine if crew else None
         self.notes: dict[Hashable, Any] = {}
         self._launch = launch
         self._interrupted = interrupted
@@ -277,6 +281,11 @@ class Pool:
         count = self.config.parallel.degrees["dp"]
         size = self.config.parallel.world // count
         return [list(range(index * size, (index + 1) * size)) for index in range(count)]
+
+    @property
+    def device_type(self) -> str:
+        """Of the workers' devices, as torch calls it."""
+        return self._environment.device_type
 
     def alive(self) -> bool:
         """Whether every worker is still there."""
@@ -398,6 +407,17 @@ class Pool:
             )
         self._agreed.add(spec)
 
+    def measured(self) -> Machine:
+        """The rates of the slowest worker and link; workers that are taken over keep theirs.
+
+        Raises:
+            WorkerError: a link does not carry what it is given.
+        """
+        if self.machine is None:
+            self.machine = rates.machine(self.call("rates", limit=links.LIMIT_S), self.device_type)
+            log.info("measured: %s; %s", rates.described(self.machine), self.topology())
+        return self.machine
+
     def lose(self, process: str) -> None:
         """A process of Ray has ended: end the workers, and the pool then closes itself. May be called at any time."""
         self._lost = process
@@ -428,7 +448,7 @@ class Pool:
             self.close()
             return None
         places = [member.place for member in self.members]
-        crew = Crew(list(self._actors), places, list(self._processes), self._variables, self._environment)
+        crew = Crew(list(self._actors), places, list(self._processes), self._variables, self._environment, self.machine)
         self._forget_members()
         return crew
 
@@ -494,6 +514,7 @@ class Pool:
                         threads=seats[rank].threads,
                         readers=self._readers(places, rank),
                         apart=not single,
+                        machine=self.machine,
                     ),
                 )
                 for rank in range(world)

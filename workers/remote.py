@@ -27,6 +27,7 @@ from . import conds, cores, ghost, layers, lending, reaching, refusals, standing
 from .comfy_host import describe
 from .link import SETTINGS, ModelLink, interruptible, patches_of, settings_of
 from .messages import PREFIX
+from .place import Place
 from .pool import HISTORY, Pool, acquire, close_all, shut_down
 from .said import Told
 from .transfer import FILE
@@ -47,28 +48,34 @@ def load_model(config: PoolConfig, spec: ModelSpec) -> RemotePatcher:
             was loaded then.
         WorkerError: the pool did not start, or a worker failed while loading.
     """
+    return load_at(Place(config), spec)
+
+
+def load_at(place: Place, spec: ModelSpec) -> RemotePatcher:
+    """The same, where the settings of the pool may change later (see chosen.Chosen)."""
     told = Told()
     with told.here(loading=True):
         model, state, spec = ghost.build(spec)
+    place.prepare(model, spec)
+    config = place.config
     if config.parallel.needs_plan:
         with standing.explaining():
             check(model.diffusion_model, config.parallel)
     dtype = model.get_dtype()
-    link = ModelLink(config, spec, dtype, refer, told)
+    link = ModelLink(place, spec, dtype, refer, told)
     facts = link.load()[0]
     log.info("%s on %s: %s", os.path.basename(spec.path), facts.device, facts.weights)
-    if facts.advice:
+    if facts.advice and not place.chooses:
         log.warning("%s", facts.advice)
     base = ghost.without_weights(model, state, dtype, model.manual_cast_dtype)
     layers.marked(model.diffusion_model, spec, link)
-    # each rank holds one part of every activation
-    base.memory_usage_factor /= config.parallel.sequence
-    twins = [
-        _patcher(_twin(base), model.diffusion_model, link.at(i), dtype) for i in range(1, config.parallel.degrees["dp"])
-    ]
+    # each rank holds one part of every activation; where that changes, it is chosen before each run
+    base.memory_usage_factor /= 1 if place.chooses else config.parallel.sequence
+    replicas = 1 if place.chooses else config.parallel.degrees["dp"]
+    twins = [_patcher(_twin(base), model.diffusion_model, link.at(i), dtype) for i in range(1, replicas)]
     patcher = _patcher(base, model.diffusion_model, link, dtype)
     base.raylight_twins = tuple(twins)
-    if config.parallel.degrees["cfg"] > 1:
+    if place.chooses or config.parallel.degrees["cfg"] > 1:
         patcher.add_wrapper_with_key(conds.KINDS.CALC_COND_BATCH, conds.KEY, conds.calc_cond_batch)
     return patcher
 
@@ -78,6 +85,9 @@ def _patcher(base: Any, shadow: torch.nn.Module, link: ModelLink, dtype: torch.d
     device = model_management.get_torch_device()
     patcher = RemotePatcher(base, device, model_management.unet_offload_device())
     base.raylight_device = device
+    # the first is the outermost: what others do may depend on the pool that is chosen
+    for name, wrapper in link.place.wrappers().items():
+        patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, name, wrapper)
     patcher.add_wrapper_with_key(conds.KINDS.CALC_COND_BATCH, reaching.KEY, reaching.calc_cond_batch)
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, lending.__name__, lending.lend)
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, cores.__name__, cores.leave)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..raylight.config import WorkerSettings
-from . import standing
+from . import rates, standing
 from .messages import ModelReport, WorkerReport
 from .replica import Run
 
@@ -50,7 +50,11 @@ class LastRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolReport:
-    """A pool as it is now. `workers` is empty where none runs, `run` is None before the first."""
+    """A pool as it is now.
+
+    `workers` is empty where none runs, `run` is None before the first; `chosen` says how it was shared and why, where
+    that was chosen.
+    """
 
     comfyui: str
     degrees: dict[str, int]
@@ -59,6 +63,7 @@ class PoolReport:
     places: tuple[str, ...] = ()
     workers: tuple[WorkerReport, ...] = ()
     run: LastRun | None = None
+    chosen: str = ""
 
 
 def collect(link: ModelLink) -> PoolReport:
@@ -69,16 +74,20 @@ def collect(link: ModelLink) -> PoolReport:
     """
     pool, parallel = link.live_pool(), link.config.parallel
     if pool is None:
-        return PoolReport(comfyui=standing.line(), degrees=parallel.degrees, links="", tested="")
+        return PoolReport(
+            comfyui=standing.line(), degrees=parallel.degrees, links="", tested="", chosen=link.place.told
+        )
+    first = link.replica * (parallel.world // parallel.degrees["dp"])
     workers = tuple(link.lanes().call_groups("report", [(range(parallel.world), ())])[0])
     report = PoolReport(
         comfyui=standing.line(),
         degrees=parallel.degrees,
         links=pool.topology(),
-        tested=pool.links,
+        tested=pool.links or (rates.described(pool.machine) if pool.machine is not None else ""),
         places=tuple(f"process {member.place.pid} on {member.place.host}" for member in pool.members),
         workers=workers,
-        run=last_run(link.last_runs(), parallel.sequence, workers[0]),
+        run=last_run(link.last_runs(), parallel.sequence, workers[first]),
+        chosen=link.place.told,
     )
     pool.notes[LAST_REPORT] = (time.time(), report)
     return report
@@ -111,10 +120,12 @@ def last_run(runs: Sequence[Run], sequence: int, worker: WorkerReport) -> LastRu
 def lines(report: PoolReport) -> list[str]:
     """The report as text."""
     degrees = " x ".join(f"{name} {count}" for name, count in report.degrees.items() if count > 1) or "one worker"
+    chosen = [f"Chosen: {report.chosen}"] if report.chosen else []
     if not report.workers:
         nobody = "No worker is running. The next prompt that needs them starts them."
-        return [report.comfyui, f"Pool: {degrees}", nobody]
+        return [report.comfyui, f"Pool: {degrees}", *chosen, nobody]
     found = [report.comfyui, f"Pool: {len(report.workers)} workers, {degrees}", f"Links: {report.links}"]
+    found += chosen
     found.append(f"Link test: {report.tested or 'not run, skip_comm_test is on'}")
     for place, worker in zip(report.places, report.workers, strict=True):
         memory = f"{mib(worker.host_bytes)} of the host for itself"

@@ -21,8 +21,9 @@ from ..raylight import cfg, cost, kernels
 from ..raylight.config import ModelSpec
 from ..raylight.errors import LoadError, WorkerError
 from ..raylight.mesh import Mesh
-from . import filled, links, memory, numerics, random_states
+from . import filled, links, memory, numerics, random_states, rates
 from .arena import ArenaRef, is_open
+from .comfy_host import device_uuid
 from .control_loading import WorkerControl
 from .deferred import Computed, Evaluation, Result, outline
 from .link_watch import LinkWatch
@@ -35,10 +36,12 @@ from .messages import (
     LoadRequest,
     ModelFacts,
     PatchRequest,
+    Room,
     Standing,
     WorkerReport,
 )
 from .model import WorkerModel
+from .rates import Rates
 from .said import Heard, Said
 from .transfer import FILE, Decoder, Parcel
 from .vae_messages import DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
@@ -148,7 +151,7 @@ class Runner:
         # before anything is loaded, so that RayInitializer says it
         self._kernel = kernels.chosen(parallel, device=device)
         self._readers = request.readers
-        self._machine = cost.RATES.get(device.type)
+        self._machine = request.machine or cost.RATES.get(device.type)
         if model_management.is_device_cpu(device):
             torch.set_num_threads(request.threads)
         meet = request.rendezvous
@@ -197,6 +200,27 @@ class Runner:
         found = links.measure(self.mesh, device)
         self._machine = links.machine(found, device.type)
         return found
+
+    def rates(self) -> Rates:
+        """Time this device, and collectives on every axis.
+
+        Raises:
+            WorkerError: a result is wrong, so a link does not carry what it is given.
+        """
+        device = model_management.get_torch_device()
+        with torch.inference_mode():
+            return rates.measure(device, links.measure(self.mesh, device))
+
+    def room(self) -> Room:
+        """What there is of the device's memory; 0 on a CPU, where weights take none."""
+        device = model_management.get_torch_device()
+        if model_management.is_device_cpu(device):
+            return Room(free=0, ours=0, uuid="")
+        return Room(
+            free=int(model_management.get_free_memory(device)),
+            ours=sum(model.resident_bytes for model in self._models.values()),
+            uuid=device_uuid(device),
+        )
 
     def load(self, request: LoadRequest) -> ModelFacts:
         """Load a model, or say what is known of it where it is already here."""

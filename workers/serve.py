@@ -33,6 +33,8 @@ VERBS = frozenset(
         "offload",
         "release",
         "report",
+        "rates",
+        "room",
     }
     | {"plan_vae", "tiled_shape", "decode", "encode", "release_vae"}
 )

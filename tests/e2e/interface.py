@@ -192,6 +192,13 @@ NODES: Mapping[str, Node] = {
         {"lora_name": choice(), "strength_model": number(1.0, -100.0, 100.0, step=0.01)},
         sockets(prev_ray_lora="RAY_LORA"),
     ),
+    "RayModel": Node(
+        "Load Model (all GPUs)",
+        TOP,
+        "MODEL:model CLIP:clip VAE:vae RAY_ACTORS:ray_actors",
+        {"model_name": choice()},
+        {"gpus": text("all"), "goal": choice("auto", "speed", "memory", default="auto")},
+    ),
     "RayOffloadModel": Node(
         "Offload Model (Ray)", TOP, "LATENT:latent", ACTORS, sockets(latent="LATENT"), output_node=True
     ),

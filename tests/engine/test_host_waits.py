@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_raylight.patches.registry import ASKING
 
 from . import verdicts
 from .conftest import comfy_roots
@@ -23,20 +24,6 @@ MAY_ASK = {
     "raylight/row_hooks.py:_test",  # the self-test before a UNet's first call
 }
 """The first two where a call has a function of the user's in it, which is never recorded anyway."""
-ASKING = {
-    "HiDreamImageTransformer2DModel": "which tokens an expert gets",
-    "HunYuanDiTPlain": "the same",
-    "AceStepConditionGenerationModel": "the lengths of reference sounds",
-    "WanDancerModel": "frames per second that come as a tensor",
-    "MiniMaxH3Model": "the timestep, and where its grids of positions begin and end",
-    "Ideogram4Transformer2DModel": "which tokens of the text are padding",
-    "HunyuanVideo": "where in the schedule HunyuanImage is, which distilled models have a second timestep from",
-    "LTXVModel": "which tokens keyframes and guides keep",
-    "LTXAVModel": "the same, and whether a mask differs within a frame",
-    "MiniTrainDIT": "whether all videos of a batch have one number of frames per second",
-    "GeneralDIT": "the same",
-}
-"""Classes whose own code asks, for some inputs or for all, and for what; docs/scaling.md names them."""
 
 
 def watched(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, list[str]]]]:

@@ -367,6 +367,11 @@ def _control(both: Both, node: str) -> None:
     both.pair(node, "LATENT", sampled(both.core, core_model, expected), sampled(both.pool, pool_model, found))
 
 
+def _chosen(both: Both, node: str) -> None:
+    model = both.add(node, model_name=CHECKPOINT, gpus="0,1", goal="auto")
+    both.pair(node, "LATENT", both.core.plain, both.core.sampled(model))
+
+
 def _offload(both: Both, node: str) -> None:
     latent = both.add(node, ray_actors=both.pool.model, latent=both.pool.plain)
     both.pair(node, "LATENT", both.core.plain, latent)
@@ -445,6 +450,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
     "RayLTXFFNChunker": (f"{NONE}: `KSamplerAdvanced` without it", _chunker),
     "RayLoraLoader": ("`LoraLoaderModelOnly`", _lora),
     "RayLoraLoaderModelOnly": ("`LoraLoaderModelOnly`", _lora),
+    "RayModel": ("`UNETLoader`, or `CheckpointLoaderSimple`", _chosen),
     "RayOffloadModel": (f"{NONE}: the latent that passes", _offload),
     "RayReport": (f"{NONE}: the latent that it waits for", _report),
     "RayTeaCache": (f"{NONE}: `KSamplerAdvanced`, with a threshold of 0", _teacache),
