@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         missing = error.name if isinstance(error, ImportError) else "comfy"
         if (missing or "").startswith(_COMFYUI):
-            from comfy_raylight.workers import standing
+            from comfy_raylight.workers.wire import standing
 
             standing.announce()
         raise

@@ -139,8 +139,8 @@ def version_of(package: str) -> str:
 
 def versions(root: Path) -> dict[str, str]:
     """What the table is about."""
-    from comfy_raylight.workers import standing
-    from comfy_raylight.workers.node_facts import look
+    from comfy_raylight.workers.wire import standing
+    from comfy_raylight.workers.wire.node_facts import look
 
     comfyui = look(str(root), "")["ComfyUI"] or "unknown"
     pack = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)

@@ -67,10 +67,10 @@ def report(options: argparse.Namespace) -> int:
 
 def tell(model: Any, method: str, inputs: Any) -> int:
     """Print a model's plan with its proof, or why there is none; the exit code."""
-    from comfy_raylight.raylight import proof
-    from comfy_raylight.raylight.found import find
-    from comfy_raylight.raylight.found_source import source
-    from comfy_raylight.raylight.found_values import Refused
+    from comfy_raylight.raylight.found import proof
+    from comfy_raylight.raylight.found.find import find
+    from comfy_raylight.raylight.found.source import source
+    from comfy_raylight.raylight.found.values import Refused
 
     name, start = type(model).__name__, time.perf_counter()
     try:
@@ -125,7 +125,7 @@ def sizes_of(model: Any) -> Iterator[int]:
 def call_with(base: Any, options: argparse.Namespace, *, width: int, pooled: int, frames: int) -> tuple[str, Any]:
     """As `call_of`, with text of one width and so many frames."""
     import torch
-    from comfy_raylight.raylight.found_values import copied
+    from comfy_raylight.raylight.found.values import copied
 
     generator = torch.Generator().manual_seed(1)
     text = {"cross_attn": torch.randn(1, options.text, width, generator=generator)}

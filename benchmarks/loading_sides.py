@@ -115,7 +115,7 @@ class PlainWorker:
         import comfy.sd
         import comfy.utils
         from comfy_raylight.raylight.config import ModelSpec
-        from comfy_raylight.workers.loading import load_options
+        from comfy_raylight.workers.mapping.loading import load_options
 
         options, keywords = load_options(ModelSpec.of(path))
         state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
@@ -162,7 +162,7 @@ class Pool:
 
     def __init__(self, count: int, tiny: Sequence[Path]) -> None:
         from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         self._config = PoolConfig(parallel=ParallelConfig(world=count, ulysses=count, ring=1, cfg=1), models_kept=1)
         self.pids = [member.place.pid for member in remote.start_pool(self._config).members]
@@ -183,7 +183,7 @@ class Pool:
         self._call(self._model)
 
     def offload(self) -> None:
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         remote.offload(self._model)
 
@@ -207,14 +207,14 @@ class Pool:
         self._held = self._loaded(self._tiny[self._turn])
 
     def close(self) -> None:
-        from comfy_raylight.workers import pool
+        from comfy_raylight.workers.pool import pool
 
         self._model, self._sets, self._held = None, [], None
         pool.close_all()
 
     def _loaded(self, path: Path) -> Any:
         from comfy_raylight.raylight.config import ModelSpec
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         return remote.load_model(self._config, ModelSpec.of(path))
 
@@ -252,7 +252,7 @@ def stock_lora(patcher: Any, path: Path) -> Any:
 
 def ray_lora(model: Any, path: Path) -> Any:
     """What RayLoraLoaderModelOnly and its chain make of it."""
-    from comfy_raylight.workers.loras import Lora, with_loras
+    from comfy_raylight.workers.driver.loras import Lora, with_loras
 
     return with_loras(model, (Lora(str(path), STRENGTH),))
 

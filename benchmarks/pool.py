@@ -110,7 +110,8 @@ SDXL = Subject(
 
 def start(options: argparse.Namespace) -> None:
     """Cold: no Ray, no workers. Then with Ray running, as after a failure; with other settings, which takes over."""
-    from comfy_raylight.workers import pool, remote
+    from comfy_raylight.workers.driver import remote
+    from comfy_raylight.workers.pool import pool
 
     usual = config(options.workers)
     other = dataclasses.replace(usual, parallel=dataclasses.replace(usual.parallel, sync_ulysses=True))
@@ -137,7 +138,7 @@ def again(options: argparse.Namespace) -> None:
     import torch
     from comfy_raylight.raylight.config import ModelSpec
     from comfy_raylight.tests.host.checkpoints import lora
-    from comfy_raylight.workers import remote
+    from comfy_raylight.workers.driver import remote
 
     generator = torch.Generator().manual_seed(1)
     positive, negative = WAN.conditions(generator)
@@ -170,7 +171,7 @@ def overhead(options: argparse.Namespace) -> None:
     """Calls of a narrow model with many channels: large latents, little work."""
     import torch
     from comfy_raylight.raylight.config import ModelSpec
-    from comfy_raylight.workers import remote
+    from comfy_raylight.workers.driver import remote
 
     channels = 2048
     sizes = {"1": 64, "8": 512}
@@ -228,7 +229,7 @@ def pictures(options: argparse.Namespace) -> None:
     import comfy.sd
     import torch
     from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, PoolConfig
-    from comfy_raylight.workers import jobs, remote
+    from comfy_raylight.workers.driver import jobs, remote
 
     generator = torch.Generator().manual_seed(1)
     positive, negative = WAN.conditions(generator)
@@ -292,7 +293,7 @@ def compare(subject: Subject, ways: Sequence[tuple[str, Any]], *, scale: float, 
     import comfy.sd
     import torch
     from comfy_raylight.raylight.config import ModelSpec
-    from comfy_raylight.workers import remote
+    from comfy_raylight.workers.driver import remote
 
     generator = torch.Generator().manual_seed(1)
     positive, negative = subject.conditions(generator)

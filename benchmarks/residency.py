@@ -127,8 +127,8 @@ def work(rank: int, size: int, store: str, job: tuple[str, str, str, int, int]) 
     import torch
     from comfy_raylight.raylight.config import ModelSpec, ParallelConfig
     from comfy_raylight.tests.weights.memory import private
-    from comfy_raylight.workers.loading import normal_tensors
-    from comfy_raylight.workers.model import WorkerModel
+    from comfy_raylight.workers.mapping.loading import normal_tensors
+    from comfy_raylight.workers.worker.model import WorkerModel
     from engine.ranks import mesh_of
 
     path, residency, prefetch, tokens, steps = job

@@ -20,7 +20,7 @@ class Ways:
     """
 
     def __init__(self, mesh: Any, model: Any, latent: Any, *, tile: int = TILE, overlap: int = OVERLAP) -> None:
-        from comfy_raylight.raylight.strips import Strips
+        from comfy_raylight.raylight.rows.strips import Strips
 
         self._mesh, self._model, self._latent = mesh, model, latent
         self._tile, self._overlap = tile, overlap
@@ -29,9 +29,9 @@ class Ways:
 
     def strips(self) -> Any:
         """This rank's rows of the pixels."""
-        from comfy_raylight.raylight.strips import Rows
+        from comfy_raylight.raylight.rows.strips import Rows
         from comfy_raylight.vae.divided import strip_of
-        from comfy_raylight.workers.vae_loading import attend
+        from comfy_raylight.workers.worker.vae.loading import attend
 
         own = self._strips.own(self._latent).contiguous()
         comm = self._mesh.axis("world")

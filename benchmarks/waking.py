@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=60)
     options = parser.parse_args()
     import torch
-    from comfy_raylight.workers.cores import leaving
+    from comfy_raylight.workers.driver.cores import leaving
 
     print("| workers | threads | join ms | last begins ms | agree ms |\n|---|---|---|---|---|")
     for size in map(int, options.workers.split(",")):

@@ -7,8 +7,8 @@ from typing import Any
 import folder_paths
 
 from ..loaders.parts import spec_of
-from ..workers import remote
-from ..workers.control import load_control
+from ..workers.driver import remote
+from ..workers.driver.control import load_control
 from .files import changed, find
 
 FOLDERS = ("controlnet",)

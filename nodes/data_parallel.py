@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..raylight.errors import ConfigError
-from ..workers import jobs as parallel
+from ..workers.driver import jobs as parallel
 from .mirrors import first_output
 from .numbers import check
 from .samplers import TOOLTIPS, core

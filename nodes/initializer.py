@@ -8,8 +8,8 @@ from typing import Any
 from ..loaders.source import fastsafetensors
 from ..raylight.config import PREFETCHES, ParallelConfig, PoolConfig
 from ..raylight.errors import ConfigError
-from ..raylight.kernels import NAMES
-from ..workers import remote
+from ..raylight.sequence.kernels import NAMES
+from ..workers.driver import remote
 from .numbers import check
 
 OLD_RENDEZVOUS = "127.0.0.1:29500"

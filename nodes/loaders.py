@@ -10,9 +10,9 @@ import folder_paths
 from ..loaders.parts import spec_of
 from ..raylight.config import ModelSpec, PoolConfig
 from ..raylight.errors import LoadError
-from ..workers import remote
-from ..workers.loading import WEIGHT_DTYPES
-from ..workers.loras import Chain, with_loras
+from ..workers.driver import remote
+from ..workers.driver.loras import Chain, with_loras
+from ..workers.mapping.loading import WEIGHT_DTYPES
 from .files import changed, find
 
 FOLDERS = ("diffusion_models", "checkpoints")

@@ -6,7 +6,7 @@ from typing import Any
 
 import folder_paths
 
-from ..workers.loras import Chain, Lora, with_loras
+from ..workers.driver.loras import Chain, Lora, with_loras
 from .files import changed, find
 from .numbers import check
 

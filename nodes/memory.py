@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..workers import remote
+from ..workers.driver import remote
 
 
 class RayOffloadModel:

@@ -8,11 +8,11 @@ import folder_paths
 from comfy import model_management
 
 from ..loaders.parts import spec_of
-from ..raylight.choose import GOALS
-from ..workers import remote
-from ..workers.cards import pool_of
-from ..workers.checkpoint import parts_of
-from ..workers.chosen import Chosen
+from ..raylight.choice.choose import GOALS
+from ..workers.driver import remote
+from ..workers.driver.checkpoint import parts_of
+from ..workers.driver.chosen import Chosen
+from ..workers.pool.cards import pool_of
 from .files import changed, find
 from .loaders import FOLDERS, GGUF_FOLDERS, gguf_files
 

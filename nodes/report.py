@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..workers import chart, remote, report
+from ..workers.driver import chart, remote, report
 from .samplers import core
 
 

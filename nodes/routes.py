@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ..workers import status
+from ..workers.driver import status
 
 STATUS = "/raylight/status"
 

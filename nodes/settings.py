@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ..raylight.config import COMPILERS
-from ..workers import remote
+from ..workers.driver import remote
 
 
 class _Setting:

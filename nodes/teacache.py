@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..workers import remote
-from ..workers.teacache import TeaCache, cached
+from ..workers.driver import remote
+from ..workers.driver.teacache import TeaCache, cached
 from .mirrors import SYNC
 from .numbers import check
 

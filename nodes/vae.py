@@ -8,8 +8,8 @@ import folder_paths
 
 from ..loaders.parts import spec_of
 from ..raylight.config import ModelSpec
-from ..workers import decode, remote
-from ..workers.vae_messages import MODES, Mode, TileSizes
+from ..workers.driver import decode, remote
+from ..workers.wire.vae_messages import MODES, Mode, TileSizes
 from .files import changed, find
 from .numbers import check
 

@@ -10,8 +10,8 @@ import torch
 
 from ..raylight.cuts import PerFrame, Replicated, Rope, Split
 from ..raylight.layout import Layout
-from ..raylight.masks import QueryMask, QueryMasks
 from ..raylight.plan import Blocks, Plan, Region, Site
+from ..raylight.sequence.masks import QueryMask, QueryMasks
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class ModelSpec:
     files: the torch dtype, or "" for the computation's, that weights are rounded to after they are
     dequantised, and that patches to them are computed in (float32 where ""). `others` are the other files of a model
     in parts, each with its path, size, mtime_ns and inode; what makes such a spec is `loaders.parts.spec_of`.
-    `shapes` are those of tensors that a file has in other dims than the model, by name (see workers/shapes.py).
+    `shapes` are those of tensors that a file has in other dims than the model, by name (see workers/mapping/shapes.py).
     """
 
     path: str

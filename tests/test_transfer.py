@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.raylight.errors import UnsupportedError
-from comfy_raylight.workers.arena import Arena
-from comfy_raylight.workers.path_modules import resolve
-from comfy_raylight.workers.transfer import HELD_LIMIT, Decoder, Encoder, Shelf, copied
+from comfy_raylight.workers.wire.arena import Arena
+from comfy_raylight.workers.wire.path_modules import resolve
+from comfy_raylight.workers.wire.transfer import HELD_LIMIT, Decoder, Encoder, Shelf, copied
 
 
 def pair(*, shared: bool) -> tuple[Encoder, Decoder]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..raylight.strips import Strips
+from ..raylight.rows.strips import Strips
 
 NAME = "get_max_chunk_size"
 """A function of the VAE's Python module that says how many bytes of activation it may make at once."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from ..raylight.errors import UnsupportedError
-from ..raylight.row_rules import COPIED_BYTES, RowParallel
-from ..raylight.strips import Rows
+from ..raylight.rows.row_rules import COPIED_BYTES, RowParallel
+from ..raylight.rows.strips import Rows
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Attention of [batch, channels, ..., rows, width] over all positions, where keys may be more than queries."""

@@ -168,10 +168,10 @@ def other(given: Any) -> Any:
 def errors(plain: list[tuple[Any, Any, Any]], mesh: Any, device: Any, *, recorded: bool) -> dict[str, Any]:
     """Differences to the plain outputs; `over` is bf16's over what is allowed, `recorded` of the calls were."""
     import torch
-    from comfy_raylight.raylight import kernels
-    from comfy_raylight.raylight.hooks import install
+    from comfy_raylight.raylight.sequence import kernels
+    from comfy_raylight.raylight.sequence.hooks import install
     from comfy_raylight.tests.engine.ranks import difference, forward_of
-    from comfy_raylight.workers.recorded import Recordings
+    from comfy_raylight.workers.worker.recorded import Recordings
 
     result: dict[str, Any] = {"fp32": 0.0, "bf16": 0.0, "over": 0.0, "problem": "", "half": len(plain) > 1}
     result["recorded"] = 0

@@ -146,7 +146,7 @@ class Bench:
     def load(self, config: Any) -> Any:
         """The model on a pool, as a user's nodes make it."""
         from comfy_raylight.raylight.config import ModelSpec
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         model = remote.load_model(config, ModelSpec.of(self.file))
         return remote.with_settings(model, compile=self.options.compile) if self.options.compile else model
@@ -154,8 +154,8 @@ class Bench:
     def pool(self, table: Table, name: str, world: int, size: int) -> None:
         """One row."""
         from comfy_raylight.tests.weights.memory import proportional
-        from comfy_raylight.workers import pool as pools
-        from comfy_raylight.workers import remote, report
+        from comfy_raylight.workers.driver import remote, report
+        from comfy_raylight.workers.pool import pool as pools
 
         scale = 4.0 if name.endswith("cfg") else 1.0
         began = time.perf_counter()
@@ -187,7 +187,7 @@ class Bench:
         """Cancel, then kill; what a user sees, how soon, and whether the next run is as the first."""
         import torch
         from comfy import model_management
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         config = self.config("", world)
         model = self.load(config)

@@ -89,7 +89,7 @@ def timed(run: Callable[[], Any], rounds: int, mesh: Any) -> tuple[float, int]:
     """Median of seconds after a first run, all ranks starting together, and bytes given out at most; 0 of a CPU."""
     import torch
     from comfy import model_management
-    from comfy_raylight.workers.links import finish
+    from comfy_raylight.workers.wire.link_test import finish
 
     device = model_management.get_torch_device()
     run()

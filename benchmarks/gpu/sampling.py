@@ -137,11 +137,11 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     import torch
     from comfy import model_management
     from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, WorkerSettings
-    from comfy_raylight.raylight.kernels import chosen
-    from comfy_raylight.workers import ghost
-    from comfy_raylight.workers.links import finish
-    from comfy_raylight.workers.loading import normal_tensors
-    from comfy_raylight.workers.model import WorkerModel
+    from comfy_raylight.raylight.sequence.kernels import chosen
+    from comfy_raylight.workers.mapping import meta_model
+    from comfy_raylight.workers.mapping.loading import normal_tensors
+    from comfy_raylight.workers.wire.link_test import finish
+    from comfy_raylight.workers.worker.model import WorkerModel
     from torch.profiler import ProfilerActivity, profile
 
     mode = {"overlap": options.turns, **MODES.get(options.mode, {})}
@@ -153,7 +153,7 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
     device = model_management.get_torch_device()
     mesh = mesh_of(parallel, rank, store)
     spec = ModelSpec.of(options.file)
-    dtype = ghost.build(spec)[0].get_dtype()
+    dtype = meta_model.build(spec)[0].get_dtype()
     torch.zeros(1, device=device)  # the context is not the load's
     mesh.control.all_reduce(torch.zeros(1))
     began = time.perf_counter()

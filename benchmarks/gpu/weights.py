@@ -73,7 +73,7 @@ class Run:
         import comfy.utils
         import torch
         from comfy import model_management
-        from comfy_raylight.workers.loading import load_options
+        from comfy_raylight.workers.mapping.loading import load_options
 
         _, keywords = load_options(self.spec(self.file))
         with torch.inference_mode():
@@ -91,12 +91,12 @@ class Run:
         """A worker's model, loaded and resident."""
         from comfy_raylight.raylight.config import ParallelConfig
         from comfy_raylight.raylight.mesh import Mesh
-        from comfy_raylight.workers import ghost
-        from comfy_raylight.workers.loading import normal_tensors
-        from comfy_raylight.workers.model import WorkerModel
+        from comfy_raylight.workers.mapping import meta_model
+        from comfy_raylight.workers.mapping.loading import normal_tensors
+        from comfy_raylight.workers.worker.model import WorkerModel
 
         spec = self.spec(path)
-        dtype = ghost.build(spec)[0].get_dtype()
+        dtype = meta_model.build(spec)[0].get_dtype()
         with normal_tensors():
             model = WorkerModel(spec, dtype, Mesh.single(ParallelConfig(world=1)), None)
             model.make_resident(room=0)
@@ -132,7 +132,7 @@ class Run:
         return statistics.median(found[1:])
 
     def idle(self) -> None:
-        from comfy_raylight.workers.links import finish
+        from comfy_raylight.workers.wire.link_test import finish
 
         finish(self.device)
 
@@ -195,7 +195,7 @@ class Run:
 
     def _mapped_loading(self, expected: Any) -> tuple[float, float, float, int, int, bool]:
         import torch
-        from comfy_raylight.workers.loading import normal_tensors
+        from comfy_raylight.workers.mapping.loading import normal_tensors
 
         self.free()
         before, anonymous = self.allocated(), anonymous_bytes()
@@ -256,7 +256,7 @@ class Run:
         return [one.patches for one in sets], seconds, self.forward(sets[0].model, self.tokens[0]).cpu()
 
     def _mapped_switch(self, sets: list[dict[str, Any]]) -> tuple[float, Any]:
-        from comfy_raylight.workers.loading import normal_tensors
+        from comfy_raylight.workers.mapping.loading import normal_tensors
 
         model = self.mapped(self.file)
         turn = iter(range(1000))

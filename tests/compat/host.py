@@ -19,7 +19,7 @@ from comfy_raylight.tests.host.api import ApiClient, Prompt, PromptError
 from comfy_raylight.tests.host.checkpoints import write as write_checkpoints
 from comfy_raylight.tests.host.server import PACK_FOLDER, ComfyServer, ServerError
 from comfy_raylight.tests.weights.files import SAFETENSORS, write_gguf, write_variant
-from comfy_raylight.workers.node_facts import look
+from comfy_raylight.workers.wire.node_facts import look
 from safetensors.torch import load_file, save_file
 
 from .rows import Row, chosen, short, write, wrong

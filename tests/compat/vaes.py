@@ -82,7 +82,7 @@ def main(root: str, out: str, *patterns: str) -> None:
     logging.disable(logging.WARNING)
     enter_comfy(root)
     newest = importlib.import_module("comfy.ldm.lightricks.vae.causal_video_autoencoder")
-    importlib.import_module("comfy_raylight.workers.vae_loading")  # once, and not in every process
+    importlib.import_module("comfy_raylight.workers.worker.vae.loading")  # once, and not in every process
     newer = hasattr(newest, budget.NAME)
     path = Path(out)
     wanted = [each for each in FAMILIES if chosen(patterns, PART, each.name)]

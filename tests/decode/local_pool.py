@@ -12,9 +12,9 @@ import psutil
 import torch
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
 from comfy_raylight.tests.engine.ranks import mesh_of
-from comfy_raylight.workers import private_folder
-from comfy_raylight.workers.messages import Standing
-from comfy_raylight.workers.pool import Member, Pool
+from comfy_raylight.workers.pool import private_folder
+from comfy_raylight.workers.pool.pool import Member, Pool
+from comfy_raylight.workers.wire.messages import Standing
 
 CONTEXT: Any = multiprocessing.get_context("fork")
 
@@ -85,8 +85,8 @@ class LocalPool(Pool):
 
 
 def _serve(parallel: ParallelConfig, rank: int, store: str, pipes: Any, before: Callable[[Any], None]) -> None:
-    from comfy_raylight.workers.runner import Runner
-    from comfy_raylight.workers.serve import serve
+    from comfy_raylight.workers.worker.runner import Runner
+    from comfy_raylight.workers.worker.serve import serve
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

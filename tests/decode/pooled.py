@@ -60,7 +60,7 @@ def spec(folder: Path, name: str) -> Any:
 
 
 def vae(folder: Path, name: str) -> Any:
-    from comfy_raylight.workers.vae_loading import load_vae
+    from comfy_raylight.workers.worker.vae.loading import load_vae
 
     return load_vae(spec(folder, name))[0]
 
@@ -73,14 +73,14 @@ def flat(images: torch.Tensor) -> torch.Tensor:
 def run(
     workers: Any, latent: torch.Tensor, of: Any, *, mode: str = "seamless", keep: bool = True, times: int = 1
 ) -> torch.Tensor:
-    from comfy_raylight.workers.decode import decode_on
+    from comfy_raylight.workers.driver.decode import decode_on
 
     return decode_on(workers, latent, of, mode=mode, tiles=sizes(times), keep=keep)  # type: ignore[arg-type]
 
 
 def sizes(times: int = 1) -> Any:
     """Tiles of 64 pixels and 8 frames, or that many times as large."""
-    from comfy_raylight.workers.vae_messages import TileSizes
+    from comfy_raylight.workers.wire.vae_messages import TileSizes
 
     return TileSizes(size=64 * times, overlap=32 * times, frames=8 * times, frame_overlap=4 * times)
 
@@ -128,7 +128,7 @@ def tiled(results: Results, folder: Path) -> None:
 
 def encoded(results: Results, folder: Path) -> None:
     """Encoding against VAE.encode."""
-    from comfy_raylight.workers.decode import encode_on
+    from comfy_raylight.workers.driver.decode import encode_on
 
     workers = pool(3)
     pictures = {"wan": (9, 70, 50, 3), "wan image": (1, 64, 48, 3), "taesd": (2, 61, 48, 3), "ltxv": (9, 96, 64, 3)}
@@ -157,9 +157,9 @@ def sound(results: Results, folder: Path) -> None:
 def newer(results: Results, folder: Path) -> None:
     """VAEs of ComfyUI 0.33: what ComfyUI's own nodes give, or an error that says why not."""
     from comfy_raylight.raylight.errors import UnsupportedError
-    from comfy_raylight.workers import decode
-    from comfy_raylight.workers.decode import encode_on
-    from comfy_raylight.workers.vae_messages import VAEPlan
+    from comfy_raylight.workers.driver import decode
+    from comfy_raylight.workers.driver.decode import encode_on
+    from comfy_raylight.workers.wire.vae_messages import VAEPlan
 
     def words(call: Callable[[], torch.Tensor]) -> str:
         try:
@@ -208,7 +208,7 @@ def newer(results: Results, folder: Path) -> None:
 
 def without_sharing(results: Results, folder: Path) -> None:
     """Where workers cannot open the driver's memory, bytes travel with the messages."""
-    from comfy_raylight.workers import decode
+    from comfy_raylight.workers.driver import decode
 
     workers, latent = pool(2), random(*LATENTS["wan"], seed=3)
     wanted = run(workers, latent, spec(folder, "wan"))
@@ -225,7 +225,7 @@ def without_sharing(results: Results, folder: Path) -> None:
 
 def on_disk(results: Results, folder: Path) -> None:
     """Without room in memory the pixels go to a file without a name, and the result is the same."""
-    from comfy_raylight.workers import output
+    from comfy_raylight.workers.driver import output
 
     workers, latent = pool(2), random(*LATENTS["wan"], seed=3)
     wanted = run(workers, latent, spec(folder, "wan"))
@@ -366,7 +366,7 @@ def smooth(results: Results, folder: Path) -> None:
 
 def kept(results: Results, folder: Path) -> None:
     """A kept VAE is loaded once by each worker; a released one and a changed file anew."""
-    from comfy_raylight.workers import vaes as module
+    from comfy_raylight.workers.worker.vae import vaes as module
 
     vaes: Any = module
     notes, file = folder / "loads", folder / "changing.safetensors"
@@ -397,8 +397,8 @@ def kept(results: Results, folder: Path) -> None:
 
 def moved(results: Results, folder: Path) -> None:
     """Weights are the file's memory, are converted on the way to the device, and go home to the file."""
-    from comfy_raylight.workers import vae_loading
-    from comfy_raylight.workers.mapped_patcher import ATTACHMENT
+    from comfy_raylight.workers.mapping.mapped_patcher import ATTACHMENT
+    from comfy_raylight.workers.worker.vae import loading as vae_loading
 
     plain, source = vae_loading.load_vae(spec(folder, "wan"))
     results["private bytes"] = private_bytes(plain.patcher.attachments[ATTACHMENT].homes, source)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.mesh import Mesh
-from comfy_raylight.raylight.row_rules import COPIED_BYTES
-from comfy_raylight.raylight.strips import Rows, Strips
+from comfy_raylight.raylight.rows.row_rules import COPIED_BYTES
+from comfy_raylight.raylight.rows.strips import Rows, Strips
 from comfy_raylight.raylight.watch import Watch
 from comfy_raylight.tests.engine.ranks import enter_comfy, fork, mesh_of
 from comfy_raylight.tests.host.live_bytes import LiveBytes
@@ -75,7 +75,7 @@ def divided(
     copied_bytes: int = COPIED_BYTES,
 ) -> torch.Tensor:
     """This rank's part of decoding or encoding `x`."""
-    attend = sys.modules["comfy_raylight.workers.vae_loading"].attend
+    attend = sys.modules["comfy_raylight.workers.worker.vae.loading"].attend
     torch.manual_seed(SEED)
     with ExitStack() as stack:
         stack.enter_context(prepared.chunked(rows.strips))
@@ -150,7 +150,7 @@ def tiles_job(rank: int, size: int, path: str, prepared: list[Prepared], wholes:
 
 def memory_job(rank: int, size: int, path: str, model: Any, latent: torch.Tensor) -> int:
     """Most bytes of tensors alive on this rank while it decodes its strip."""
-    attend = sys.modules["comfy_raylight.workers.vae_loading"].attend
+    attend = sys.modules["comfy_raylight.workers.worker.vae.loading"].attend
     mesh = mesh_of(ParallelConfig(world=size, ulysses=size, ring=1, cfg=1), rank=rank, path=path)
     strips = Strips.of(latent.shape[-2], ranks=size, rank=rank)
     with torch.inference_mode(), ExitStack() as stack:
@@ -215,7 +215,7 @@ def main(root: str, result: str, chosen: str = "") -> None:
     import comfy.ldm.lightricks.vae.causal_video_autoencoder as newest
 
     # before the ranks are forked: importing it in each would take longer than all decodes
-    import comfy_raylight.workers.vae_loading  # noqa: F401
+    import comfy_raylight.workers.worker.vae.loading  # noqa: F401
 
     newer = hasattr(newest, budget.NAME)
     wanted = [f for f in FAMILIES if (f.every or chosen == "all") and (newer or not f.newer)]

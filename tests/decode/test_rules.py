@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from comfy_raylight.raylight.errors import Cancelled, UnsupportedError
 from comfy_raylight.raylight.mesh import Mesh
-from comfy_raylight.raylight.row_rules import RowParallel
-from comfy_raylight.raylight.strips import Rows, Strips
+from comfy_raylight.raylight.rows.row_rules import RowParallel
+from comfy_raylight.raylight.rows.strips import Rows, Strips
 from comfy_raylight.raylight.watch import LONG_S, SKIPPED, Watch
 from comfy_raylight.vae import budget
 from comfy_raylight.vae.divided import strip_of

@@ -107,7 +107,7 @@ class Bench:
     def load(self, file: Path, **options: Any) -> Model:
         """A model on the pool."""
         from comfy_raylight.raylight.config import ModelSpec
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         return remote.load_model(self.config, ModelSpec.of(file, **options))
 
@@ -167,7 +167,7 @@ class Bench:
     @contextmanager
     def requests(self) -> Iterator[list[str]]:
         """The verbs of all requests to the workers while this is open."""
-        from comfy_raylight.workers.pool import REGISTRY
+        from comfy_raylight.workers.pool.pool import REGISTRY
 
         pool: Any = REGISTRY[self.config]
         verbs: list[str] = []
@@ -700,7 +700,7 @@ def the_same_again_loads_and_patches_nothing(bench: Bench) -> None:
 
 @fact
 def offloaded_model_comes_back_equal(bench: Bench) -> None:
-    from comfy_raylight.workers import remote
+    from comfy_raylight.workers.driver import remote
 
     for model in (bench.far, bench.with_lora(bench.far, 0.7)):
         before = bench.picture(model)
@@ -800,7 +800,7 @@ def memory_is_accounted_truly(bench: Bench) -> None:
 def room_is_made_for_weights_on_the_same_card(bench: Bench) -> None:
     """What workers do not have there yet, ComfyUI counts as needed, and frees its own models for it."""
     from comfy import model_management
-    from comfy_raylight.workers import link
+    from comfy_raylight.workers.driver import link
 
     far = bench.far
     bench.picture(far)
@@ -866,7 +866,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     boot(options.comfy.resolve(), WORKERS)
 
-    from comfy_raylight.workers.pool import REGISTRY, close_all
+    from comfy_raylight.workers.pool.pool import REGISTRY, close_all
 
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

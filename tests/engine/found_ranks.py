@@ -14,13 +14,14 @@ import traceback
 from typing import Any
 
 import torch
-from comfy_raylight.raylight import found, proof
 from comfy_raylight.raylight.config import ParallelConfig
-from comfy_raylight.raylight.found_source import source
-from comfy_raylight.raylight.found_values import Refused, copied
-from comfy_raylight.raylight.hooks import install
+from comfy_raylight.raylight.found import find as found
+from comfy_raylight.raylight.found import proof
+from comfy_raylight.raylight.found.source import source
+from comfy_raylight.raylight.found.values import Refused, copied
 from comfy_raylight.raylight.mesh import Mesh
-from comfy_raylight.workers import unplanned as unplanned_worker
+from comfy_raylight.raylight.sequence.hooks import install
+from comfy_raylight.workers.worker import unplanned as unplanned_worker
 
 from . import families, unplanned
 from .case import Case

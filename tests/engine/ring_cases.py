@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy_raylight.raylight import kernels, overrides
-from comfy_raylight.raylight.attention import SequenceAttention
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.raylight.layout import Layout, Segment, gather
-from comfy_raylight.raylight.masks import QueryMask, QueryMasks
 from comfy_raylight.raylight.mesh import Mesh
+from comfy_raylight.raylight.sequence import kernels, overrides
+from comfy_raylight.raylight.sequence.attention import SequenceAttention
+from comfy_raylight.raylight.sequence.masks import QueryMask, QueryMasks
 
 from .named import named
 from .ranks import fork, mesh_of

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from comfy_raylight.patches.control import control_plan_for
 from comfy_raylight.patches.registry import plan_for
-from comfy_raylight.raylight import cost, sizing
+from comfy_raylight.raylight import cost
+from comfy_raylight.raylight.choice import sizing
 from comfy_raylight.raylight.plan import Plan
-from comfy_raylight.raylight.slots import Slot, modules
+from comfy_raylight.raylight.sequence.slots import Slot, modules
 
 from .case import Case
 from .families import CASES

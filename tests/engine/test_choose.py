@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from comfy_raylight.raylight import cost, packing
-from comfy_raylight.raylight.choose import CHANGE_S, SLOWER, START_S, Choice, Layout, Situation, choose
+from comfy_raylight.raylight.choice.choose import CHANGE_S, SLOWER, START_S, Choice, Layout, Situation, choose
 
 GB = 10**9
 GAMING = cost.RATES["cuda"]

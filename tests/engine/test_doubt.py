@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.raylight.comm import Comm
-from comfy_raylight.raylight.doubt import Doubt, Thorough
-from comfy_raylight.raylight.kinds import Forms, kind_of, normal, sizes_of
+from comfy_raylight.raylight.found.doubt import Doubt, Thorough
+from comfy_raylight.raylight.found.kinds import Forms, kind_of, normal, sizes_of
 from comfy_raylight.raylight.mesh import Mesh
 from torch import nn
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from comfy_raylight.patches.registry import FAMILIES
-from comfy_raylight.raylight import cuts, found_cuts, plan
+from comfy_raylight.raylight import cuts, plan
+from comfy_raylight.raylight.found import cuts as found_cuts
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.host.checkpoints import Job, write
 

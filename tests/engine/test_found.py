@@ -6,16 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_raylight.raylight import cuts, found, found_cuts, plan, proof
+from comfy_raylight.raylight import cuts, plan
 from comfy_raylight.raylight.cuts import Split
 from comfy_raylight.raylight.errors import UnsupportedError
-from comfy_raylight.raylight.found_cuts import Count, Nested
-from comfy_raylight.raylight.found_source import source
-from comfy_raylight.raylight.found_values import Refused, apart
+from comfy_raylight.raylight.found import cuts as found_cuts
+from comfy_raylight.raylight.found import find as found
+from comfy_raylight.raylight.found import proof
+from comfy_raylight.raylight.found.cuts import Count, Nested
+from comfy_raylight.raylight.found.simulated import on_ranks
+from comfy_raylight.raylight.found.source import source
+from comfy_raylight.raylight.found.values import Refused, apart
 from comfy_raylight.raylight.layout import Layout, Segment
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.plan import Plan
-from comfy_raylight.raylight.simulated import on_ranks
 
 from .found_toys import Toy, Twins, line, picture
 

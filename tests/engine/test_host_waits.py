@@ -1,6 +1,6 @@
 """Nothing of the engine makes the host wait for a device, and models whose own code does are known.
 
-A wait costs a step of a GPU its lead, and a call that has one in it cannot be recorded (workers/recorded.py).
+A wait costs a step of a GPU its lead, and a call that has one in it cannot be recorded (workers/worker/recorded.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .families import CASES
 pytestmark = pytest.mark.timeout(2000)  # it may be the first to want the ranks' results
 PACK = Path(__file__).resolve().parents[2]
 MAY_ASK = {
-    "raylight/attention.py:_here",  # whether a user's override failed on a rank that has heads
-    "raylight/overrides.py:local",  # whether it drew random numbers
-    "raylight/row_hooks.py:_test",  # the self-test before a UNet's first call
+    "raylight/sequence/attention.py:_here",  # whether a user's override failed on a rank that has heads
+    "raylight/sequence/overrides.py:local",  # whether it drew random numbers
+    "raylight/rows/row_hooks.py:_test",  # the self-test before a UNet's first call
 }
 """The first two where a call has a function of the user's in it, which is never recorded anyway."""
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from comfy_raylight.raylight import kernels, torch_kernels
 from comfy_raylight.raylight.errors import ConfigError
+from comfy_raylight.raylight.sequence import kernels, torch_kernels
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCES = {

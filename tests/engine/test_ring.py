@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_raylight.raylight.ring import merge
+from comfy_raylight.raylight.sequence.ring import merge
 from comfy_raylight.tests.host.reports import reporter
 
 from .ring_cases import GRIDS, LIMITS

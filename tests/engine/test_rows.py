@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.raylight.layout import Layout, Segment
 from comfy_raylight.raylight.mesh import Mesh
-from comfy_raylight.raylight.row_hooks import ranks_for
-from comfy_raylight.raylight.row_rules import RowParallel
-from comfy_raylight.raylight.strips import Rows, Strips
+from comfy_raylight.raylight.rows.row_hooks import ranks_for
+from comfy_raylight.raylight.rows.row_rules import RowParallel
+from comfy_raylight.raylight.rows.strips import Rows, Strips
 
 from .case import Case
 from .conftest import comfy_roots

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from comfy_raylight.raylight.errors import PlanError
-from comfy_raylight.raylight.slots import Slot, modules
+from comfy_raylight.raylight.sequence.slots import Slot, modules
 from torch import nn
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.raylight.errors import Cancelled, UnsupportedError
-from comfy_raylight.raylight.found_small import small
-from comfy_raylight.raylight.found_values import apart
+from comfy_raylight.raylight.found.simulated import on_ranks
+from comfy_raylight.raylight.found.small import small
+from comfy_raylight.raylight.found.values import apart
 from comfy_raylight.raylight.mesh import Mesh
-from comfy_raylight.raylight.simulated import on_ranks
-from comfy_raylight.workers.kept_plans import KeptPlans, folder
-from comfy_raylight.workers.unplanned import Unplanned
+from comfy_raylight.workers.worker.kept_plans import KeptPlans, folder
+from comfy_raylight.workers.worker.unplanned import Unplanned
 
 from .found_toys import Inputs, Toy, picture
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_raylight.workers.launch import WORKER_SETTINGS
+from comfy_raylight.workers.pool.launch import WORKER_SETTINGS
 
 TESTS = Path(__file__).resolve().parents[1]
 Report = dict[str, Any]

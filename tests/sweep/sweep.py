@@ -438,7 +438,7 @@ def registered() -> dict[str, Any]:
 def pack_nodes(packs: Path) -> frozenset[str]:
     """Load the node packs of a folder as ComfyUI does; the names of their nodes."""
     import nodes
-    from comfy_raylight.workers.comfy_host import with_server
+    from comfy_raylight.workers.wire.comfy_host import with_server
 
     with_server()
     core = set(registered())
@@ -483,7 +483,7 @@ class Sweep:
         import comfy.sd
         from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, PoolConfig
         from comfy_raylight.tests.host.checkpoints import lora
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         self._name = family
         self._family = FAMILIES[family]
@@ -499,7 +499,7 @@ class Sweep:
 
     def run(self, name: str, node: type) -> Verdict:
         """Try one node, then see that it left nothing behind on the pool."""
-        from comfy_raylight.workers.pool import REGISTRY
+        from comfy_raylight.workers.pool.pool import REGISTRY
 
         before = REGISTRY.get(self.config)
         verdict = self._judge(name, node)
@@ -647,7 +647,7 @@ def main() -> None:
     packed = pack_nodes(options.packs) if options.packs else None
 
     import comfyui_version
-    from comfy_raylight.workers.pool import close_all
+    from comfy_raylight.workers.pool.pool import close_all
 
     results: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from comfy_raylight.workers.model import WorkerModel
+    from comfy_raylight.workers.worker.model import WorkerModel
 
 
 def boot(root: Path, *, cpu: bool = True) -> None:
@@ -44,7 +44,7 @@ class Bench:
         import comfy.sd
         import comfy.utils
         import torch
-        from comfy_raylight.workers.loading import load_options, normal_tensors
+        from comfy_raylight.workers.mapping.loading import load_options, normal_tensors
 
         _, keywords = load_options(self.spec(path))
         with normal_tensors():
@@ -56,7 +56,7 @@ class Bench:
     def plain_state(self, state: dict[str, Any], metadata: Any = None) -> Any:
         """ComfyUI's own patcher of weights in memory."""
         import comfy.sd
-        from comfy_raylight.workers.loading import load_options, normal_tensors
+        from comfy_raylight.workers.mapping.loading import load_options, normal_tensors
 
         _, keywords = load_options(self.spec(self.base))
         with normal_tensors():
@@ -71,12 +71,12 @@ class Bench:
         """A worker's model, as the driver would have it loaded; by default of a pool of one."""
         from comfy_raylight.raylight.config import ParallelConfig
         from comfy_raylight.raylight.mesh import Mesh
-        from comfy_raylight.workers import ghost
-        from comfy_raylight.workers.loading import normal_tensors
-        from comfy_raylight.workers.model import WorkerModel
+        from comfy_raylight.workers.mapping import meta_model
+        from comfy_raylight.workers.mapping.loading import normal_tensors
+        from comfy_raylight.workers.worker.model import WorkerModel
 
         spec = self.spec(path, **fields)
-        found, _, spec = ghost.build(spec)
+        found, _, spec = meta_model.build(spec)
         with normal_tensors():
             mesh = mesh or Mesh.single(ParallelConfig(world=1))
             return WorkerModel(spec, found.get_dtype(), mesh, None)
@@ -84,7 +84,7 @@ class Bench:
     def run(self, model: Any) -> torch.Tensor:
         """The output of a model, brought onto its device first; of a worker's or of a patcher."""
         from comfy import model_management
-        from comfy_raylight.workers.loading import normal_tensors
+        from comfy_raylight.workers.mapping.loading import normal_tensors
 
         with normal_tensors():
             if hasattr(model, "make_resident"):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from comfy_raylight.raylight.mesh import Mesh
-    from comfy_raylight.workers.model import WorkerModel
+    from comfy_raylight.workers.worker.model import WorkerModel
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "workers" / "import_root"))
 
@@ -138,7 +138,7 @@ def wider(patcher: Any) -> Any:
 
 def put(model: WorkerModel, patches: Any, number: int) -> None:
     """Replace a model's patches, as the driver does."""
-    from comfy_raylight.workers.loading import normal_tensors
+    from comfy_raylight.workers.mapping.loading import normal_tensors
 
     with normal_tensors():
         model.patch(f"set {number}" if patches else "", dict(patches), {}, force_cast=False)
@@ -146,7 +146,7 @@ def put(model: WorkerModel, patches: Any, number: int) -> None:
 
 def run(model: WorkerModel) -> torch.Tensor:
     """The model's output, computed by this rank alone from gathered blocks."""
-    from comfy_raylight.workers.loading import normal_tensors
+    from comfy_raylight.workers.mapping.loading import normal_tensors
 
     with model.agreed(), normal_tensors():
         model.make_resident(room=model.activations(inputs()[0]))
@@ -220,7 +220,7 @@ class Rank:
         """As a worker's request runs it: the sequence divided as well, two models in turn, and cancelled in between."""
         import torch
         from comfy_raylight.raylight.errors import Cancelled
-        from comfy_raylight.workers.loading import normal_tensors
+        from comfy_raylight.workers.mapping.loading import normal_tensors
 
         models = {name: self.model(name) for name in ("fp32", "bf16")}
         args, kwargs = inputs()
@@ -251,7 +251,7 @@ class Rank:
     def memory(self) -> None:
         """The kernel's count of this process's own memory agrees with the sum."""
         from comfy_raylight.tests.weights.memory import private
-        from comfy_raylight.workers import memory
+        from comfy_raylight.workers.worker import memory
 
         model = self.model("large")
         run(model)

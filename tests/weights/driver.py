@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from comfy_raylight.workers.model import WorkerModel
+    from comfy_raylight.workers.worker.model import WorkerModel
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "workers" / "import_root"))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -114,7 +114,7 @@ class Sets:
 
     def put(self, *files: tuple[Path, float]) -> None:
         """Replace the model's patches."""
-        from comfy_raylight.workers.loading import normal_tensors
+        from comfy_raylight.workers.mapping.loading import normal_tensors
 
         self._number += 1
         with normal_tensors():
@@ -123,7 +123,7 @@ class Sets:
 
 
 def private_bytes(model: WorkerModel) -> int:
-    from comfy_raylight.workers import adopt
+    from comfy_raylight.workers.mapping import adopt
 
     return adopt.private_bytes(model._weights.homes, model.source)
 
@@ -164,7 +164,7 @@ def _(bench: Bench, name: str) -> None:
 
 @each(("fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16"), "weight_dtype")
 def _(bench: Bench, name: str) -> None:
-    from comfy_raylight.workers.loading import WEIGHT_DTYPES, load_options
+    from comfy_raylight.workers.mapping.loading import WEIGHT_DTYPES, load_options
 
     dtype, options = WEIGHT_DTYPES[name]
     path = write_variant(bench.base, bench.path(), "bf16")
@@ -202,7 +202,7 @@ def _(bench: Bench, name: str) -> None:
     import torch
     from comfy import model_management
     from comfy_raylight.loaders.staging import HostEngine, engine_for
-    from comfy_raylight.workers.mapped_patcher import Weights
+    from comfy_raylight.workers.mapping.mapped_patcher import Weights
     from host.checkpoints import Job
     from host.checkpoints.make import make
 
@@ -232,9 +232,9 @@ def _(bench: Bench, name: str) -> None:
 def what_a_node_writes_into_is_not_named(bench: Bench) -> None:
     """In ComfyUI's process: a layer of the stand-in, which is refused, and a tensor of a LoRA, which is sent."""
     import torch
-    from comfy_raylight.workers import layers, loras
-    from comfy_raylight.workers.remote import refer
-    from comfy_raylight.workers.said import Told
+    from comfy_raylight.workers.driver import layers, loras
+    from comfy_raylight.workers.driver.remote import refer
+    from comfy_raylight.workers.wire.said import Told
 
     path = write_variant(bench.base, bench.path(), "fp32")
     found = layers.Layers(bench.spec(path), torch.float32, SimpleNamespace(told=Told()), lambda key: [])
@@ -310,7 +310,7 @@ def _(bench: Bench, name: str) -> None:
 
 @check
 def only_weights_whose_patches_change_are_computed(bench: Bench) -> None:
-    from comfy_raylight.workers.loading import normal_tensors
+    from comfy_raylight.workers.mapping.loading import normal_tensors
 
     path = write_variant(bench.base, bench.path(), "bf16")
     a = write_adapter(bench.base, bench.path(), "lora", part="self_attn")
@@ -490,7 +490,7 @@ def story(patcher: Any, files: list[Path], size: int) -> Iterator[tuple[str, tor
     """Everything that moves weights."""
     import torch
     from comfy import model_management
-    from comfy_raylight.workers.loading import normal_tensors
+    from comfy_raylight.workers.mapping.loading import normal_tensors
 
     device = model_management.get_torch_device()
     if device.type == "cpu":

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from comfy_raylight.raylight.config import ModelSpec, WorkerSettings
-from comfy_raylight.workers.messages import LoadRequest
-from comfy_raylight.workers.pool import Pool
-from comfy_raylight.workers.replica import Call, Patches, Replica
+from comfy_raylight.workers.driver.replica import Call, Patches, Replica
+from comfy_raylight.workers.pool.pool import Pool
+from comfy_raylight.workers.wire.messages import LoadRequest
 
 PERIOD_S = 0.02
 LATENT = (1, 16, 1, 4, 8)

@@ -31,7 +31,7 @@ class Bench:
         import comfy.utils
         from comfy_raylight.raylight.config import ModelSpec, ParallelConfig, PoolConfig
         from comfy_raylight.tests.host.checkpoints import lora
-        from comfy_raylight.workers import remote
+        from comfy_raylight.workers.driver import remote
 
         self.family = FAMILIES[family]
         self.folder = folder
@@ -93,7 +93,7 @@ def infos() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("comfy_raylight.workers.link")
+    logger = logging.getLogger("comfy_raylight.workers.driver.link")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

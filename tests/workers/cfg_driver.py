@@ -75,7 +75,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     boot(options.comfy.resolve(), GROUPS)
 
-    from comfy_raylight.workers.pool import close_all
+    from comfy_raylight.workers.pool.pool import close_all
 
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

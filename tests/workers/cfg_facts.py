@@ -100,8 +100,8 @@ def nothing_to_divide_is_said_once(bench: Bench) -> None:
 def a_group_whose_device_waits_for_python_records(bench: Bench) -> None:
     """The other one does not."""
     from comfy_raylight.tests.workers.faults import end_waiting, in_worker, wait_for_python
-    from comfy_raylight.workers import report
-    from comfy_raylight.workers.pool import REGISTRY
+    from comfy_raylight.workers.driver import report
+    from comfy_raylight.workers.pool.pool import REGISTRY
 
     usual, pool = bench.picture(bench.far, steps=6), REGISTRY[bench.config]
     in_worker(pool, wait_for_python, rank=1)
@@ -143,7 +143,7 @@ def failing(bench: Bench, first: int) -> str:
 @fact(WAN, WAN4)
 def failure_of_a_whole_group_leaves_the_pool(bench: Bench) -> None:
     """The other group ends its call first, though it takes longer than the ranks of one group wait for another."""
-    from comfy_raylight.workers.pool import REGISTRY
+    from comfy_raylight.workers.pool.pool import REGISTRY
 
     pool, size = REGISTRY[bench.config], bench.config.parallel.sequence
     error = failing(bench, size)
@@ -153,7 +153,7 @@ def failure_of_a_whole_group_leaves_the_pool(bench: Bench) -> None:
 
 @fact(WAN4)
 def failure_of_a_part_of_a_group_ends_the_pool(bench: Bench) -> None:
-    from comfy_raylight.workers.pool import REGISTRY
+    from comfy_raylight.workers.pool.pool import REGISTRY
 
     error = failing(bench, 3)
     must("Worker 3 failed" in error and "a patch went wrong" in error, error)
@@ -199,7 +199,7 @@ def killed_worker_ends_the_call_and_a_new_pool_works(bench: Bench) -> None:
     import signal
 
     from comfy_raylight.raylight.errors import WorkerError
-    from comfy_raylight.workers.pool import REGISTRY
+    from comfy_raylight.workers.pool.pool import REGISTRY
 
     last = bench.config.parallel.world - 1
 
@@ -266,7 +266,7 @@ def interrupt_between_the_conditions(bench: Bench) -> None:
 @fact(WAN)
 def unloading_all_models_reaches_both_groups(bench: Bench) -> None:
     from comfy import model_management
-    from comfy_raylight.workers.pool import REGISTRY
+    from comfy_raylight.workers.pool.pool import REGISTRY
 
     bench.picture(bench.far)
     pool: Any = REGISTRY[bench.config]

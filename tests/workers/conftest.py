@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
-from comfy_raylight.workers import pool as pools
-from comfy_raylight.workers.messages import HostEnvironment
+from comfy_raylight.workers.pool import pool as pools
+from comfy_raylight.workers.wire.messages import HostEnvironment
 
 Acquire = Callable[..., pools.Pool]
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "workers" / "import
 
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.mesh import Mesh
-from comfy_raylight.workers import link_watch
+from comfy_raylight.workers.worker import link_watch
 
 
 def main(rank: int, address: str, port: int, pace: float) -> None:

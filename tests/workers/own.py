@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import psutil
-from comfy_raylight.workers.ray_keeper import NAME
-from comfy_raylight.workers.ray_watch import RayWatch
+from comfy_raylight.workers.pool.ray_keeper import NAME
+from comfy_raylight.workers.pool.ray_watch import RayWatch
 
 
 def of_ray(name: str) -> psutil.Process:

@@ -27,8 +27,8 @@ from comfy_raylight.raylight.config import ParallelConfig, PoolConfig  # noqa: E
 from comfy_raylight.raylight.errors import RaylightError  # noqa: E402
 from comfy_raylight.tests.workers.faults import in_worker, where_it_runs  # noqa: E402
 from comfy_raylight.tests.workers.test_pool import Model  # noqa: E402
-from comfy_raylight.workers import pool as pools  # noqa: E402
-from comfy_raylight.workers.messages import HostEnvironment  # noqa: E402
+from comfy_raylight.workers.pool import pool as pools  # noqa: E402
+from comfy_raylight.workers.wire.messages import HostEnvironment  # noqa: E402
 
 
 def main() -> None:

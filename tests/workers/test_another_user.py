@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 from comfy_raylight.tests.host import intruder
-from comfy_raylight.workers import pool as pools
-from comfy_raylight.workers.ray_watch import RayWatch
+from comfy_raylight.workers.pool import pool as pools
+from comfy_raylight.workers.pool.ray_watch import RayWatch
 
 Acquire = Callable[..., pools.Pool]
 UNAUTHENTICATED, UNKNOWN = "16", "12"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from comfy_raylight.raylight.errors import ConfigError
-from comfy_raylight.workers import cards, devices, limits, processes
+from comfy_raylight.workers.pool import cards, devices, limits, processes
 
 
 @pytest.fixture(autouse=True)

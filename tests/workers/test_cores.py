@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfy_raylight.workers import cores
+from comfy_raylight.workers.driver import cores
 
 MANY = 64
 """More threads than the machine has cores."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
 from comfy_raylight.raylight.errors import ConfigError
-from comfy_raylight.workers import devices, launch
-from comfy_raylight.workers.messages import HostEnvironment
+from comfy_raylight.workers.pool import devices, launch
+from comfy_raylight.workers.wire.messages import HostEnvironment
 
 
 def config(world: int, *indices: int) -> PoolConfig:

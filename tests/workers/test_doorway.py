@@ -10,7 +10,7 @@ from multiprocessing.connection import Client, Connection, Listener
 
 import pytest
 from comfy_raylight.raylight.errors import WorkerError
-from comfy_raylight.workers import doorway
+from comfy_raylight.workers.pool import doorway
 
 KEY = b"k" * 32
 

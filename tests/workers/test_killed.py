@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from comfy_raylight.tests.host.large import LARGE
-from comfy_raylight.workers import private_folder
+from comfy_raylight.workers.pool import private_folder
 
 STARTED_IN = Path(__file__).with_name("started_in.py")
 MOMENTS = [number / 8 for number in range(1, 11)] if LARGE else [0.4, 0.9]

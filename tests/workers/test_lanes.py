@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 from comfy_raylight.raylight.errors import UnsupportedError, WorkerError
-from comfy_raylight.workers.lanes import Lanes
+from comfy_raylight.workers.pool.lanes import Lanes
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comfy_raylight.workers.placement import Node, place
+from comfy_raylight.workers.pool.placement import Node, place
 
 
 def nodes(**free: int) -> list[Node]:

@@ -33,10 +33,10 @@ from comfy_raylight.tests.workers.faults import (
     wait_for_python,
 )
 from comfy_raylight.tests.workers.own import of_ray
-from comfy_raylight.workers import links
-from comfy_raylight.workers import pool as pools
-from comfy_raylight.workers.messages import HostEnvironment, LoadRequest, PatchRequest
-from comfy_raylight.workers.replica import Call, Patches, Replica
+from comfy_raylight.workers.driver.replica import Call, Patches, Replica
+from comfy_raylight.workers.pool import pool as pools
+from comfy_raylight.workers.wire import link_test
+from comfy_raylight.workers.wire.messages import HostEnvironment, LoadRequest, PatchRequest
 
 Acquire = Callable[..., pools.Pool]
 
@@ -159,7 +159,7 @@ def test_nothing_of_a_model_stays_with_the_workers(acquire: Acquire, model: Mode
         from comfy.model_base import BaseModel
         from comfy_raylight.loaders.source import Source
         from comfy_raylight.raylight.mesh import Mesh
-        from comfy_raylight.workers.model import WorkerModel
+        from comfy_raylight.workers.worker.model import WorkerModel
 
         gc.collect()
         return [
@@ -386,7 +386,7 @@ def test_predictions_know_what_is_recorded(model: Model) -> None:
 
 def test_link_test_is_bounded(acquire: Acquire, monkeypatch: pytest.MonkeyPatch) -> None:
     pools.close_all()
-    monkeypatch.setattr(links, "LIMIT_S", 0.0)
+    monkeypatch.setattr(link_test, "LIMIT_S", 0.0)
     with pytest.raises(WorkerError, match="did not finish check_links in time"):
         acquire(2, check_links=True)
     assert not pools.REGISTRY
@@ -396,14 +396,14 @@ def test_slow_links_are_told() -> None:
     parallel = ParallelConfig(world=2, ulysses=2, ring=1, cfg=1)
 
     def warning(rate: float) -> str:
-        found = {"ulysses": links.Link(reduce=rate, exchange=rate, latency=1e-4)}
-        return links.warning(found, parallel, "cuda")
+        found = {"ulysses": link_test.Link(reduce=rate, exchange=rate, latency=1e-4)}
+        return link_test.warning(found, parallel, "cuda")
 
     assert warning(6.0) == ""
     assert "carry 0.05 GB/s" in warning(0.05) and "cfg_degree" in warning(0.05)
-    assert links.warning({}, parallel, "cuda") == ""
-    assert links.machine({}, "cuda") == cost.RATES["cuda"]
-    assert links.machine({}, "abacus") is None
+    assert link_test.warning({}, parallel, "cuda") == ""
+    assert link_test.machine({}, "cuda") == cost.RATES["cuda"]
+    assert link_test.machine({}, "abacus") is None
 
 
 def test_everything_is_the_same_pack_in_a_worker(acquire: Acquire, comfy_root: Path) -> None:
@@ -422,10 +422,10 @@ def test_everything_is_the_same_pack_in_a_worker(acquire: Acquire, comfy_root: P
         }
 
     found = in_worker(pool, look)
-    assert found["class"] == "comfy_raylight.workers.actor"
+    assert found["class"] == "comfy_raylight.workers.pool.actor"
     assert Path(found["nodes"]).parent == comfy_root
     assert found["ours"] == []
-    assert type(pool.members[0].place).__module__ == "comfy_raylight.workers.messages"
+    assert type(pool.members[0].place).__module__ == "comfy_raylight.workers.wire.messages"
 
 
 def test_nothing_listens_beyond_this_host(acquire: Acquire) -> None:

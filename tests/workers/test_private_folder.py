@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from comfy_raylight.raylight.errors import ConfigError
-from comfy_raylight.workers import private_folder
+from comfy_raylight.workers.pool import private_folder
 
 NOBODY = 65534
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from comfy_raylight.raylight.errors import ConfigError
-from comfy_raylight.workers.ray_private import private
+from comfy_raylight.workers.pool.ray_private import private
 from packaging.requirements import Requirement
 from packaging.version import Version
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_raylight.raylight.comm import Comm, Meter
-from comfy_raylight.workers import recorded
-from comfy_raylight.workers.recorded import Recordings, Unrecordable, Waits, described
+from comfy_raylight.workers.worker import recorded
+from comfy_raylight.workers.worker.recorded import Recordings, Unrecordable, Waits, described
 
 CPU = torch.device("cpu")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from comfy_raylight.workers import chart
-from comfy_raylight.workers.messages import WorkerReport
-from comfy_raylight.workers.replica import Run, Traffic
-from comfy_raylight.workers.report import PoolReport, last_run, lines
+from comfy_raylight.workers.driver import chart
+from comfy_raylight.workers.driver.replica import Run, Traffic
+from comfy_raylight.workers.driver.report import PoolReport, last_run, lines
+from comfy_raylight.workers.wire.messages import WorkerReport
 
 RUNS = [Run(steps=2, traffic=Traffic(calls=2, seconds=4.0, worker_seconds=3.6, collective_seconds=0.6))]
 

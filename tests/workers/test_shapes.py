@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comfy_raylight.workers.shapes import Misfits, Shape, Shapes, fitting
+from comfy_raylight.workers.mapping.shapes import Misfits, Shape, Shapes, fitting
 
 CONV, TABLE, LINEAR = "patch.weight", "table", "proj.weight"
 MODEL = {CONV: (8, 4, 1, 2, 2), "patch.bias": (8,), TABLE: (1, 6, 8), LINEAR: (16, 8), "proj.bias": (16,)}

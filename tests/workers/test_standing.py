@@ -16,7 +16,7 @@ from comfy_raylight.raylight.errors import (
     UnsupportedError,
     WorkerError,
 )
-from comfy_raylight.workers import standing
+from comfy_raylight.workers.wire import standing
 
 ROOT = Path(__file__).resolve().parents[2]
 UNKNOWN = "0.99.0"

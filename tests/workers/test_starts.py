@@ -16,9 +16,9 @@ from comfy_raylight.raylight.errors import ConfigError, WorkerError
 from comfy_raylight.tests.conftest import SLOW
 from comfy_raylight.tests.workers.conftest import Acquire, config
 from comfy_raylight.tests.workers.own import of_ray
-from comfy_raylight.workers import pool as pools
-from comfy_raylight.workers import status
-from comfy_raylight.workers.messages import HostEnvironment
+from comfy_raylight.workers.driver import status
+from comfy_raylight.workers.pool import pool as pools
+from comfy_raylight.workers.wire.messages import HostEnvironment
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from comfy_raylight.raylight.layout import Layout
-from comfy_raylight.raylight.masks import QueryMask, QueryMasks
 from comfy_raylight.raylight.plan import Plan
+from comfy_raylight.raylight.sequence.masks import QueryMask, QueryMasks
 
 from ..case import CHOOSES_BLOCK, EVERY, Case, Inputs, build, override, patched, random, run_original, skip
 from .changes import as_first_rank, with_shared, with_sites

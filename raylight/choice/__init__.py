@@ -1,0 +1,1 @@
+"""Which cards share a run: its work, what it costs, and what is best. Runs in ComfyUI's process."""

@@ -1,0 +1,1 @@
+"""A plan that nobody wrote: found by tracing a model, and proved on ranks that are threads."""

@@ -1,0 +1,1 @@
+"""UNets and VAEs by rows of the latent, with the halo that their convolutions need. Runs in a worker."""

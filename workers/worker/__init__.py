@@ -1,0 +1,1 @@
+"""What runs in a worker: its verbs, the model, its weights, recorded and compiled calls."""

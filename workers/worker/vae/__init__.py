@@ -1,0 +1,1 @@
+"""A VAE on a worker: a strip of rows, or tiles that are dealt out."""
