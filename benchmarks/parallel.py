@@ -126,8 +126,8 @@ def _shared(model: Any, way: Way, *, rank: int, path: str) -> tuple[Any, Any, Ca
     """This rank's mesh, its hooks on the model, and the forward that goes through them."""
     from comfy_raylight.patches.registry import plan_for
     from comfy_raylight.raylight.config import ParallelConfig
+    from comfy_raylight.raylight.install import install
     from comfy_raylight.raylight.sequence import kernels
-    from comfy_raylight.raylight.sequence.hooks import install
     from comfy_raylight.tests.engine.ranks import forward_of, mesh_of
 
     parallel = ParallelConfig(world=way.ranks, ulysses=way.ulysses, ring=way.ring, cfg=1, overlap=way.overlap)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
 def is_patch(value: object) -> bool:
     """Whether a value inside transformer_options is a function that runs inside the model."""
     return callable(value) and not isinstance(value, type)
+
+
+def is_options(value: Any) -> bool:
+    """Whether an argument is transformer_options: ComfyUI's sampling always puts these in."""
+    return isinstance(value, dict) and ("cond_or_uncond" in value or "sigmas" in value)
+
+
+def on_options(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a model call with `change` applied to transformer_options, wherever the family passes them."""
+    changed = {key: change(value) if key == "transformer_options" else value for key, value in kwargs.items()}
+    return tuple(change(value) if is_options(value) else value for value in args), changed
 
 
 def functions(value: Any) -> Iterator[Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""The vocabulary in which a model family says where its tokens are: data that `hooks.install` carries out."""
+"""The vocabulary in which a model family says where its tokens are: data that `install` carries out."""
 
 from __future__ import annotations
 

@@ -168,8 +168,8 @@ def other(given: Any) -> Any:
 def errors(plain: list[tuple[Any, Any, Any]], mesh: Any, device: Any, *, recorded: bool) -> dict[str, Any]:
     """Differences to the plain outputs; `over` is bf16's over what is allowed, `recorded` of the calls were."""
     import torch
+    from comfy_raylight.raylight.install import install
     from comfy_raylight.raylight.sequence import kernels
-    from comfy_raylight.raylight.sequence.hooks import install
     from comfy_raylight.tests.engine.ranks import difference, forward_of
     from comfy_raylight.workers.worker.recorded import Recordings
 

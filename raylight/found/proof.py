@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..install import install
 from ..mesh import Mesh
 from ..plan import Plan, Region
-from ..sequence.hooks import install
 from ..sequence.slots import modules
 from .simulated import on_ranks
 from .values import Inputs, Refused, apart, close, copied, narrow, never, tensors

@@ -16,8 +16,7 @@ from ..draws import same_draws
 from ..errors import PlanError, RaylightError
 from ..layout import Layout, Segment
 from ..mesh import Mesh
-from ..plan import Blocks, Plan, RowPlan, Site
-from ..rows.row_hooks import RowInstallation
+from ..plan import Blocks, Plan, Site
 from .alike import Alike, Written
 from .attention import ByLength, SequenceAttention
 from .kernels import LocalKernel
@@ -28,38 +27,6 @@ from .slots import Slot, modules
 from .whole_patches import show_whole
 
 Granularity = Literal["trunk", "block"]
-
-
-def install(
-    model: nn.Module,
-    plan: Plan | RowPlan,
-    mesh: Mesh,
-    *,
-    kernel: LocalKernel | None = None,
-    granularity: Granularity | None = None,
-    opaque: Callable[[Attend], Attend] | None = None,
-    replaced: Replaced | None = None,
-) -> Installation | RowInstallation:
-    """Put a plan's hooks on a model.
-
-    Args:
-        model: the diffusion model itself; its weights are not touched.
-        plan: where its tokens are.
-        mesh: the ranks that share the sequence.
-        kernel: computes attention locally (`kernels.chosen`); None is what the model calls. A ring needs one.
-        granularity: cut once per region ("trunk") or around every block ("block"); None decides per forward.
-        opaque: makes a function one that compilers leave alone; None where nothing is compiled.
-        replaced: which blocks are compared with themselves on all tokens; None for those with code of a user's patch.
-
-    Raises:
-        PlanError: the plan names a module or argument that the model does not have.
-        UnsupportedError: a model that is cut by rows is to be compiled.
-    """
-    if isinstance(plan, RowPlan):
-        return RowInstallation(model, plan, mesh, kernel=kernel, opaque=opaque)
-    return Installation(
-        model, plan, mesh, kernel=kernel, granularity=granularity, opaque=opaque, replaced=replaced or Replaced()
-    )
 
 
 class Forward:

@@ -19,8 +19,8 @@ from comfy_raylight.raylight.found import find as found
 from comfy_raylight.raylight.found import proof
 from comfy_raylight.raylight.found.source import source
 from comfy_raylight.raylight.found.values import Refused, copied
+from comfy_raylight.raylight.install import install
 from comfy_raylight.raylight.mesh import Mesh
-from comfy_raylight.raylight.sequence.hooks import install
 from comfy_raylight.workers.worker import unplanned as unplanned_worker
 
 from . import families, unplanned

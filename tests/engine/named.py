@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from comfy_raylight.raylight.cuts import Split
 from comfy_raylight.raylight.errors import UnsupportedError
+from comfy_raylight.raylight.install import install
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.plan import Blocks, Plan, Region
 from comfy_raylight.raylight.sequence import kernels
-from comfy_raylight.raylight.sequence.hooks import install
 from torch import nn
 
 HEADS, WIDTH, TOKENS = 5, 8, 23

@@ -31,9 +31,9 @@ import torch.distributed as dist
 from comfy_raylight.patches.control import control_plan_for
 from comfy_raylight.raylight import cost
 from comfy_raylight.raylight.config import ParallelConfig
+from comfy_raylight.raylight.install import install
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.sequence import kernels
-from comfy_raylight.raylight.sequence.hooks import install
 from comfy_raylight.tests.host.host_waits import HostWaits
 
 from . import collectives, row_bytes

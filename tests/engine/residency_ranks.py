@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from comfy_raylight.loaders.residency import Leaf, Shards, Streams, from_map, pack
 from comfy_raylight.raylight.config import ParallelConfig
+from comfy_raylight.raylight.install import install
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.packing import footprint
 from comfy_raylight.raylight.residency import Rotation
 from comfy_raylight.raylight.sequence import kernels
-from comfy_raylight.raylight.sequence.hooks import install
 from comfy_raylight.tests.host.large import LARGE
 
 from .case import Case, patched, skip

@@ -10,7 +10,7 @@ from comfy_raylight.patches.registry import plan_for
 from comfy_raylight.raylight import cost
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.cost import Work
-from comfy_raylight.raylight.sequence.hooks import install
+from comfy_raylight.raylight.install import install
 
 from .case import Inputs
 from .families import unet

@@ -12,11 +12,11 @@ from comfy_raylight.raylight.comm import Comm, Meter
 from comfy_raylight.raylight.config import ParallelConfig
 from comfy_raylight.raylight.cuts import Rope, Split
 from comfy_raylight.raylight.errors import ConfigError, PlanError, UnsupportedError
+from comfy_raylight.raylight.install import install
 from comfy_raylight.raylight.mesh import Mesh
 from comfy_raylight.raylight.plan import Blocks, Head, Plan, Region
 from comfy_raylight.raylight.sequence import kernels
 from comfy_raylight.raylight.sequence.alike import Alike
-from comfy_raylight.raylight.sequence.hooks import install
 from torch import nn
 
 

@@ -15,6 +15,7 @@ import torch
 from comfy import model_management
 
 from ...patches.registry import ASKING, FAMILIES, plan_for
+from ...raylight.blocks import blocks
 from ...raylight.choice import choose, sizing
 from ...raylight.choice.choose import Choice, Layout, Situation
 from ...raylight.config import ModelSpec, PoolConfig
@@ -25,7 +26,6 @@ from ..mapping.adopt import parts
 from ..pool.pool import HISTORY, Pool
 from ..wire import random_states
 from ..wire.comfy_host import device_uuid
-from ..worker import boundaries
 from .link import DRIVER_ONLY, interruptible
 from .place import Place
 
@@ -182,14 +182,14 @@ class Chosen(Place):
     def _sizes(self) -> tuple[tuple[int, ...], int]:
         """Bytes of the weights of each block, and of all others."""
         model = self._model.diffusion_model
-        blocks = [sum(map(_nbytes, block.parameters())) for block in dict.fromkeys(boundaries.blocks(model))]
+        sizes = [sum(map(_nbytes, block.parameters())) for block in dict.fromkeys(blocks(model))]
         whole = sum(map(_nbytes, model.parameters()))
         part = 1.0
         assert self._spec is not None
         if self._spec.path.lower().endswith(".gguf") and whole:  # whose quantised weights are shown in 16 bits
             stored = self._spec.size + sum(size for _, size, _, _ in self._spec.others)
             part = min(1.0, stored / whole)
-        return tuple(int(size * part) for size in blocks), int(max(0, whole - sum(blocks)) * part)
+        return tuple(int(size * part) for size in sizes), int(max(0, whole - sum(sizes)) * part)
 
     def _kind(self, patcher: RemotePatcher) -> tuple[Any, ...]:
         """What nodes have put into a model, by which workers may refuse to share it."""

@@ -12,7 +12,7 @@ import comfy.patcher_extension
 import torch
 
 from ...raylight import cfg
-from .replica import is_options
+from ...raylight.names import is_options
 
 KEY = "raylight"
 PER_ROW = "raylight_per_row"

@@ -16,7 +16,7 @@ from ...loaders.files import changed
 from ...raylight import cfg
 from ...raylight.config import ModelSpec, PoolConfig, WorkerSettings
 from ...raylight.errors import UnsupportedError, WorkerError
-from ...raylight.names import functions, name_of
+from ...raylight.names import functions, name_of, on_options
 from ..pool.lanes import Lanes
 from ..pool.pool import REGISTRY, Pool, acquire
 from ..wire import deferred, numerics, random_states, standing
@@ -28,7 +28,7 @@ from . import refusals
 from .conds import PER_ROW, rows_of
 from .groups import Groups
 from .place import Place
-from .replica import Call, Patches, Run, Traffic, on_options
+from .replica import Call, Patches, Run, Traffic
 
 log = logging.getLogger(__name__)
 

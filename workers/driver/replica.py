@@ -14,6 +14,7 @@ import torch
 
 from ...raylight import cfg
 from ...raylight.config import ModelSpec, WorkerSettings
+from ...raylight.names import on_options
 from ..wire.arena import Arena
 from ..wire.messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest, Wrapped
 from ..wire.said import Told
@@ -306,19 +307,6 @@ def can_share(pool: Caller, ranks: Sequence[int]) -> bool:
         return False
     probe = Arena.probe()
     return all(pool.call("share", probe.ref, ranks=ranks))
-
-
-def on_options(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Any], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a model call with `change` applied to transformer_options, wherever the family passes them."""
-    changed = {key: change(value) if key == "transformer_options" else value for key, value in kwargs.items()}
-    return tuple(change(value) if is_options(value) else value for value in args), changed
-
-
-def is_options(value: Any) -> bool:
-    """Whether an argument is transformer_options: ComfyUI's sampling always puts these in."""
-    return isinstance(value, dict) and ("cond_or_uncond" in value or "sigmas" in value)
 
 
 def _same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:

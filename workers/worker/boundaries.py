@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...raylight.blocks import blocks
 from ...raylight.watch import Watch
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of its outermost lists and dicts of modules: what a forward runs one after the other."""
-    for child in model.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from child.children()
-        else:
-            yield from blocks(child)
 
 
 class Boundaries:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...raylight.blocks import blocks
 from ..wire.messages import PREFIX
-from .boundaries import blocks
 
 
 def compiled_blocks(diffusion: nn.Module, backend: str) -> dict[str, Callable[..., Any]]:

@@ -10,8 +10,7 @@ import cloudpickle
 import torch
 
 from ...raylight.errors import UnsupportedError
-from ...raylight.names import is_patch
-from ..driver.replica import is_options
+from ...raylight.names import is_options, is_patch
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.device)
 """What a call cannot change, or, of tensors, what costs too much to compare."""

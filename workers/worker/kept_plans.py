@@ -50,7 +50,7 @@ class KeptPlans:
             structure.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             structure.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        pack = look("", str(Path(__file__).resolve().parents[1]))["Raylight"]
+        pack = look("", str(Path(__file__).resolve().parents[2]))["Raylight"]
         self._about = [content_key(paths), standing.version(), torch.__version__, pack, structure.hexdigest()]
 
     def get(self, kind: Hashable) -> dict[str, Any] | None:

@@ -18,12 +18,13 @@ from ...patches.registry import check, has_plan, plan_for
 from ...raylight import cost
 from ...raylight.config import ModelSpec, WorkerSettings
 from ...raylight.errors import ConfigError, LoadError, UnsupportedError
+from ...raylight.install import install
 from ...raylight.mesh import Mesh
 from ...raylight.names import name_of
 from ...raylight.packing import Footprint, advice
 from ...raylight.plan import Plan, RowPlan
 from ...raylight.rows.row_hooks import RowInstallation
-from ...raylight.sequence.hooks import Installation, install
+from ...raylight.sequence.hooks import Installation
 from ...raylight.sequence.kernels import LocalKernel
 from ...raylight.watch import Watch
 from ..mapping.adopt import Adopted, adopt, private_bytes

@@ -23,10 +23,11 @@ from ...raylight.found.doubt import Doubt, Unproved
 from ...raylight.found.kinds import Form, kind_of, normal, sizes_of
 from ...raylight.found.small import small
 from ...raylight.found.values import Inputs, Refused, apart, copied, tensors
+from ...raylight.install import install
 from ...raylight.mesh import Mesh
 from ...raylight.names import functions, name_of
 from ...raylight.plan import Plan
-from ...raylight.sequence.hooks import Installation, install
+from ...raylight.sequence.hooks import Installation
 from ...raylight.sequence.kernels import LocalKernel
 from ...raylight.sequence.replaced import limit
 from ...raylight.sequence.slots import modules

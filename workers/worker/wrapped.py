@@ -14,16 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ...raylight.blocks import blocks
 from ...raylight.errors import UnsupportedError
 from ...raylight.mesh import Mesh
-from ...raylight.names import name_of
+from ...raylight.names import name_of, on_options
 from ...raylight.rows.row_hooks import RowInstallation
 from ...raylight.sequence.alike import Alike
 from ...raylight.sequence.hooks import Installation
 from ...raylight.sequence.replaced import within
-from ..driver.replica import on_options
 from ..wire.messages import OPTIONS, Wrapped
-from .boundaries import blocks
 
 REMEDY = "Remove the node; where it skips steps, ComfyUI's EasyCache and TeaCache (Ray) do that on the pool"
 
