@@ -13,19 +13,77 @@ import torch
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
 from comfy_raylight.tests.engine.ranks import mesh_of
 from comfy_raylight.workers.pool import private_folder
-from comfy_raylight.workers.pool.pool import Member, Pool
+from comfy_raylight.workers.pool.crew import Member
+from comfy_raylight.workers.pool.pool import Pool
+from comfy_raylight.workers.pool.start import Start
 from comfy_raylight.workers.wire.messages import Standing
 
 CONTEXT: Any = multiprocessing.get_context("fork")
 
 
-class LocalPool(Pool):
+class LocalStart(Start):
     """Workers that share nothing but what they were forked with.
 
     Args:
         world: how many.
         before: run in each worker before it serves.
     """
+
+    def __init__(self, world: int, interrupted: Callable[[], bool], before: Callable[[Any], None]) -> None:
+        parallel = ParallelConfig(world=world, ulysses=world, ring=1, cfg=1)
+        environment: Any = None
+        super().__init__(PoolConfig(parallel=parallel), environment, interrupted)
+        self._before = before
+        self.launch: Any = SimpleNamespace(
+            ready=lambda references: references[0] is not None,
+            kill=self._kill,
+            ray_ended=lambda ask: "",
+            why_ended=lambda serving: "it was killed",
+            last_words=lambda pid: "",
+            answer=lambda reference: Standing(),
+        )
+
+    def members(self, lost: Callable[[str], None]) -> list[Member]:
+        parallel = self.config.parallel
+        self._folder = private_folder.make()
+        store = str(self._folder.path / "store")
+        pipes = [CONTEXT.Pipe() for _ in range(parallel.world)]
+        self.crew.actors += [
+            # daemons: what goes wrong here must not wait for their end
+            CONTEXT.Process(target=_serve, args=(parallel, rank, store, pipes, self._before), daemon=True)
+            for rank in range(parallel.world)
+        ]
+        for process in self.crew.actors:
+            process.start()
+        self.crew.processes += [psutil.Process(process.pid) for process in self.crew.actors]
+        actor = SimpleNamespace(status=SimpleNamespace(remote=lambda: "alive"))
+        self.crew.places = [SimpleNamespace(pid=process.pid, device="cpu") for process in self.crew.actors]  # type: ignore[misc]
+        members = [
+            Member(
+                rank=rank,
+                actor=actor,
+                place=place,
+                serving=None,
+                connection=pipes[rank][0],
+                process=self.crew.processes[rank],
+            )
+            for rank, place in enumerate(self.crew.places)
+        ]
+        for _, theirs in pipes:
+            theirs.close()
+        return members
+
+    def join(self, pool: Pool) -> None:
+        """They have their mesh from the fork."""
+
+    def _kill(self, processes: Any) -> None:
+        for process in processes:
+            process.kill()
+            process.join(10)
+
+
+class LocalPool(Pool):
+    """A pool of such workers."""
 
     def __init__(
         self,
@@ -34,54 +92,7 @@ class LocalPool(Pool):
         interrupted: Callable[[], bool] = lambda: False,
         before: Callable[[Any], None] = lambda runner: None,
     ) -> None:
-        parallel = ParallelConfig(world=world, ulysses=world, ring=1, cfg=1)
-        self.config = PoolConfig(parallel=parallel)
-        self.notes = {}
-        launch: Any = SimpleNamespace(
-            ready=lambda references: references[0] is not None,
-            kill=self._kill,
-            ray_ended=lambda ask: "",
-            why_ended=lambda serving: "it was killed",
-            last_words=lambda pid: "",
-            answer=lambda reference: Standing(),
-        )
-        self._launch = launch
-        self._interrupted = interrupted
-        self._serving: list[Any] = []
-        self._closed = False
-        self._lost = ""
-        self._single, self._starting, self._starved = True, False, 0
-        self._next_id = 0
-        self._folder = private_folder.make()
-        store = str(self._folder.path / "store")
-        pipes = [CONTEXT.Pipe() for _ in range(world)]
-        self._actors = [
-            # daemons: what goes wrong here must not wait for their end
-            CONTEXT.Process(target=_serve, args=(parallel, rank, store, pipes, before), daemon=True)
-            for rank in range(world)
-        ]
-        for process in self._actors:
-            process.start()
-        self._processes = [psutil.Process(process.pid) for process in self._actors]
-        actor = SimpleNamespace(status=SimpleNamespace(remote=lambda: "alive"))
-        self.members = [
-            Member(
-                rank=rank,
-                actor=actor,
-                place=SimpleNamespace(pid=process.pid),  # type: ignore[arg-type]
-                serving=None,
-                connection=pipes[rank][0],
-                process=self._processes[rank],
-            )
-            for rank, process in enumerate(self._actors)
-        ]
-        for _, theirs in pipes:
-            theirs.close()
-
-    def _kill(self, processes: Any) -> None:
-        for process in processes:
-            process.kill()
-            process.join(10)
+        super().__init__(LocalStart(world, interrupted, before))
 
 
 def _serve(parallel: ParallelConfig, rank: int, store: str, pipes: Any, before: Callable[[Any], None]) -> None:

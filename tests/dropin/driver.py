@@ -169,18 +169,18 @@ class Bench:
         """The verbs of all requests to the workers while this is open."""
         from comfy_raylight.workers.pool.pool import REGISTRY
 
-        pool: Any = REGISTRY[self.config]
+        calls: Any = REGISTRY[self.config].calls
         verbs: list[str] = []
 
         def begin(groups: Any, request: Any, *more: Any) -> Any:
             verbs.append(request.verb)
-            return type(pool)._begin(pool, groups, request, *more)
+            return type(calls).begin(calls, groups, request, *more)
 
-        pool._begin = begin
+        calls.begin = begin
         try:
             yield verbs
         finally:
-            del pool._begin
+            del calls.begin
 
 
 def both(*pictures: torch.Tensor) -> torch.Tensor:

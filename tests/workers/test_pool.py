@@ -35,6 +35,7 @@ from comfy_raylight.tests.workers.faults import (
 from comfy_raylight.tests.workers.own import of_ray
 from comfy_raylight.workers.driver.replica import Call, Patches, Replica
 from comfy_raylight.workers.pool import pool as pools
+from comfy_raylight.workers.pool.start import Start
 from comfy_raylight.workers.wire import link_test
 from comfy_raylight.workers.wire.messages import HostEnvironment, LoadRequest, PatchRequest
 
@@ -193,7 +194,7 @@ def test_a_worker_that_ends_before_it_connects(model: Model, cancel: bool) -> No
     os.kill(crew.places[1].pid, signal.SIGSTOP if cancel else signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(WorkerError, match="Cancelled while" if cancel else "ended while it should connect"):
-        pools.Pool(old.config, crew.environment, lambda: cancel, crew)
+        pools.Pool(Start(old.config, crew.environment, lambda: cancel, crew))
     assert time.monotonic() - began < 20
     assert all_gone([place.pid for place in crew.places])
 
@@ -208,7 +209,7 @@ def test_workers_of_another_environment_are_ended(acquire: Acquire, model: Model
     assert crew.fitting([crew.variables[0], {}], crew.environment) == 1
     other = dataclasses.replace(crew.environment, folders=b"")
     assert crew.fitting(crew.variables, other) == 0
-    new = pools.Pool(old.config, crew.environment, lambda: False, dataclasses.replace(crew, environment=other))
+    new = pools.Pool(Start(old.config, crew.environment, lambda: False, dataclasses.replace(crew, environment=other)))
     try:
         assert all_gone(processes) and new.alive()
     finally:
@@ -339,7 +340,7 @@ def test_cancel_within_a_forward(
     write([Job(family="wan", path=path, size={"layers": 8})], comfy_root=comfy_root, python=Path(sys.executable))
     model = Model(acquire(), path)
     before, processes, flag = model.forward(), pids(model.pool), threading.Event()
-    monkeypatch.setattr(model.pool, "_interrupted", flag.is_set)
+    monkeypatch.setattr(model.pool.calls, "_interrupted", flag.is_set)
     for after in (0.1, 0.5, 0.9):
         threading.Timer(after, flag.set).start()
         with pytest.raises(Cancelled):

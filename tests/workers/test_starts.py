@@ -18,6 +18,7 @@ from comfy_raylight.tests.workers.conftest import Acquire, config
 from comfy_raylight.tests.workers.own import of_ray
 from comfy_raylight.workers.driver import status
 from comfy_raylight.workers.pool import pool as pools
+from comfy_raylight.workers.pool.history import History
 from comfy_raylight.workers.wire.messages import HostEnvironment
 
 
@@ -101,7 +102,7 @@ def test_three_failed_starts(environment: HostEnvironment, acquire: Acquire) -> 
 
 
 def test_failures_long_ago_are_no_series(environment: HostEnvironment) -> None:
-    history = pools.History()
+    history = History()
     history.failed(config(2), WorkerError("one"))
     history._failed = (config(2), [time.monotonic() - 400])
     for _ in range(2):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..pool import processes
+from ..pool.crew import Member
 from ..pool.history import TRIES, WITHIN_S
-from ..pool.pool import HISTORY, REGISTRY, Member, Pool
+from ..pool.pool import HISTORY, REGISTRY, Pool
 from .groups import Groups
 from .report import LAST_REPORT
 

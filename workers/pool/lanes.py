@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from ...raylight import cfg
 from ...raylight.errors import RaylightError
-from .pool import Exchange, Pool, RankGroups
+from .calls import Exchange, RankGroups
+from .pool import Pool
 
 T = TypeVar("T")
 
