@@ -10,8 +10,9 @@ import torch
 from comfy_raylight.raylight.cfg import mapped
 from comfy_raylight.raylight.config import ModelSpec
 from comfy_raylight.raylight.errors import UnsupportedError
+from comfy_raylight.workers.wire.decoder import Decoder
 from comfy_raylight.workers.wire.deferred import Computed, Evaluation, Result, deferred_in, filled, outline
-from comfy_raylight.workers.wire.transfer import Decoder, Encoder
+from comfy_raylight.workers.wire.encoder import Encoder
 
 SPEC = ModelSpec(path="control", size=1, mtime_ns=1, inode=1)
 CPU = torch.device("cpu")

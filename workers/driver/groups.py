@@ -11,8 +11,9 @@ from ...raylight.config import ModelSpec
 from ...raylight.errors import RaylightError
 from ..pool.lanes import Failed, Lanes
 from ..pool.pool import Pool
+from ..wire.encoder import Shelf
 from ..wire.messages import LoadRequest, ModelFacts
-from ..wire.transfer import Reference, Shelf
+from ..wire.parcels import Reference
 from .replica import Call, Patches, Replica
 
 T = TypeVar("T")

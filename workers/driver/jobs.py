@@ -17,7 +17,7 @@ import torch
 from ...raylight.config import ParallelConfig
 from ...raylight.errors import ConfigError, UnsupportedError
 from ..wire import random_states
-from ..wire.transfer import copied
+from ..wire.pickling import copied
 from . import remote
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from ..mapping.gguf_ops import BlockPatch, Blocks
 from ..mapping.loading import normal_tensors
 from ..mapping.mapped_patcher import is_blocks, patch_dtype
 from ..wire.messages import PREFIX
+from ..wire.pickling import Weight
 from ..wire.said import Told
-from ..wire.transfer import Weight
 
 CPU = torch.device("cpu")
 PatchesOf = Callable[[str], list[Any]]

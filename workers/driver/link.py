@@ -22,8 +22,8 @@ from ..pool.pool import REGISTRY, Pool, acquire
 from ..wire import deferred, numerics, random_states, standing
 from ..wire.comfy_host import describe, device_uuid
 from ..wire.messages import PREFIX, LoadRequest, ModelFacts, Wrapped, seen
+from ..wire.parcels import CPU, Reference
 from ..wire.said import Told
-from ..wire.transfer import CPU, Reference
 from . import refusals
 from .conds import PER_ROW, rows_of
 from .groups import Groups
@@ -64,7 +64,7 @@ class ModelLink:
     Args:
         place: which pool.
         dtype: what plain ComfyUI keeps the weights in.
-        refer: names live objects that the workers have their own of (see transfer.Encoder).
+        refer: names live objects that the workers have their own of (see Encoder).
         told: what ComfyUI's log has of the model.
         replica: which data-parallel replica of the pool answers.
 

@@ -28,8 +28,8 @@ from ..pool.pool import HISTORY, Pool, acquire, close_all, shut_down
 from ..wire import standing
 from ..wire.comfy_host import describe
 from ..wire.messages import PREFIX
+from ..wire.parcels import FILE
 from ..wire.said import Told
-from ..wire.transfer import FILE
 from . import conds, cores, layers, lending, reaching, refusals
 from .link import SETTINGS, ModelLink, interruptible, patches_of, settings_of
 from .place import Place

@@ -16,9 +16,10 @@ from ...raylight import cfg
 from ...raylight.config import ModelSpec, WorkerSettings
 from ...raylight.names import on_options
 from ..wire.arena import Arena
+from ..wire.encoder import Encoder, Shelf
 from ..wire.messages import Forward, ForwardReply, FunctionRef, LoadRequest, ModelFacts, PatchRequest, Wrapped
+from ..wire.parcels import CPU, Reference
 from ..wire.said import Told
-from ..wire.transfer import CPU, Encoder, Reference, Shelf
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Replica:
     sampling run that called a model here, and `noise_levels` those of the run at hand.
 
     Args:
-        refer: names live objects that the workers have their own of (see transfer.Encoder).
+        refer: names live objects that the workers have their own of (see Encoder).
         models_kept: models that stay loaded although nothing holds them, at most, together with those held.
         shelf: shared with the replicas that get the same patches.
     """

@@ -11,8 +11,8 @@ import torch
 from ...raylight.config import ModelSpec, ParallelConfig, WorkerSettings
 from ...raylight.cost import Machine
 from ...raylight.errors import RaylightError
+from .parcels import Parcel
 from .said import Said
-from .transfer import Parcel
 
 PREFIX = "diffusion_model."
 """Of the keys of weights and object patches of a diffusion model."""

@@ -26,6 +26,7 @@ from ..mapping.loading import normal_tensors
 from ..wire import link_test, numerics, random_states, rates
 from ..wire.arena import ArenaRef, is_open
 from ..wire.comfy_host import device_uuid
+from ..wire.decoder import Decoder
 from ..wire.deferred import Computed, Evaluation, Result, outline
 from ..wire.messages import (
     Forward,
@@ -39,9 +40,9 @@ from ..wire.messages import (
     Standing,
     WorkerReport,
 )
+from ..wire.parcels import FILE, Parcel
 from ..wire.rates import Rates
 from ..wire.said import Heard, Said
-from ..wire.transfer import FILE, Decoder, Parcel
 from ..wire.vae_messages import DecodeRequest, EncodeRequest, PartReply, TileSizes, VAEFacts, VAEPlan
 from . import filled, memory
 from .control_loading import WorkerControl

@@ -12,8 +12,10 @@ import pytest
 import torch
 from comfy_raylight.raylight.errors import UnsupportedError
 from comfy_raylight.workers.wire.arena import Arena
+from comfy_raylight.workers.wire.decoder import Decoder
+from comfy_raylight.workers.wire.encoder import HELD_LIMIT, Encoder, Shelf
 from comfy_raylight.workers.wire.path_modules import resolve
-from comfy_raylight.workers.wire.transfer import HELD_LIMIT, Decoder, Encoder, Shelf, copied
+from comfy_raylight.workers.wire.pickling import copied
 
 
 def pair(*, shared: bool) -> tuple[Encoder, Decoder]:
