@@ -24,6 +24,8 @@ READERS = ("map", "private", "fastsafetensors")
 """Ways to read a model file (see loaders.source)."""
 MOST_WORKERS = 1024
 """More than any pool has room for: what is made for each worker, and looked through, is bounded by it."""
+LOCAL = "local"
+"""Address of a Ray of our own, in place of a cluster's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ class PoolConfig:
 
     Attributes:
         parallel: how the workers share a call.
-        address: Ray cluster to join, or "local" for one of our own.
+        address: Ray cluster to join, or LOCAL for one of our own.
         namespace: Ray namespace, used when a cluster is joined.
         devices: physical accelerator indices, one per worker; empty means the first ones. Not used on CPU.
         object_store_gb: Ray object store size in GiB for a local Ray; 0 means Ray's own small default here.
@@ -130,7 +132,7 @@ class PoolConfig:
     """
 
     parallel: ParallelConfig
-    address: str = "local"
+    address: str = LOCAL
     namespace: str = "default"
     devices: tuple[int, ...] = ()
     object_store_gb: float = 0.0
@@ -157,6 +159,11 @@ class PoolConfig:
         if self.models_kept < 1:
             raise ConfigError("mmap_cache_size is below 1", str(self.models_kept), "Use 1 or more")
         assert self.reader in READERS
+
+    @property
+    def local(self) -> bool:
+        """Whether its Ray is one of our own, on this machine."""
+        return self.address == LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)

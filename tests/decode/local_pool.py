@@ -34,10 +34,10 @@ class LocalStart(Start):
         environment: Any = None
         super().__init__(PoolConfig(parallel=parallel), environment, interrupted)
         self._before = before
+        self.connection: Any = SimpleNamespace(ray_ended=lambda ask: "")
         self.launch: Any = SimpleNamespace(
             ready=lambda references: references[0] is not None,
             kill=self._kill,
-            ray_ended=lambda ask: "",
             why_ended=lambda serving: "it was killed",
             last_words=lambda pid: "",
             answer=lambda reference: Standing(),

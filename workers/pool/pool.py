@@ -46,14 +46,12 @@ def acquire(config: PoolConfig, environment: HostEnvironment, interrupted: Calla
     Raises:
         ConfigError: it asks for what there is not; the pool that runs goes on.
     """
-    from . import launch
-
     with _LOCK:
         _leave_lost_ray()
         pool = REGISTRY.get(config)
         if pool is not None and pool.alive():
             return pool
-        limits.check(config, environment, local=config.address == launch.LOCAL)
+        limits.check(config, environment, local=config.local)
         HISTORY.check(config)
         standing.announce()
         old = next(iter(REGISTRY.values()), None)
@@ -82,11 +80,11 @@ def _noted(config: PoolConfig, interrupted: Callable[[], bool]) -> Iterator[None
 
 def shut_down() -> None:
     """End every pool of this process, and Ray with them where it is our own."""
-    from . import launch
+    from . import connection
 
     with _LOCK:
         close_all()
-        launch.stop_ray()
+        connection.stop_ray()
 
 
 def _ray_lost(process: str) -> None:
@@ -98,11 +96,11 @@ def _ray_lost(process: str) -> None:
 
 
 def _leave_lost_ray() -> None:
-    from . import launch
+    from . import connection
 
-    if launch.ray_ended():
+    if connection.ray_ended():
         close_all()
-        launch.stop_ray()
+        connection.stop_ray()
 
 
 def close_all() -> None:
@@ -326,7 +324,7 @@ class Pool:
     def retire(self) -> Crew | None:
         """Close, and have the workers give up what they hold. None where they cannot be used again: they are ended."""
         start = self._start
-        local = start.single and self.config.address == start.launch.LOCAL
+        local = start.single and self.config.local
         if not self.alive() or not local or not self.idle(range(len(self.members))):
             self.close()
             return None
@@ -378,7 +376,7 @@ class Pool:
             yield
         except BaseException as error:
             if not self._closed:
-                self._lost = self._lost or self._start.launch.ray_ended(ask=True)
+                self._lost = self._lost or self._start.connection.ray_ended(ask=True)
                 self.close()
                 lost = ray_lost(self._lost, verb) if self._lost else error
                 self._note(lost)

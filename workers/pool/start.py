@@ -50,8 +50,9 @@ class Start:
         interrupted: Callable[[], bool],
         old: Crew | None = None,
     ) -> None:
-        from . import launch
+        from . import connection, launch
 
+        self.connection: Any = connection
         self.launch: Any = launch
         self.crew = Crew(environment)
         if old is not None:
@@ -72,7 +73,7 @@ class Start:
         """Start the processes, or take them over, and connect them.
 
         Args:
-            lost: see launch.ensure_ray.
+            lost: see connection.ensure_ray.
 
         Raises:
             ConfigError: what is asked for is not there. Nothing has been started then.
@@ -82,10 +83,10 @@ class Start:
         environment = crew.environment
         # what cannot be is refused before anything starts
         variables = crew.variables = launch.worker_variables(config, environment)
-        kept = old.fitting(variables, environment) if old and config.address == launch.LOCAL else 0
+        kept = old.fitting(variables, environment) if old and config.local else 0
         self.end(first=kept)
-        launch.ensure_ray(config, lost, self.interrupted)
-        launch.wait_for_control(self.interrupted)
+        self.connection.ensure_ray(config, lost, self.interrupted)
+        self.connection.wait_for_control(self.interrupted)
         seats = self._seats = launch.seats(config, environment, self.interrupted)
         if environment.device_type == "cpu":
             variables = [{**own, "OMP_NUM_THREADS": str(s.threads)} for own, s in zip(variables, seats, strict=True)]
@@ -99,7 +100,7 @@ class Start:
         crew.places = old.places[:kept] if old else []
         crew.places += launch.gather(starting, timeout=START_TIMEOUT_S, what="start", interrupted=self.interrupted)
         self.lap("workers")
-        here = launch.node_id()
+        here = self.connection.node_id()
         crew.processes += [
             processes.of(place.pid, name=f"Worker {place.rank}") for place in crew.places[kept:] if place.node == here
         ]
@@ -159,7 +160,7 @@ class Start:
         key = secrets.token_bytes(32)
         places = self.crew.places
         # on one host a socket file that only this user can open; it has no port to collide on
-        where: Any = self._private_file("c") if self.single else (self.launch.host_address(), 0)
+        where: Any = self._private_file("c") if self.single else (self.connection.host_address(), 0)
         deadline = time.monotonic() + START_TIMEOUT_S
         with Listener(where, backlog=len(places)) as listener:
             self.serving = [actor.serve.remote(listener.address, key) for actor in self.crew.actors]
@@ -217,7 +218,7 @@ class Start:
         """A name that nothing has yet, where only this user can make it."""
         from . import private_folder
 
-        folder = self.launch.own_folder()
+        folder = self.connection.own_folder()
         if folder is None:
             self._folder = self._folder or private_folder.make()
             folder = self._folder.path
