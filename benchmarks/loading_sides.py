@@ -196,7 +196,7 @@ class Pool:
         self._sets = [add(first, path) for path in others]
 
     def switch(self, number: int) -> tuple[float, int]:
-        traffic = self._model.link.traffic()
+        traffic = self._model.rpc.traffic()
         before = traffic.bytes_sent
         return self._call(self._sets[number]), traffic.bytes_sent - before
 
@@ -221,9 +221,9 @@ class Pool:
     def _call(self, patcher: Any) -> float:
         """One forward; the seconds of it that were not the model's own."""
         args, kwargs = self._inputs
-        traffic = patcher.link.traffic()
+        traffic = patcher.rpc.traffic()
         before = traffic.worker_seconds
-        seconds = timed(lambda: patcher.link.call(patcher, "_forward", args, kwargs))
+        seconds = timed(lambda: patcher.rpc.call(patcher, "_forward", args, kwargs))
         return seconds - (traffic.worker_seconds - before)
 
 

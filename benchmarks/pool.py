@@ -155,13 +155,13 @@ def again(options: argparse.Namespace) -> None:
         ):
             times = []
             for _ in range(CALLS):
-                inside = model.link.traffic().seconds
+                inside = model.rpc.traffic().seconds
                 began = time.perf_counter()
                 comfy.sample.sample(
                     model.clone(), noise, 1, 1.0, "euler", "simple", positive, negative, torch.zeros_like(noise),
                     disable_pbar=True, seed=1,
                 )  # fmt: skip
-                times.append((time.perf_counter() - began - (model.link.traffic().seconds - inside)) * 1e3)
+                times.append((time.perf_counter() - began - (model.rpc.traffic().seconds - inside)) * 1e3)
             print(
                 f"| {name} | {times[0]:.1f} | {statistics.median(times[1:]):.1f} | {max(times[1:]):.1f} |", flush=True
             )
@@ -187,7 +187,7 @@ def overhead(options: argparse.Namespace) -> None:
                 times, sent = [], []
                 for _ in range(CALLS + 1):
                     x, same = x.roll(1), context.clone()  # equal content in a new tensor, as ComfyUI makes it
-                    traffic = model.link.traffic()
+                    traffic = model.rpc.traffic()
                     before = (traffic.worker_seconds, traffic.bytes_sent)
                     began = time.perf_counter()
                     answer = model.model.diffusion_model._forward(
@@ -262,7 +262,7 @@ def pictures(options: argparse.Namespace) -> None:
             ways = [(in_turn, plain), (in_turn, pooled), (at_once, pooled)]
             results = [way(model) for way, model in ways]  # also loads what is not loaded yet
             difference = max((a - b).abs().max() / a.abs().max() for a, b in zip(results[0], results[2], strict=True))
-            rounds, traffics = [], [pooled.link.at(replica).traffic() for replica in range(count)]
+            rounds, traffics = [], [pooled.rpc.at(replica).traffic() for replica in range(count)]
             working = 0.0
             for _ in range(ROUNDS):
                 seconds = []
@@ -320,7 +320,7 @@ def compare(subject: Subject, ways: Sequence[tuple[str, Any]], *, scale: float, 
                 noise = torch.randn(*(size or width for size in subject.latent), generator=generator)
                 first, second = run(plain, noise)[1], run(pooled, noise)[1]
                 difference = (first - second).abs().max() / first.abs().max()
-                traffic = pooled.link.traffic()
+                traffic = pooled.rpc.traffic()
                 before = (traffic.seconds, traffic.collective_seconds)
                 seconds = [(run(plain, noise)[0], run(pooled, noise)[0]) for _ in range(ROUNDS)]
                 share = (traffic.collective_seconds - before[1]) / (traffic.seconds - before[0])

@@ -46,6 +46,6 @@ class RayControlNetLoader:
         return changed(FOLDERS, control_net_name)
 
     def load(self, ray_actors: Any, control_net_name: str) -> tuple[Any, Any]:
-        place = remote.on_pool(ray_actors).link.place
+        place = remote.on_pool(ray_actors).rpc.place
         control = load_control(place, spec_of(find(FOLDERS, control_net_name), reader=place.config.reader))
         return control, control

@@ -40,7 +40,7 @@ class RayReport:
         return math.nan
 
     def report(self, ray_actors: Any, latent: Any = None) -> dict[str, Any]:
-        found = report.collect(remote.on_pool(ray_actors).link)
+        found = report.collect(remote.on_pool(ray_actors).rpc)
         text, picture = "\n".join(report.lines(found)), chart.draw(found)
         shown = core.PreviewImage().save_images(picture)["ui"]
         return {"ui": {**shown, "text": [text]}, "result": (text, picture)}

@@ -143,4 +143,4 @@ class RayVAEEncodeDistributed(_VAENode):
 
 def _spec(pool: remote.RemotePatcher, name: str, dtype: str) -> ModelSpec:
     path = find(FOLDERS, name)
-    return spec_of(path, dtype=DTYPES[dtype], options=("vae",), reader=pool.link.config.reader)
+    return spec_of(path, dtype=DTYPES[dtype], options=("vae",), reader=pool.rpc.config.reader)

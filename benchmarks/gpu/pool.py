@@ -170,13 +170,13 @@ class Bench:
         held = (proportional(pids) - before) / size
         if self.options.profile:
             profiled(lambda: self.sample(model, scale))
-        traffic = dataclasses.replace(model.link.traffic())  # it goes on counting
+        traffic = dataclasses.replace(model.rpc.traffic())  # it goes on counting
         seconds, own, samples = self.timed(model, scale)
-        spent = model.link.traffic().since(traffic)
+        spent = model.rpc.traffic().since(traffic)
         plain, expected = self.plain[scale]
         difference = float((samples - expected).abs().max() / expected.abs().max())
         load = first - seconds * self.options.steps
-        recorded = sum(known.recorded for known in report.collect(model.link).workers[0].models)
+        recorded = sum(known.recorded for known in report.collect(model.rpc).workers[0].models)
         overhead = (spent.seconds - spent.worker_seconds) / spent.calls * 1e3
         print(f"a call: {spent.seconds / spent.calls:.4f} s, in the workers {spent.worker_seconds / spent.calls:.4f} s")
         speeds = seconds, plain / seconds, own

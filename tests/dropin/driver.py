@@ -650,11 +650,11 @@ def devices_of_this_process_are_refused(bench: Bench) -> None:
 
 @fact
 def easycache_skips_remote_calls(bench: Bench) -> None:
-    link = bench.far.link
-    calls = [link.traffic().calls]
+    rpc = bench.far.rpc
+    calls = [rpc.traffic().calls]
     for model in (bench.far, easy_cache(bench.far)):
         bench.picture(model, steps=10)
-        calls.append(link.traffic().calls)
+        calls.append(rpc.traffic().calls)
     usual, cached = calls[1] - calls[0], calls[2] - calls[1]
     must(usual == 10, f"{usual} calls in 10 steps without the cache")
     must(0 < cached < 10, f"{cached} calls in 10 steps with the cache")
@@ -664,26 +664,26 @@ def easycache_skips_remote_calls(bench: Bench) -> None:
 def conditioning_crosses_once(bench: Bench) -> None:
     positive, negative = conditioning(WAN, 31), conditioning(WAN, 32)
     texts = positive[0][0].nbytes + negative[0][0].nbytes
-    steps, link = 6, bench.far.link
+    steps, rpc = 6, bench.far.rpc
     latents = steps * 2 * bench.empty()["samples"].nbytes
     sent = []
     for _ in range(2):
-        before = link.traffic().bytes_sent
+        before = rpc.traffic().bytes_sent
         bench.picture(bench.far, steps=steps, positive=positive, negative=negative)
-        sent.append(link.traffic().bytes_sent - before - latents)
+        sent.append(rpc.traffic().bytes_sent - before - latents)
     must(texts <= sent[0] < 2 * texts, f"{sent[0]} bytes besides latents, the conditioning has {texts}")
     must(sent[1] < texts / 10, f"{sent[1]} bytes besides latents in the second run, the conditioning has {texts}")
 
 
 @fact
 def lora_crosses_once(bench: Bench) -> None:
-    link, tensors = bench.far.link, sum(tensor.nbytes for tensor in bench.loras[0].values())
+    rpc, tensors = bench.far.rpc, sum(tensor.nbytes for tensor in bench.loras[0].values())
     bench.picture(bench.with_lora(bench.far, 0.7))
     bench.picture(bench.far)
-    before = link.traffic().bytes_sent
+    before = rpc.traffic().bytes_sent
     bench.picture(bench.with_lora(bench.far, 0.65))
     bench.picture(bench.far)
-    sent = link.traffic().bytes_sent - before - 2 * STEPS * 2 * bench.empty()["samples"].nbytes
+    sent = rpc.traffic().bytes_sent - before - 2 * STEPS * 2 * bench.empty()["samples"].nbytes
     must(sent < tensors / 2, f"{sent} bytes sent to change the strength of a LoRA of {tensors}")
 
 
@@ -800,15 +800,15 @@ def memory_is_accounted_truly(bench: Bench) -> None:
 def room_is_made_for_weights_on_the_same_card(bench: Bench) -> None:
     """What workers do not have there yet, ComfyUI counts as needed, and frees its own models for it."""
     from comfy import model_management
-    from comfy_raylight.workers.driver import link
+    from comfy_raylight.workers.driver import model_rpc
 
     far = bench.far
     bench.picture(far)
-    far.link.offload()
-    (replica,) = far.link._groups().replicas
-    known, uuid = replica._facts[far.link.spec], link.device_uuid
-    replica._facts[far.link.spec] = [dataclasses.replace(facts, uuid="card") for facts in known]
-    link.device_uuid = lambda device: "card"
+    far.rpc.offload()
+    (group,) = far.rpc._groups().parts
+    known, uuid = group._facts[far.rpc.spec], model_rpc.device_uuid
+    group._facts[far.rpc.spec] = [dataclasses.replace(facts, uuid="card") for facts in known]
+    model_rpc.device_uuid = lambda device: "card"
     try:
         total = sum(facts.bytes for facts in known)
         must(far.model_size() == total > 0 == far.loaded_size(), f"{far.loaded_size()} of {far.model_size()} bytes")
@@ -817,7 +817,7 @@ def room_is_made_for_weights_on_the_same_card(bench: Bench) -> None:
         bench.picture(far)
         must(far.loaded_size() == total, f"{far.loaded_size()} of {total} bytes are there after a picture")
     finally:
-        replica._facts[far.link.spec], link.device_uuid = known, uuid
+        group._facts[far.rpc.spec], model_rpc.device_uuid = known, uuid
 
 
 # ---- the script ----------------------------------------------------------------------------------

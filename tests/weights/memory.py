@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from comfy_raylight.raylight.config import ModelSpec, WorkerSettings
-from comfy_raylight.workers.driver.replica import Call, Patches, Replica
+from comfy_raylight.workers.driver.group import Call, Group, Patches
 from comfy_raylight.workers.pool.pool import Pool
 from comfy_raylight.workers.wire.messages import LoadRequest
 
@@ -82,7 +82,7 @@ class Pooled:
     def __init__(self, pool: Pool, spec: ModelSpec) -> None:
         self.pool = pool
         self.spec = spec
-        self.replica = Replica(pool, pool.replicas[0], lambda _: None)
+        self.group = Group(pool, pool.replicas[0], lambda _: None)
 
     @property
     def pids(self) -> list[int]:
@@ -90,7 +90,7 @@ class Pooled:
 
     def load(self) -> None:
         """As the driver on a CPU has it loaded: ComfyUI keeps float32 there, whatever the file has."""
-        self.replica.load(LoadRequest(spec=self.spec, dtype="float32"), self)
+        self.group.load(LoadRequest(spec=self.spec, dtype="float32"), self)
 
     def forward(self, patches: Patches | None = None) -> torch.Tensor:
         """One call on few tokens. Every weight is used, so every page of the file is touched."""
@@ -107,11 +107,11 @@ class Pooled:
             random=None,
             settings=WorkerSettings(),
         )
-        output: torch.Tensor = self.replica.run(call)[0]
+        output: torch.Tensor = self.group.run(call)[0]
         return output
 
     def offload(self) -> None:
-        self.replica.offload(self.spec)
+        self.group.offload(self.spec)
 
     def release(self) -> None:
         """Have the workers forget the model."""

@@ -23,7 +23,7 @@ from comfy_raylight.tests.conftest import SLOW, comfy_roots
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.weights.memory import Pooled, Watch, private, proportional
 from comfy_raylight.tests.workers import conftest as workers
-from comfy_raylight.workers.driver.replica import Patches
+from comfy_raylight.workers.driver.group import Patches
 from comfy_raylight.workers.pool import pool as pools
 
 # pytest finds fixtures by the names they have here

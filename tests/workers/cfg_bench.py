@@ -80,11 +80,11 @@ class Bench:
 
     def calls(self) -> list[int]:
         """Model calls of each group so far."""
-        return [self.far.link.traffic(group).calls for group in range(GROUPS)]
+        return [self.far.rpc.traffic(group).calls for group in range(GROUPS)]
 
     def sent(self) -> list[int]:
         """Bytes sent to each group so far."""
-        return [self.far.link.traffic(group).bytes_sent for group in range(GROUPS)]
+        return [self.far.rpc.traffic(group).bytes_sent for group in range(GROUPS)]
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def infos() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("comfy_raylight.workers.driver.link")
+    logger = logging.getLogger("comfy_raylight.workers.driver.model_rpc")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

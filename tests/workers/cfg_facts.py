@@ -107,10 +107,10 @@ def a_group_whose_device_waits_for_python_records(bench: Bench) -> None:
     in_worker(pool, wait_for_python, rank=1)
     try:
         apart = difference(bench.picture(bench.far, steps=6), usual)
-        workers = report.collect(bench.far.link).workers
+        workers = report.collect(bench.far.rpc).workers
     finally:
         in_worker(pool, end_waiting, rank=1)
-        bench.far.link._groups().replicas[1]._recorded.clear()
+        bench.far.rpc._groups().parts[1]._recorded.clear()
     recorded = [sum(model.recorded for model in worker.models) for worker in workers]
     must(recorded == [0, 1], f"the groups recorded {recorded} calls")
     must(apart == 0, f"the picture differs by {apart:.1e}")
@@ -226,7 +226,7 @@ def interrupt_between_the_conditions(bench: Bench) -> None:
     """Both conditions wait for their answers when ComfyUI's flag is set; all of its code unwinds."""
     from comfy import model_management
 
-    link: Any = bench.far.link
+    link: Any = bench.far.rpc
     usual, ended = link.answer, []
 
     def answer(calls: Any, **more: Any) -> Any:

@@ -33,7 +33,7 @@ from comfy_raylight.tests.workers.faults import (
     wait_for_python,
 )
 from comfy_raylight.tests.workers.own import of_ray
-from comfy_raylight.workers.driver.replica import Call, Patches, Replica
+from comfy_raylight.workers.driver.group import Call, Group, Patches
 from comfy_raylight.workers.pool import pool as pools
 from comfy_raylight.workers.pool.start import Start
 from comfy_raylight.workers.wire import link_test
@@ -72,9 +72,9 @@ class Model:
 
     def __init__(self, pool: pools.Pool, file: Path) -> None:
         self.pool = pool
-        self.replica = Replica(pool, pool.replicas[0], lambda _: None)
+        self.group = Group(pool, pool.replicas[0], lambda _: None)
         self.spec = ModelSpec.of(file)
-        self.replica.load(load_of(self.spec), self)
+        self.group.load(load_of(self.spec), self)
 
     def forward(
         self, patch: Callable[..., Any] | None = None, settings: WorkerSettings = PLAIN, frames: int = 3
@@ -97,7 +97,7 @@ class Model:
             random=None,
             settings=settings,
         )
-        output, _ = self.replica.run(call)
+        output, _ = self.group.run(call)
         return output
 
     def recorded(self) -> list[int]:
@@ -278,7 +278,7 @@ def test_all_ranks_raise_and_the_pool_lives(model: Model) -> None:
     before = model.forward()
     with pytest.raises(WorkerError, match="ValueError: a patch went wrong"):
         model.forward(on_rank(-1, fail))
-    model.replica.forget()
+    model.group.forget()
     assert model.pool.alive()
     assert torch.equal(model.forward(), before)
 
@@ -287,11 +287,11 @@ def test_bad_file_leaves_the_pool_alive(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(b"this is not a model" * 10)
     with pytest.raises(LoadError, match="cannot be loaded"):
-        model.replica.load(load_of(ModelSpec.of(path)), model)
+        model.group.load(load_of(ModelSpec.of(path)), model)
     spec = ModelSpec.of(path)
     path.write_bytes(b"and it changed")
     with pytest.raises(LoadError, match="changed while"):
-        model.replica.load(load_of(spec), model)
+        model.group.load(load_of(spec), model)
     assert model.pool.alive()
     assert model.forward().isfinite().all()
 
@@ -307,18 +307,18 @@ def test_a_model_nobody_holds_is_released(acquire: Acquire, model: Model, tmp_pa
         pass
 
     holders = [Holder(), Holder()]
-    model.replica.load(load_of(specs[0]), holders[0])
+    model.group.load(load_of(specs[0]), holders[0])
     del holders[0]
     gc.collect()
-    model.replica.load(load_of(specs[1]), holders[0])
-    assert set(model.replica._facts) == {model.spec, specs[1]}
+    model.group.load(load_of(specs[1]), holders[0])
+    assert set(model.group._facts) == {model.spec, specs[1]}
     with pytest.raises(WorkerError, match="KeyError"):  # the workers let go of it too
-        model.replica._call("patch", _empty_patch(model, specs[0]))
+        model.group._call("patch", _empty_patch(model, specs[0]))
     assert model.forward().isfinite().all()
 
 
 def _empty_patch(model: Model, spec: ModelSpec) -> PatchRequest:
-    return PatchRequest(spec=spec, state="x", patches=model.replica._encoder.encode(({}, {})), force_cast=False)
+    return PatchRequest(spec=spec, state="x", patches=model.group._encoder.encode(({}, {})), force_cast=False)
 
 
 def test_cancel_while_starting(acquire: Acquire) -> None:
@@ -346,7 +346,7 @@ def test_cancel_within_a_forward(
         with pytest.raises(Cancelled):
             model.forward(on_rank(1, dawdle))
         flag.clear()
-        model.replica.forget()
+        model.group.forget()
         assert model.pool.alive() and pids(model.pool) == processes
         assert torch.equal(model.forward(), before)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from comfy_raylight.workers.driver import chart
-from comfy_raylight.workers.driver.replica import Run, Traffic
+from comfy_raylight.workers.driver.group import Run, Traffic
 from comfy_raylight.workers.driver.report import PoolReport, last_run, lines
 from comfy_raylight.workers.wire.messages import WorkerReport
 

@@ -26,7 +26,7 @@ from ..mapping.adopt import parts
 from ..pool.pool import HISTORY, Pool
 from ..wire import random_states
 from ..wire.comfy_host import device_uuid
-from .link import DRIVER_ONLY, interruptible
+from .model_rpc import DRIVER_ONLY, interruptible
 from .place import Place
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Chosen(Place):
             situation = dataclasses.replace(situation, most=1, conditions=(sum(run.conditions),))
         choice = choose.choose(situation)
         self._go(patcher, choice.layout)
-        told = f"{os.path.basename(patcher.link.spec.path)} runs on {choice}"
+        told = f"{os.path.basename(patcher.rpc.spec.path)} runs on {choice}"
         if told != self.told:
             log.info("%s", told)
         self.told = told
@@ -130,29 +130,29 @@ class Chosen(Place):
         choice = self.choose(patcher, run_of(guider, args, kwargs))
         if len(choice.layout.cards) == 1:
             return executor(*args, **kwargs)
-        before, answered = random_states.keep(), patcher.link.answered
+        before, answered = random_states.keep(), patcher.rpc.answered
         conds = {name: [dict(each) for each in found] for name, found in guider.conds.items()}
         kept = [value.clone() if isinstance(value, torch.Tensor) else value for value in args[:2]]
         try:
             return executor(*args, **kwargs)
         except (UnsupportedError, ConfigError) as error:
             self._refused.add(self._kind(patcher))
-            if patcher.link.answered != answered:
+            if patcher.rpc.answered != answered:
                 raise
             whole = choice.layout.residency == "resident"
             alone = Layout(
                 world=self.count, cards=choice.layout.cards[:1], residency="resident" if whole else "streamed"
             )
             self._go(patcher, alone)
-            self.told = f"{os.path.basename(patcher.link.spec.path)} runs on {alone}: it cannot be shared. {error.what}"
+            self.told = f"{os.path.basename(patcher.rpc.spec.path)} runs on {alone}: it cannot be shared. {error.what}"
             log.info("%s", self.told)
             before()
             guider.conds = conds
             return executor(*kept, *args[2:], **kwargs)
 
     def _situation(self, patcher: RemotePatcher, run: Run) -> Situation:
-        link = patcher.link
-        lanes = link.lanes()  # which starts the pool where needed
+        rpc = patcher.rpc
+        lanes = rpc.lanes()  # which starts the pool where needed
         pool = lanes.pool
         with interruptible():
             machine = pool.measured()
@@ -175,7 +175,7 @@ class Chosen(Place):
             records=self._records(patcher, pool),
             free=() if pool.device_type == "cpu" else self._free(rooms, present, patcher),
             present=present,
-            loaded=link.resident,
+            loaded=rpc.resident,
             goal=self._goal,
         )
 

@@ -39,10 +39,10 @@ def calc_cond_batch(  # noqa: PLR0917, the signature is ComfyUI's
     different conditions go to different groups at the same time. Where foreign code around the model call would
     see other calls than in plain ComfyUI, ComfyUI batches as it likes, and the batch is divided at the cut.
     """
-    link = model.diffusion_model.link
-    if link.config.parallel.degrees["cfg"] == 1:  # a pool that is chosen for each run may have one group
+    rpc = model.diffusion_model.rpc
+    if rpc.config.parallel.degrees["cfg"] == 1:  # a pool that is chosen for each run may have one group
         return executor(model, conds, x_in, timestep, model_options)
-    together = link.together
+    together = rpc.together
     present = [index for index, cond in enumerate(conds) if cond is not None]
     if len(present) < 2 or together.inside():
         return executor(model, conds, x_in, timestep, model_options)
@@ -53,7 +53,7 @@ def calc_cond_batch(  # noqa: PLR0917, the signature is ComfyUI's
         alone = [cond if at == index else None for at, cond in enumerate(conds)]
         return executor(model, alone, x_in, timestep, model_options)
 
-    outputs = together.run([functools.partial(evaluate, index) for index in present], link.answer)
+    outputs = together.run([functools.partial(evaluate, index) for index in present], rpc.answer)
     # the first run's outputs have ComfyUI's answer for absent conditions
     results = list(outputs[0])
     for index, output in zip(present, outputs, strict=True):

@@ -18,7 +18,7 @@ from ..wire import deferred, standing
 from ..wire.deferred import Evaluation
 from ..wire.said import Told
 from .lending import borrows
-from .link import ModelLink, interruptible
+from .model_rpc import ModelRpc, interruptible
 from .place import Place
 from .remote import RemotePatcher, refer
 
@@ -36,17 +36,17 @@ def load_control(place: Place, spec: ModelSpec) -> Any:
     told = Told()
     with told.here(loading=True):
         control = _built(spec)
-    shadow = control.control_model
-    link = ControlLink(place, spec, shadow.dtype, refer, told)
-    link.load()
-    control.control_model = _RemoteControl(shadow, link)
+    meta = control.control_model
+    rpc = ControlRpc(place, spec, meta.dtype, refer, told)
+    rpc.load()
+    control.control_model = _RemoteControl(meta, rpc)
     control.control_model_wrapped = ControlPatcher(
         control.control_model, control.load_device, model_management.unet_offload_device()
     )
     return control
 
 
-class ControlLink(ModelLink):
+class ControlRpc(ModelRpc):
     """The way to a ControlNet on a pool. What its calls return is computed by the model call that uses it."""
 
     KIND: ClassVar[Literal["diffusion", "control"]] = "control"
@@ -65,7 +65,7 @@ class ControlLink(ModelLink):
         if key not in self._outlines:
             groups = self._loaded()
             with self._lock, interruptible(), standing.explaining(), self._explained():
-                self._outlines[key] = groups.replicas[0].outline(self.spec, arguments)
+                self._outlines[key] = groups.parts[0].outline(self.spec, arguments)
         return deferred.filled(self._outlines[key], Evaluation(self.spec, arguments), self, arguments["x"].device)
 
 
@@ -73,26 +73,26 @@ class ControlPatcher(RemotePatcher):
     """ComfyUI's patcher of a ControlNet on the pool: it makes room for the workers' copies, and frees them."""
 
     @property
-    def link(self) -> ModelLink:
-        link: ModelLink = self.model.link
-        return link
+    def rpc(self) -> ModelRpc:
+        rpc: ModelRpc = self.model.rpc
+        return rpc
 
     def patched(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # nodes do not patch ControlNets
 
 
 class _RemoteControl(torch.nn.Module):
-    """Stands in for a ControlNet's model: nothing to load or move. Attributes come from the ghost."""
+    """Stands in for a ControlNet's model: nothing to load or move. Attributes come from the meta model."""
 
-    def __init__(self, shadow: torch.nn.Module, link: ControlLink) -> None:
+    def __init__(self, meta: torch.nn.Module, rpc: ControlRpc) -> None:
         super().__init__()
-        self.__dict__.update(_ghost=shadow, link=link)
+        self.__dict__.update(_meta=meta, rpc=rpc)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._ghost, name)
+        return getattr(self._meta, name)
 
     def forward(self, **arguments: Any) -> Any:
-        return self.link.evaluate(arguments)
+        return self.rpc.evaluate(arguments)
 
 
 def _built(spec: ModelSpec) -> Any:

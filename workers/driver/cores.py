@@ -16,7 +16,7 @@ def leave(executor: Any, *args: Any, **kwargs: Any) -> Any:
     patcher = executor.class_obj.model_patcher
     if patcher.load_device.type == "cpu":  # the workers rest while this process computes, and its threads are wanted
         return executor(*args, **kwargs)
-    with leaving(patcher.link.config.parallel.world):
+    with leaving(patcher.rpc.config.parallel.world):
         return executor(*args, **kwargs)
 
 

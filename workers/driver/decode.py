@@ -18,9 +18,9 @@ from ..pool.pool import Pool
 from ..wire import random_states, standing
 from ..wire.vae_messages import DecodeRequest, EncodeRequest, Mode, PartReply, TileSizes, VAEFacts, VAEPlan, Way
 from . import remote
-from .link import interruptible
+from .group import can_share
+from .model_rpc import interruptible
 from .output import Output, reserve, share
-from .replica import can_share
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def decode(
     if not isinstance(latent, torch.Tensor):
         latent = latent.unbind()[0]
     with interruptible(), standing.explaining():
-        pool = remote.start_pool(model.link.config)
+        pool = remote.start_pool(model.rpc.config)
         return decode_on(pool, latent, spec, mode=mode, tiles=tiles, keep=keep)
 
 
@@ -81,7 +81,7 @@ def decode_on(
 def encode(model: remote.RemotePatcher, pixels: torch.Tensor, spec: ModelSpec, *, keep: bool) -> torch.Tensor:
     """Latent of pictures, on the pool of `model`, started where needed; see `encode_on`."""
     with interruptible(), standing.explaining():
-        return encode_on(remote.start_pool(model.link.config), pixels, spec, keep=keep)
+        return encode_on(remote.start_pool(model.rpc.config), pixels, spec, keep=keep)
 
 
 def encode_on(pool: Pool, pixels: torch.Tensor, spec: ModelSpec, *, keep: bool) -> torch.Tensor:

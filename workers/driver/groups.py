@@ -14,7 +14,7 @@ from ..pool.pool import Pool
 from ..wire.encoder import Shelf
 from ..wire.messages import LoadRequest, ModelFacts
 from ..wire.parcels import Reference
-from .replica import Call, Patches, Replica
+from .group import Call, Group, Patches
 
 T = TypeVar("T")
 Message = tuple[str, tuple[Any, ...], Sequence[int]]
@@ -22,9 +22,9 @@ Message = tuple[str, tuple[Any, ...], Sequence[int]]
 
 
 class Groups:
-    """The parts of `ranks` that each hold one sequence; every part is a `Replica` by itself.
+    """The parts of `ranks` that each hold one sequence; every part is a `Group` by itself.
 
-    To its replicas this object is the pool. What they ask for while several of them work goes out together.
+    To its parts this object is the pool. What they ask for while several of them work goes out together.
 
     Args:
         lanes: the pool's, through which other data-parallel replicas work at the same time.
@@ -37,36 +37,36 @@ class Groups:
         size = pool.config.parallel.sequence
         parts = [ranks[start : start + size] for start in range(0, len(ranks), size)]
         shelf = Shelf(len(parts))
-        self.replicas = [Replica(self, part, refer, models_kept=pool.config.models_kept, shelf=shelf) for part in parts]
+        self.parts = [Group(self, part, refer, models_kept=pool.config.models_kept, shelf=shelf) for part in parts]
 
     def load(self, request: LoadRequest, holder: object) -> list[ModelFacts]:
-        """Have the model loaded on every rank; see Replica.load."""
+        """Have the model loaded on every rank; see Group.load."""
         if request.spec.reader == "map":
-            found = self._each(lambda replica: replica.load(request, holder))
+            found = self._each(lambda group: group.load(request, holder))
         else:
-            found = [replica.load(request, holder) for replica in self.replicas]
+            found = [group.load(request, holder) for group in self.parts]
         return [facts for group in found for facts in group]
 
     def holds(self, spec: ModelSpec, patches: Patches) -> bool:
         """Whether the model has these patches already on every group."""
-        return all(replica.holds(spec, patches) for replica in self.replicas)
+        return all(group.holds(spec, patches) for group in self.parts)
 
     def run(self, calls: Mapping[int, Call]) -> dict[int, tuple[Any, tuple[Any, Any] | None]]:
-        """Run a call on some groups, by number of the group; see Replica.run."""
-        jobs = [functools.partial(self.replicas[group].run, call) for group, call in calls.items()]
+        """Run a call on some groups, by number of the group; see Group.run."""
+        jobs = [functools.partial(self.parts[group].run, call) for group, call in calls.items()]
         return dict(zip(calls, self._run(jobs), strict=True))
 
     def share(self, spec: ModelSpec, device: str, *, resident: bool) -> int:
-        """Bytes of the model on the device of this uuid; see Replica.share."""
-        return sum(replica.share(spec, device, resident=resident) for replica in self.replicas)
+        """Bytes of the model on the device of this uuid; see Group.share."""
+        return sum(group.share(spec, device, resident=resident) for group in self.parts)
 
     def offload(self, spec: ModelSpec) -> None:
         """Take a model's weights off the workers' devices."""
-        self._each(lambda replica: replica.offload(spec))
+        self._each(lambda group: group.offload(spec))
 
     def forget(self) -> None:
         """The run is over: drop its callables."""
-        self._each(Replica.forget)
+        self._each(Group.forget)
 
     def alive(self) -> bool:
         """Whether the pool is."""
@@ -81,8 +81,8 @@ class Groups:
             return list(replies)
         return self._lanes.call_groups(verb, [(ranks, arguments)])[0]
 
-    def _each(self, job: Callable[[Replica], T]) -> list[T]:
-        return self._run([functools.partial(job, replica) for replica in self.replicas])
+    def _each(self, job: Callable[[Group], T]) -> list[T]:
+        return self._run([functools.partial(job, group) for group in self.parts])
 
     def _run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Run one job for each of several groups.

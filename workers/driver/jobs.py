@@ -48,7 +48,7 @@ def replicas(model: Any, *, one_will_do: bool = False) -> int:
     Raises:
         ConfigError: it is not on the pool, or the pool puts all of its workers on one picture.
     """
-    place = remote.on_pool(model).link.place
+    place = remote.on_pool(model).rpc.place
     if place.chooses:
         if one_will_do:
             return 1
@@ -112,7 +112,7 @@ def run(model: Any, jobs: Sequence[Mapping[str, Any]], sample: Sample[T], *, one
             after[number] = random_states.keep()
             progress.finished(number)
 
-    model.link.lanes().run([functools.partial(work, replica) for replica in range(min(count, len(jobs)))])
+    model.rpc.lanes().run([functools.partial(work, replica) for replica in range(min(count, len(jobs)))])
     after[len(jobs) - 1]()
     return [results[number] for number in range(len(jobs))]
 

@@ -26,7 +26,7 @@ PatchesOf = Callable[[str], list[Any]]
 """Says which patches a weight has at the moment, by its key."""
 
 
-def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
+def marked(model: nn.Module, spec: ModelSpec, rpc: Any) -> nn.Module:
     """A diffusion model whose modules and weights say what they are on the workers: `raylight_place` of modules,
     `raylight_source` and `raylight_link` of weights, with `raylight_version`, by which one that was written into is
     told."""
@@ -36,7 +36,7 @@ def marked(model: nn.Module, spec: ModelSpec, link: Any) -> nn.Module:
         if type(parameter) is nn.Parameter:
             parameter.__class__ = Weight
         parameter.raylight_source = (spec, PREFIX + key)
-        parameter.raylight_link = link
+        parameter.raylight_rpc = rpc
         parameter.raylight_version = _version_of(parameter)
     return model
 
@@ -51,14 +51,14 @@ class Layers:
         LoadError: the file changed.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, link: Any, patches_of: PatchesOf) -> None:
-        with normal_tensors(), link.told.here(loading=True):
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, rpc: Any, patches_of: PatchesOf) -> None:
+        with normal_tensors(), rpc.told.here(loading=True):
             adopted = adopt(Source.of(spec), spec, dtype)
-        self.model = marked(adopted.patcher.model.diffusion_model, spec, link)
+        self.model = marked(adopted.patcher.model.diffusion_model, spec, rpc)
         self._classes = {name: type(module) for name, module in self.model.named_modules()}
         by_module: dict[nn.Module, dict[str, _Weight]] = {}
         for key, home in adopted.homes.items():
-            weight = _Blocks(key, home, link.told, spec, dtype) if is_blocks(home) else _Weight(key, home, link.told)
+            weight = _Blocks(key, home, rpc.told, spec, dtype) if is_blocks(home) else _Weight(key, home, rpc.told)
             by_module.setdefault(home.module, {})[home.name] = weight
         for module, weights in by_module.items():
             module.__dict__["_parameters"] = _Parameters(module._parameters, weights, patches_of)

@@ -46,11 +46,11 @@ def _chain(control: Any) -> Iterator[Any]:
 def _weights(patcher: Any) -> Iterator[None]:
     """Have the model's stand-in answer from a model with weights: the file's memory, and copies of what is patched."""
     stand_in = patcher.model.diffusion_model
-    spec = stand_in.link.spec
+    spec = stand_in.rpc.spec
     source = Source.of(spec)
     if source.header.format == "gguf":
         _refuse(f"those of {os.path.basename(spec.path)} are quantised blocks")
-    told = stand_in.link.told
+    told = stand_in.rpc.told
     with normal_tensors(), told.here(loading=True):
         adopted = adopt(source, spec, stand_in.dtype)
     adopted.patcher.patches = patcher.patches

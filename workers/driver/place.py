@@ -30,7 +30,7 @@ class Place:
         return 0
 
     def prepare(self, model: Any, spec: ModelSpec) -> None:
-        """A model without weights (ghost.build) is about to be loaded here, from this file."""
+        """A model without weights (meta_model.build) is about to be loaded here, from this file."""
 
     def wrappers(self) -> Mapping[str, Callable[..., Any]]:
         """What is to be around ComfyUI's sampling of a model here, by its key."""

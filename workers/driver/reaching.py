@@ -40,8 +40,8 @@ def calc_cond_batch(  # noqa: PLR0917, the signature is ComfyUI's
     function = model_options.get(WRAPPER)
     if function is None or not reaches(function):
         return executor(model, conds, x_in, timestep, model_options)
-    link = model.diffusion_model.link
-    if link.config.parallel.degrees["cfg"] > 1:
+    rpc = model.diffusion_model.rpc
+    if rpc.config.parallel.degrees["cfg"] > 1:
         raise UnsupportedError(
             f"{name_of(function)} cannot be used with cfg_degree above 1",
             "it keeps things of all conditions in the model, and each group of workers has a model of its own",
@@ -49,7 +49,7 @@ def calc_cond_batch(  # noqa: PLR0917, the signature is ComfyUI's
         )
 
     def send(apply_model: Any, arguments: dict[str, Any]) -> Any:
-        with link.wrapping(function, arguments):
+        with rpc.wrapping(function, arguments):
             return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
     return executor(model, conds, x_in, timestep, {**model_options, WRAPPER: send})

@@ -31,7 +31,7 @@ from ..wire.messages import PREFIX
 from ..wire.parcels import FILE
 from ..wire.said import Told
 from . import conds, cores, layers, lending, reaching, refusals
-from .link import SETTINGS, ModelLink, interruptible, patches_of, settings_of
+from .model_rpc import SETTINGS, ModelRpc, interruptible, patches_of, settings_of
 from .place import Place
 
 log = logging.getLogger(__name__)
@@ -64,31 +64,31 @@ def load_at(place: Place, spec: ModelSpec) -> RemotePatcher:
         with standing.explaining():
             check(model.diffusion_model, config.parallel)
     dtype = model.get_dtype()
-    link = ModelLink(place, spec, dtype, refer, told)
-    facts = link.load()[0]
+    rpc = ModelRpc(place, spec, dtype, refer, told)
+    facts = rpc.load()[0]
     log.info("%s on %s: %s", os.path.basename(spec.path), facts.device, facts.weights)
     if facts.advice and not place.chooses:
         log.warning("%s", facts.advice)
     base = meta_model.without_weights(model, state, dtype, model.manual_cast_dtype)
-    layers.marked(model.diffusion_model, spec, link)
+    layers.marked(model.diffusion_model, spec, rpc)
     # each rank holds one part of every activation; where that changes, it is chosen before each run
     base.memory_usage_factor /= 1 if place.chooses else config.parallel.sequence
     replicas = 1 if place.chooses else config.parallel.degrees["dp"]
-    twins = [_patcher(_twin(base), model.diffusion_model, link.at(i), dtype) for i in range(1, replicas)]
-    patcher = _patcher(base, model.diffusion_model, link, dtype)
+    twins = [_patcher(_twin(base), model.diffusion_model, rpc.at(i), dtype) for i in range(1, replicas)]
+    patcher = _patcher(base, model.diffusion_model, rpc, dtype)
     base.raylight_twins = tuple(twins)
     if place.chooses or config.parallel.degrees["cfg"] > 1:
         patcher.add_wrapper_with_key(conds.KINDS.CALC_COND_BATCH, conds.KEY, conds.calc_cond_batch)
     return patcher
 
 
-def _patcher(base: Any, shadow: torch.nn.Module, link: ModelLink, dtype: torch.dtype) -> RemotePatcher:
-    base.diffusion_model = remote_module(shadow, link, base, dtype)
+def _patcher(base: Any, meta: torch.nn.Module, rpc: ModelRpc, dtype: torch.dtype) -> RemotePatcher:
+    base.diffusion_model = remote_module(meta, rpc, base, dtype)
     device = model_management.get_torch_device()
     patcher = RemotePatcher(base, device, model_management.unet_offload_device())
     base.raylight_device = device
     # the first is the outermost: what others do may depend on the pool that is chosen
-    for name, wrapper in link.place.wrappers().items():
+    for name, wrapper in rpc.place.wrappers().items():
         patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, name, wrapper)
     patcher.add_wrapper_with_key(conds.KINDS.CALC_COND_BATCH, reaching.KEY, reaching.calc_cond_batch)
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, lending.__name__, lending.lend)
@@ -139,9 +139,9 @@ def offload(model: Any) -> None:
     Raises:
         ConfigError: it is not on the pool.
     """
-    on_pool(model).link.offload()
+    on_pool(model).rpc.offload()
     for twin in model.model.raylight_twins:
-        twin.link.offload()
+        twin.rpc.offload()
 
 
 def start_pool(config: PoolConfig) -> Pool:
@@ -179,9 +179,9 @@ class _RemoteModule(torch.nn.Module):
     """Stands in for a diffusion model: no parameters, no children, so nothing to load, move or count.
 
     Mixed in before the family's own class, so that the family's `forward` (its wrapper handling and argument
-    order) and its weightless helpers run here unchanged, and `isinstance` holds. Attributes come from the ghost, layers
-    and tensors from a model that is mapped when the first of them is asked for: ComfyUI and nodes patch, call and
-    read them. They have the patches of the MODEL that samples.
+    order) and its weightless helpers run here unchanged, and `isinstance` holds. Attributes come from the meta model,
+    layers and tensors from a model that is mapped when the first of them is asked for: ComfyUI and nodes patch, call
+    and read them. They have the patches of the MODEL that samples.
     Whoever walks the model around this one, as ComfyUI does, finds none.
     """
 
@@ -193,20 +193,20 @@ class _RemoteModule(torch.nn.Module):
         refusals.refuse_training()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_ghost", "_layers", "_lent", "_patching"):  # not set yet
+        if name in ("_meta", "_layers", "_lent", "_patching"):  # not set yet
             raise AttributeError(name)
         value = getattr(self._shown(), name)
         return getattr(self._mapped(), name) if isinstance(value, (torch.nn.Module, torch.Tensor)) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What nodes put in the place of something of the model would never reach the workers, object patches apart."""
-        if name in NOTED or self._patching or not hasattr(self._ghost, name):
+        if name in NOTED or self._patching or not hasattr(self._meta, name):
             super().__setattr__(name, value)
         else:
             refusals.refuse_replacing(value, name)
 
     def __delattr__(self, name: str) -> None:
-        if name in vars(self) or not hasattr(self._ghost, name):
+        if name in vars(self) or not hasattr(self._meta, name):
             super().__delattr__(name)
         else:  # as whoever was not allowed to replace it does, to clean up
             refusals.refuse_replacing(None, name)
@@ -215,9 +215,9 @@ class _RemoteModule(torch.nn.Module):
         refusals.refuse_copying()
 
     @property
-    def ghost(self) -> torch.nn.Module:
+    def meta(self) -> torch.nn.Module:
         """The model that has all names and shapes, and no values."""
-        return self._ghost
+        return self._meta
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -229,7 +229,7 @@ class _RemoteModule(torch.nn.Module):
             self.__dict__["_patching"] = False
 
     def _shown(self) -> torch.nn.Module:
-        return self._ghost if self._lent is None else self._lent
+        return self._meta if self._lent is None else self._lent
 
     def _mapped(self) -> torch.nn.Module:
         if self._lent is not None:
@@ -238,7 +238,7 @@ class _RemoteModule(torch.nn.Module):
             # they do not hold this one: the workers release a model once nobody has it, and no collection is waited for
             here = weakref.WeakMethod(self._patches_of)
             self.__dict__["_layers"] = layers.Layers(
-                self.link.spec, self.dtype, self.link, lambda key: found(key) if (found := here()) else []
+                self.rpc.spec, self.dtype, self.rpc, lambda key: found(key) if (found := here()) else []
             )
         return self._layers.model
 
@@ -272,7 +272,7 @@ class _RemoteModule(torch.nn.Module):
         return self
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The ghost's: LoRA key maps and add_patches look keys up here. Values have no data."""
+        """The meta model's: LoRA key maps and add_patches look keys up here. Values have no data."""
         return self._shown().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     @contextlib.contextmanager
@@ -285,9 +285,9 @@ class _RemoteModule(torch.nn.Module):
             self.__dict__["_lent"] = None
 
 
-def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """The diffusion model of `base`: of the ghost's class, its weights on the pool."""
-    family: Any = type(shadow)
+def remote_module(meta: torch.nn.Module, rpc: ModelRpc, base: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """The diffusion model of `base`: of the meta model's class, its weights on the pool."""
+    family: Any = type(meta)
     cut = "_forward" if hasattr(family, "_forward") else "forward"
     base_ref = weakref.ref(base)
 
@@ -296,7 +296,7 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             owner = base_ref()
-            return self.link.call(owner.current_patcher if owner else None, method, args, kwargs, names=names)
+            return self.rpc.call(owner.current_patcher if owner else None, method, args, kwargs, names=names)
 
         return call
 
@@ -322,8 +322,8 @@ def remote_module(shadow: torch.nn.Module, link: ModelLink, base: Any, dtype: to
     module: Any = type(family.__name__, (_RemoteModule, family), {**methods, **names})
     instance: torch.nn.Module = module.__new__(module)
     torch.nn.Module.__init__(instance)
-    state = {"_ghost": shadow, "_layers": None, "_lent": None, "_patching": False, "_owner": base_ref}
-    instance.__dict__.update(state, link=link, dtype=dtype)
+    state = {"_meta": meta, "_layers": None, "_lent": None, "_patching": False, "_owner": base_ref}
+    instance.__dict__.update(state, rpc=rpc, dtype=dtype)
     return instance.eval()
 
 
@@ -339,19 +339,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     """
 
     @property
-    def link(self) -> ModelLink:
-        link: ModelLink = self.model.diffusion_model.link
-        return link
+    def rpc(self) -> ModelRpc:
+        rpc: ModelRpc = self.model.diffusion_model.rpc
+        return rpc
 
     def shape_of(self, key: str) -> torch.Size:
         """The unpatched shape of a weight by its key."""
-        shape: torch.Size = comfy.utils.get_attr(self.model.diffusion_model.ghost, key.removeprefix(PREFIX)).shape
+        shape: torch.Size = comfy.utils.get_attr(self.model.diffusion_model.meta, key.removeprefix(PREFIX)).shape
         return shape
 
     def at(self, replica: int) -> RemotePatcher:
         """A clone of this MODEL on a replica of its pool: the same patches and options on a model of its own."""
         clone: RemotePatcher = self.clone()
-        if replica != self.link.replica:
+        if replica != self.rpc.replica:
             twin = self.model.raylight_twins[replica - 1]
             clone.model, clone.parent = twin.model, twin
             for name in BACKUPS:
@@ -364,10 +364,10 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
         ComfyUI makes room for what of it is not loaded: its own models leave the device before workers need it.
         """
-        return max(1, self.link.share(resident=False))
+        return max(1, self.rpc.share(resident=False))
 
     def loaded_size(self) -> int:
-        return self.link.share(resident=True)
+        return self.rpc.share(resident=True)
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> int:
         """Nothing can be freed in part: ComfyUI then asks for all of it."""
@@ -377,7 +377,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI wants the memory back. `unpatch_all=False` only means that a clone takes this one's place."""
         model = super().detach(unpatch_all)
         if unpatch_all:
-            self.link.offload()
+            self.rpc.offload()
         return model
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -406,13 +406,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             refusals.refuse_another_device()
         refusals.check(self)
         self.model.diffusion_model.refuse_strangers(self.object_patches)
-        self.link.told.patched(self.patches_uuid)
+        self.rpc.told.patched(self.patches_uuid)
         super().pre_run()
 
     def cleanup(self) -> None:
         """Sampling has ended."""
         super().cleanup()
-        self.link.forget()
+        self.rpc.forget()
 
     def patch_hooks(self, hooks: Any) -> None:
         self.current_hooks = hooks
@@ -445,14 +445,14 @@ def refer(value: object) -> tuple[Any, ...] | None:
             return None  # what the workers have is another one: it is sent
         return (FILE, file) if source is None else ("weight", *source)
     if isinstance(value, _RemoteModule):
-        return ("diffusion", value.link.spec)
+        return ("diffusion", value.rpc.spec)
     place = layers.place_of(value)
     if place is not None:
         return ("module", *place)
     if isinstance(value, comfy.model_base.BaseModel) and isinstance(value.diffusion_model, _RemoteModule):
-        return ("base", value.diffusion_model.link.spec)
+        return ("base", value.diffusion_model.rpc.spec)
     if isinstance(value, RemotePatcher):
-        return ("patcher", value.link.spec)
+        return ("patcher", value.rpc.spec)
     if isinstance(value, (comfy.model_base.BaseModel, comfy.model_patcher.ModelPatcher)):
         refusals.refuse_foreign_model(value)
     return None

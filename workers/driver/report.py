@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ...raylight.config import WorkerSettings
 from ..wire import rates, standing
 from ..wire.messages import ModelReport, WorkerReport
-from .replica import Run
+from .group import Run
 
 if TYPE_CHECKING:
-    from .link import ModelLink
+    from .model_rpc import ModelRpc
 
 LAST_REPORT = "report"
 """Key of a pool's notes: when it was last reported on, in seconds since the epoch, and the report."""
@@ -66,19 +66,17 @@ class PoolReport:
     chosen: str = ""
 
 
-def collect(link: ModelLink) -> PoolReport:
+def collect(rpc: ModelRpc) -> PoolReport:
     """Ask the workers of a model's pool; no pool is started for it.
 
     Raises:
         WorkerError: a worker died or stopped.
     """
-    pool, parallel = link.live_pool(), link.config.parallel
+    pool, parallel = rpc.live_pool(), rpc.config.parallel
     if pool is None:
-        return PoolReport(
-            comfyui=standing.line(), degrees=parallel.degrees, links="", tested="", chosen=link.place.told
-        )
-    first = link.replica * (parallel.world // parallel.degrees["dp"])
-    workers = tuple(link.lanes().call_groups("report", [(range(parallel.world), ())])[0])
+        return PoolReport(comfyui=standing.line(), degrees=parallel.degrees, links="", tested="", chosen=rpc.place.told)
+    first = rpc.replica * (parallel.world // parallel.degrees["dp"])
+    workers = tuple(rpc.lanes().call_groups("report", [(range(parallel.world), ())])[0])
     report = PoolReport(
         comfyui=standing.line(),
         degrees=parallel.degrees,
@@ -86,8 +84,8 @@ def collect(link: ModelLink) -> PoolReport:
         tested=pool.links or (rates.described(pool.machine) if pool.machine is not None else ""),
         places=tuple(f"process {member.place.pid} on {member.place.host}" for member in pool.members),
         workers=workers,
-        run=last_run(link.last_runs(), parallel.sequence, workers[first]),
-        chosen=link.place.told,
+        run=last_run(rpc.last_runs(), parallel.sequence, workers[first]),
+        chosen=rpc.place.told,
     )
     pool.notes[LAST_REPORT] = (time.time(), report)
     return report

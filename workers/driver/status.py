@@ -62,10 +62,8 @@ def _worker(member: Member) -> dict[str, Any]:
 
 
 def _pool(pool: Pool, workers: list[dict[str, Any]]) -> dict[str, Any]:
-    replicas = [
-        replica for found in list(pool.notes.values()) if isinstance(found, Groups) for replica in found.replicas
-    ]
-    first = replicas[0] if replicas else None
+    groups = [group for found in list(pool.notes.values()) if isinstance(found, Groups) for group in found.parts]
+    first = groups[0] if groups else None
     run = first.last_run if first is not None else None
     report = pool.notes.get(LAST_REPORT)
     return {

@@ -68,7 +68,7 @@ def build(spec: ModelSpec) -> tuple[Any, Any, ModelSpec]:
     """Build the model of a file without its weights.
 
     Returns:
-        `(ghost, config, spec)`: ComfyUI's BaseModel on meta tensors, whose `diffusion_model` answers for keys,
+        `(meta, config, spec)`: ComfyUI's BaseModel on meta tensors, whose `diffusion_model` answers for keys,
         shapes and config, a fresh model config of the same detection with real tensors in it, from which
         `without_weights` makes the BaseModel that samples, and the spec with the shapes that tensors of the file
         have in the model.
@@ -202,14 +202,14 @@ def _parsed(text: str | bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def without_weights(ghost: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, cast: torch.dtype | None) -> Any:
-    """The BaseModel of the ghost's family, everything but its `diffusion_model` real.
+def without_weights(meta: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, cast: torch.dtype | None) -> Any:
+    """The BaseModel of the meta model's family, everything but its `diffusion_model` real.
 
     `dtype` and `cast` are the workers' weight dtype and manual cast dtype: theirs count, wherever the
     driver itself runs.
     """
-    found = ghost.model_config
-    # a new config, since the ghost's was made on meta: its latent format holds tensors
+    found = meta.model_config
+    # a new config, since that of the meta model was made on meta: its latent format holds tensors
     config = type(found)(dict(found.unet_config))
     config.set_inference_dtype(dtype, cast)
     for name in ("custom_operations", "scaled_fp8", "quant_config", "layer_quant_config"):

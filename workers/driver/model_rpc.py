@@ -26,9 +26,9 @@ from ..wire.parcels import CPU, Reference
 from ..wire.said import Told
 from . import refusals
 from .conds import PER_ROW, rows_of
+from .group import Call, Patches, Run, Traffic
 from .groups import Groups
 from .place import Place
-from .replica import Call, Patches, Run, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def interruptible() -> Iterator[None]:
         model_management.throw_exception_if_processing_interrupted()
 
 
-class ModelLink:
+class ModelRpc:
     """The way to one model on a pool, which may have several cfg groups.
 
     It holds a spec, not actors: after a failure the next call builds a new pool and loads there again.
@@ -87,7 +87,7 @@ class ModelLink:
         self.answered = 0
         self.together = cfg.Together()
         self._refer = refer
-        self._others: dict[int, ModelLink] = {}
+        self._others: dict[int, ModelRpc] = {}
         self._environment = describe()
         self._told: set[str] = set()
         self._wrapped: Wrapped | None = None
@@ -107,9 +107,9 @@ class ModelLink:
     def resident(self) -> bool:
         """Whether the model's weights may be on the workers' devices now."""
         groups = self._live_groups()
-        return groups is not None and any(self.spec in replica.resident for replica in groups.replicas)
+        return groups is not None and any(self.spec in group.resident for group in groups.parts)
 
-    def at(self, replica: int) -> ModelLink:
+    def at(self, replica: int) -> ModelRpc:
         """The way to the same model on another replica; it lives as long as this one does."""
         if replica == self.replica:
             return self
@@ -187,12 +187,12 @@ class ModelLink:
         with self._lock:
             groups = self._loaded()
             self._tell(sum(call.method in FORWARD for call in calls.values()))
-            chosen = cfg.assign(calls, len(groups.replicas))
+            chosen = cfg.assign(calls, len(groups.parts))
             for call in calls.values():
                 for control in call.controls:
                     control.at(self.replica).load()
                 if not groups.holds(call.spec, call.patches):
-                    for other in _links(call.patches.weights):
+                    for other in _rpcs(call.patches.weights):
                         other.at(self.replica).load()  # a new pool, or one that made room, may not have it
             with interruptible(), standing.explaining(lambda: _changes(calls.values())), self._explained():
                 found = groups.run({group: calls[number] for number, group in chosen.items()})
@@ -230,11 +230,11 @@ class ModelLink:
     def last_runs(self) -> list[Run]:
         """The last sampling run on each cfg group, where the pool lives since then."""
         groups = self._live_groups()
-        return [replica.last_run for replica in groups.replicas] if groups is not None else []
+        return [group.last_run for group in groups.parts] if groups is not None else []
 
     def traffic(self, group: int = 0) -> Traffic:
         """Totals of the pool's calls on one cfg group so far."""
-        return self._groups().replicas[group].traffic
+        return self._groups().parts[group].traffic
 
     def _pool(self) -> Pool:
         return acquire(self.config, self._environment, model_management.processing_interrupted)
@@ -347,8 +347,8 @@ class ModelLink:
             wrapped=wrapped,
         )
 
-    def _checked(self, control: ModelLink) -> ModelLink:
-        """The link to a ControlNet, which must be on this pool."""
+    def _checked(self, control: ModelRpc) -> ModelRpc:
+        """The way to a ControlNet, which must be on this pool."""
         if control.config != self.config:
             raise UnsupportedError(
                 "The ControlNet and the model are on different pools",
@@ -411,15 +411,15 @@ def _changes(calls: Iterable[Call]) -> list[str]:
     return found
 
 
-def _links(value: Any) -> Iterator[ModelLink]:
+def _rpcs(value: Any) -> Iterator[ModelRpc]:
     """The models whose weights patches refer to."""
     if isinstance(value, torch.Tensor):
-        link = getattr(value, "raylight_link", None)
-        if link is not None:
-            yield link
+        rpc = getattr(value, "raylight_rpc", None)
+        if rpc is not None:
+            yield rpc
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _links(item)
+            yield from _rpcs(item)
 
 
 def _refuse_random(degree: int) -> None:

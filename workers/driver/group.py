@@ -80,7 +80,7 @@ class Call:
 
 @dataclass
 class Traffic:
-    """Running totals of a replica's model calls: bytes that crossed or were named, and seconds by place."""
+    """Running totals of a group's model calls: bytes that crossed or were named, and seconds by place."""
 
     calls: int = 0
     bytes_sent: int = 0
@@ -102,17 +102,17 @@ class Run:
     traffic: Traffic = field(default_factory=Traffic)
 
 
-class Replica:
+class Group:
     """Sends model calls to the ranks of a pool that share one sequence.
 
-    It lives as long as the pool does: a new pool gets new replicas, so nothing is assumed to be held there.
+    It lives as long as the pool does: a new pool gets new groups, so nothing is assumed to be held there.
     `resident` names the models whose weights may be on the workers' devices, `last_run` has the traffic of the last
     sampling run that called a model here, and `noise_levels` those of the run at hand.
 
     Args:
         refer: names live objects that the workers have their own of (see Encoder).
         models_kept: models that stay loaded although nothing holds them, at most, together with those held.
-        shelf: shared with the replicas that get the same patches.
+        shelf: shared with the groups that get the same patches.
     """
 
     def __init__(
