@@ -34,6 +34,7 @@ ALSO: dict[str, set[str]] = {
     "workers/pool/actor.py": {"workers/worker"},  # hands its process over to a worker's verbs
 }
 RAY_IN = "workers/pool"
+MOST_LINES = 450
 COMFY = {
     "comfy",
     "comfy_api",
@@ -101,6 +102,11 @@ def test_module_level_imports_are_light(path: Path) -> None:
         return
     heavy = {name.split(".")[0] for level, name in imports(path, module_level=True) if level == 0} & HEAVY
     assert not heavy
+
+
+def test_no_module_is_long() -> None:
+    lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
 def test_the_walk_sees_the_pack() -> None:
