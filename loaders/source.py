@@ -10,12 +10,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..raylight.config import READERS, ModelSpec
-from ..raylight.errors import ConfigError, LoadError
+from ..raylight.errors import LoadError
 from .files import changed, fill, open_file, read_into
 from .header import Entry, Header, read_header, reshaped
 from .parts import joined
@@ -103,8 +102,7 @@ class Source:
 
     Args:
         paths: a safetensors or GGUF file, or all parts of a model in order.
-        reader: "map"; "private" reads it into this process's own memory, for filesystems that map badly;
-            "fastsafetensors" does the same with that package.
+        reader: "map"; "private" reads it into this process's own memory, for filesystems that map badly.
         shapes: of tensors that are to have other ones than in the file.
 
     Attributes:
@@ -114,7 +112,6 @@ class Source:
 
     Raises:
         LoadError: the file is missing, damaged, of another kind, or changed while it was read.
-        ConfigError: the reader's package is not installed.
     """
 
     def __init__(self, *paths: str, reader: str = "map", shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
@@ -130,14 +127,11 @@ class Source:
         self._written: list[tuple[int, int]] = []  # address, end
         self._names: dict[tuple[int, torch.dtype, tuple[int, ...]], str] = {}  # by place, once one is asked for
         self.tensors: Mapping[str, torch.Tensor] = {}
-        if reader == "fastsafetensors" and self.header.format == "safetensors":
-            self.tensors = self._read_fast()
-        else:
-            for file in self.files:
-                whole = file.mapped() if reader == "map" else file.read()
-                self._ranges.append((whole.data_ptr(), whole.data_ptr() + whole.numel(), file.start))
-                self.tensors |= {name: _view(whole, entry) for name, entry in file.header.entries.items()}
-            self._ranges.sort()
+        for file in self.files:
+            whole = file.mapped() if reader == "map" else file.read()
+            self._ranges.append((whole.data_ptr(), whole.data_ptr() + whole.numel(), file.start))
+            self.tensors |= {name: _view(whole, entry) for name, entry in file.header.entries.items()}
+        self._ranges.sort()
         self.check()
 
     @classmethod
@@ -231,20 +225,6 @@ class Source:
     def _file_at(self, start: int) -> OpenFile:
         return self.files[bisect.bisect_right([file.start for file in self.files], start) - 1]
 
-    def _read_fast(self) -> dict[str, torch.Tensor]:
-        module: Any = fastsafetensors()
-        loader = module.SafeTensorsFileLoader(None, "cpu", nogds=True, set_numa=False)
-        loader.add_filenames({0: [file.path for file in self.files]})
-        self._buffers = loader.copy_files_to_device()  # its tensors die with it
-        loader.close()
-        tensors = {name: self._buffers.get_tensor(name) for name in self.header.entries}
-        ranges = []
-        for name, entry in self.header.entries.items():
-            if tensors[name].numel():
-                ranges.append((tensors[name].data_ptr(), tensors[name].data_ptr() + entry.nbytes, entry.start))
-        self._ranges = sorted(ranges)
-        return tensors
-
 
 class OpenFiles:
     """The files other processes name tensors of; the last few stay open, since the next patch names them again."""
@@ -268,23 +248,6 @@ class OpenFiles:
             self._sources.popitem(last=False)
         source.check()
         return source.resolve(ref)
-
-
-def fastsafetensors() -> object:
-    """The package of that name.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import fastsafetensors as module
-    except ImportError as error:
-        raise ConfigError(
-            "use_fastsafe is switched on, and the package fastsafetensors cannot be imported",
-            str(error),
-            "Install it where ComfyUI's Python is (pip install fastsafetensors), or switch use_fastsafe off",
-        ) from error
-    return module
 
 
 @torch.inference_mode(False)

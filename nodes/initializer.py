@@ -5,7 +5,6 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-from ..loaders.source import fastsafetensors
 from ..raylight.config import PREFETCHES, ParallelConfig, PoolConfig
 from ..raylight.errors import ConfigError
 from ..raylight.sequence.kernels import NAMES
@@ -135,11 +134,7 @@ OPTIONAL: dict[str, Any] = {
     ),
     "use_fastsafe": (
         "BOOLEAN",
-        {
-            "default": False,
-            "tooltip": "Read safetensors files with the package fastsafetensors, into memory of each worker. Needs "
-            "the package installed.",
-        },
+        {"default": False, "tooltip": "Kept for older workflows: it read files into memory, as use_mmap off does."},
     ),
     "FSDP_prefetch": (
         list(PREFETCHES),
@@ -213,8 +208,6 @@ def pool_config(
         ConfigError: values that do not fit together; the message says what to change.
     """
     check(OPTIONAL, {"mmap_cache_size": mmap_cache_size})
-    if use_fastsafe:
-        fastsafetensors()
     residency = "streamed" if FSDP_CPU_OFFLOAD else "sharded" if FSDP else "resident"
     return PoolConfig(
         parallel=ParallelConfig(
@@ -236,7 +229,7 @@ def pool_config(
         if torch_dist_address.strip() == OLD_RENDEZVOUS
         else _address(torch_dist_address, "torch_dist_address"),
         check_links=not skip_comm_test,
-        reader="fastsafetensors" if use_fastsafe else "map" if use_mmap else "private",
+        reader="map" if use_mmap else "private",
         models_kept=mmap_cache_size,
     )
 

@@ -20,7 +20,7 @@ COMPILERS = ("inductor", "cudagraphs")
 """What a user may choose to have Python out of a model's calls: a backend of torch.compile, or recorded calls."""
 PREFETCHES = ("auto", "on", "off")
 """When the next block's weights are gathered while one computes; "auto" is where that pays."""
-READERS = ("map", "private", "fastsafetensors")
+READERS = ("map", "private")
 """Ways to read a model file (see loaders.source)."""
 MOST_WORKERS = 1024
 """More than any pool has room for: what is made for each worker, and looked through, is bounded by it."""

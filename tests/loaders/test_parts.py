@@ -40,11 +40,9 @@ def parts(tmp_path: Path) -> Parts:
     return write
 
 
-@pytest.mark.parametrize("reader", ["map", "private", "fastsafetensors"])
+@pytest.mark.parametrize("reader", ["map", "private"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_part_is_the_model(parts: Parts, kind: str, reader: str) -> None:
-    if reader == "fastsafetensors":
-        pytest.importorskip("fastsafetensors")
     paths = parts(kind)
     specs = {spec_of(str(path), reader=reader) for path in paths}
     assert len(specs) == 1

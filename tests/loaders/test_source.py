@@ -39,10 +39,8 @@ def path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("reader", ["map", "private", "fastsafetensors"])
+@pytest.mark.parametrize("reader", ["map", "private"])
 def test_tensors_are_the_files(path: str, tensors: dict[str, torch.Tensor], reader: str) -> None:
-    if reader == "fastsafetensors":
-        pytest.importorskip("fastsafetensors")
     source = Source(path, reader=reader)
     assert set(source.tensors) == set(tensors)
     data = Path(path).read_bytes()
@@ -79,10 +77,8 @@ def test_one_tensor_without_the_rest(path: str, tensors: dict[str, torch.Tensor]
         assert torch.equal(read_tensor(source.header, source.files[0].fd, source.header.entries[name]), tensors[name])
 
 
-@pytest.mark.parametrize("reader", ["map", "private", "fastsafetensors"])
+@pytest.mark.parametrize("reader", ["map", "private"])
 def test_who_writes_gets_a_copy(path: str, tensors: dict[str, torch.Tensor], reader: str) -> None:
-    if reader == "fastsafetensors":
-        pytest.importorskip("fastsafetensors")
     before = Path(path).read_bytes()
     source, other = Source(path, reader=reader), Source(path)
     large = source.tensors["large"]

@@ -177,16 +177,8 @@ def _(bench: Bench, name: str) -> None:
         differ(got, bench.run(bench.plain(path)), "another dtype")
 
 
-@each(("private", "fastsafetensors"), "reader")
+@each(("private",), "reader")
 def _(bench: Bench, name: str) -> None:
-    if name == "fastsafetensors":
-        from comfy_raylight.loaders.source import fastsafetensors
-        from comfy_raylight.raylight.errors import ConfigError
-
-        try:
-            fastsafetensors()
-        except ConfigError as error:
-            raise Absent(str(error)) from error
     path = write_variant(bench.base, bench.path(), "mixed")
     model = bench.mapped(path, reader=name)
     got = bench.run(model)
