@@ -1,14 +1,14 @@
 """Trains what the demo ships: a small Wan model, a LoRA, and a VAE for its latents.
 
-    python benchmarks/train_demo.py model|lora|vae|gguf [--steps N] [--minutes M] [--device cuda] [--out DIR]
+    python benchmarks/train_demo.py model|lora|vae [--steps N] [--minutes M] [--device cuda] [--out DIR]
 
 Every part is ComfyUI's own class with fewer and narrower layers, so that any ComfyUI loads the files. The model learns
 ComfyUI's convention for Wan: x = (1 - sigma) latent + sigma noise, time 1000 sigma, and its output is noise - latent.
 `model` and `vae` take up to an hour of one core each, `lora` minutes. On an H100 `model --device cuda` takes 27 ms per
 step: 16,000 of them came near the files here, which were trained in several goes (`--resume`, the last with `--rate
-0.3`). `gguf` writes the model as GGUF. `lora` and `gguf` need the model; otherwise the order does not matter. The model
-and the LoRA need a ComfyUI like the tests' (0.3.75): the rotary embedding of later ones has no gradient where
-comfy_kitchen computes it. The model reads what the text encoder of examples/install_demo.py gives.
+0.3`). `lora` needs the model; otherwise the order does not matter. Both need a ComfyUI like the tests'
+(0.3.75): the rotary embedding of later ones has no gradient where comfy_kitchen computes it. The model reads what the
+text encoder of examples/install_demo.py gives.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 OUT = BENCHMARKS.parent / "examples" / "comfyui"
 NAME = "raylight_demo"
-STEPS = {"model": 12000, "lora": 1600, "vae": 6000, "gguf": 0}
+STEPS = {"model": 12000, "lora": 1600, "vae": 6000}
 RATES = {"model": 1.5e-3, "lora": 3e-3, "vae": 3e-3}
 SIZE = {"dim": 256, "ffn": 448, "layers": 3}
 WORD_RATE = 0.03
@@ -80,11 +80,6 @@ def main() -> None:
             train_lora(base, models / "loras" / f"{NAME}_paper.safetensors", limits, device=options.device)
         case "vae":
             train_vae(models / "vae" / f"{NAME}_vae.safetensors", limits, resume=options.resume, device=options.device)
-        case "gguf":
-            sys.path.append(str(setup.ROOT / "workers" / "import_root"))
-            from comfy_raylight.tests.weights.files import write_gguf
-
-            log.info("%s", write_gguf(base, base.with_name(f"{NAME}_Q8_0.gguf"), "Q8_0", quantised=every_matrix)[0])
 
 
 def train_model(path: Path, limits: Limits, *, resume: bool, device: str) -> None:
@@ -249,11 +244,6 @@ def flow_loss(model: torch.nn.Module, latents: Tensor, words: Tensor, step: int)
     noisy = (1 - part) * latent + part * noise
     output = model(noisy.to(device), (sigma * 1000).to(device), context.to(device))
     return (output - (noise - latent).to(device)).square().mean()
-
-
-def every_matrix(key: str, value: Tensor) -> bool:
-    """Also embeddings, which are most of so small a model."""
-    return key.endswith(".weight") and value.ndim == 2
 
 
 def scenes_of(world: World, count: int) -> tuple[Tensor, Tensor]:

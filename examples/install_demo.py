@@ -1,9 +1,9 @@
-"""Puts the demo's files into a ComfyUI: those of examples/comfyui, and a text encoder that is made here.
+"""Puts the demo's files into a ComfyUI: those of examples/comfyui, and a text encoder and a GGUF file made here.
 
     python custom_nodes/raylight/examples/install_demo.py [FOLDER]
 
-FOLDER is the one that has ComfyUI's `models`; without it, that of the ComfyUI in whose custom_nodes the pack is. Any
-Python does.
+FOLDER is the one that has ComfyUI's `models`; without it, that of the ComfyUI in whose custom_nodes the pack is. The
+pack's requirements are to be installed in the Python that runs this.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 DEMO = Path(__file__).absolute().parent / "comfyui"
 ENCODER = Path("models", "text_encoders", "raylight_demo_words.safetensors")
+MODEL = Path("models", "diffusion_models", "raylight_demo.safetensors")
+GGUF = MODEL.with_name("raylight_demo_Q8_0.gguf")
 WORDS: Mapping[str, int] = {
     "red": 736,
     "green": 1901,
@@ -59,7 +61,32 @@ def install(folder: Path) -> list[Path]:
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, paths[-1])
     write_encoder(folder / ENCODER)
-    return [*paths, folder / ENCODER]
+    write_gguf(DEMO / MODEL, folder / GGUF)
+    return [*paths, folder / ENCODER, folder / GGUF]
+
+
+def write_gguf(model: Path, path: Path) -> None:
+    """The model again, its matrices in blocks of 8 bits, the embeddings too: they are most of so small a model."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+    partial = path.with_suffix(".partial")
+    writer = gguf.GGUFWriter(partial, "wan", use_temp_file=False)
+    for name, weight in load_file(model).items():
+        values = weight.astype("float32")
+        if values.ndim == 2 and name.endswith(".weight"):
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        elif values.ndim > 4:  # GGUF has four dims
+            writer.add_tensor(name, values.reshape(values.shape[0], -1))
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(values.shape))
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.replace(path)
 
 
 def write_encoder(path: Path) -> None:
