@@ -55,7 +55,7 @@ class Dealer:
 
     Args:
         decode: of one tile.
-        tiles: of the walk (`Survey`).
+        tiles: of the walk (`Survey`), to decode some ahead of it; none where they take too much memory to be kept.
         owners: which rank decodes each tile (`deal`).
         seed: tile i is decoded after torch.manual_seed(seed + i).
         watch: told of every tile.
@@ -93,7 +93,7 @@ class Dealer:
         # as often on every rank, whoever decodes
         if index % self._comm.size == 0:
             self._watch.step(self._comm.size if index else 0)
-        result = self._own(index) if mine else None
+        result = self._own(index, tile) if mine else None
         header = torch.zeros(MOST_DIMS + 1, dtype=torch.int64, device=tile.device)
         if result is not None and owner:
             header = header.new_tensor([DTYPES.index(result.dtype), *result.shape, *[0] * (MOST_DIMS - result.ndim)])
@@ -121,15 +121,14 @@ class Dealer:
 
     def _look_ahead(self, index: int) -> None:
         """Decode the next own tile after this one, unless it is done: one at a time, since each takes memory."""
-        own = [later for later in range(index + 1, len(self._owners)) if self._owners[later] == self._comm.rank]
+        own = [later for later in range(index + 1, len(self._tiles)) if self._owners[later] == self._comm.rank]
         if own and not self._ahead:
-            self._ahead[own[0]] = self._decoded(own[0])
+            self._ahead[own[0]] = self._decoded(own[0], self._tiles[own[0]])
 
-    def _own(self, index: int) -> torch.Tensor:
-        return self._ahead.pop(index) if index in self._ahead else self._decoded(index)
+    def _own(self, index: int, tile: torch.Tensor) -> torch.Tensor:
+        return self._ahead.pop(index) if index in self._ahead else self._decoded(index, tile)
 
-    def _decoded(self, index: int) -> torch.Tensor:
-        tile = self._tiles[index]
+    def _decoded(self, index: int, tile: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(self._seed + index)
         before = states(tile.device)
         result = self._decode(tile).to(tile.device)

@@ -143,10 +143,11 @@ NEWER: Mapping[str, Newer] = {
         build=h3,
         # eight tiles: two stretches in time, of two rows of two
         latent=(1, 24, 7, 18, 20),
-        pixels=(5, 288, 64, 3),
+        # four: two stretches in time, of two rows
+        pixels=(22, 288, 64, 3),
         auto="whole",
         way="own tiles",
-        refused=("", "tiles of its own"),
+        refused=("", ""),
         small="MiniMaxH3VideoVAE",
     ),
     "h3 sound": Newer(

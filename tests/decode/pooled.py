@@ -197,6 +197,8 @@ def newer(results: Results, folder: Path) -> None:
         if one.pixels:
             pixels = random(*one.pixels, seed=4).sigmoid()
             encode = functools.partial(encode_on, workers, pixels, of, keep=True)
+            asked = VAEPlan(spec=of, shape=pixels.shape, encode=True)
+            results[f"newer, {name}, dealt out"] = all(facts.own for facts in workers.call("plan_vae", asked) if facts)
             if one.refused[1]:
                 results[f"newer, {name}, encode"] = words(encode)
             else:

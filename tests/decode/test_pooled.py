@@ -61,7 +61,7 @@ def test_newer_vaes_equal_comfyui_or_are_refused(found: Found, comfy_root: Path,
     if one.refused[1]:
         assert one.refused[1] in results["encode"] and "VAE Encode" in results["encode"]
     elif one.pixels:
-        assert results["encode"] <= CLOSE
+        assert results["encode"] <= CLOSE and results["dealt out"] == (one.way == "own tiles")
 
 
 @pytest.mark.parametrize("way", ("seamless", "tiles"))

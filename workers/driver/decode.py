@@ -91,13 +91,14 @@ def encode_on(pool: Pool, pixels: torch.Tensor, spec: ModelSpec, *, keep: bool) 
         pixels: [frames, rows, width, channels].
 
     Raises:
-        UnsupportedError: this VAE cannot encode in strips.
+        UnsupportedError: this VAE can encode neither in strips nor by tiles of its own.
         LoadError, Cancelled, WorkerError: as for `decode_on`.
     """
     try:
         pool.agree_on(spec)
         facts = _facts(pool, VAEPlan(spec=spec, shape=tuple(pixels.shape), encode=True))
-        refusal = _refusal(facts)
+        own = bool(facts[0].own)
+        refusal = "" if own else _refusal(facts)
         if refusal:
             raise UnsupportedError(
                 f"{facts[0].family} cannot encode on several workers", refusal, "Use ComfyUI's own VAE Encode"
@@ -106,13 +107,14 @@ def encode_on(pool: Pool, pixels: torch.Tensor, spec: ModelSpec, *, keep: bool) 
         request = EncodeRequest(
             spec=spec,
             pixels=given.block,
-            ranks=facts[0].ranks,
+            ranks=len(facts),
+            way="own tiles" if own else "seamless",
             batch=max(1, min(fact.batch for fact in facts)),
             budget=_budget(facts),
             random=random_states.take(),
         )
-        replies = _ask(pool, "encode", request, range(facts[0].ranks))
-        return torch.cat([_part(reply) for reply in replies], -2)
+        replies = _ask(pool, "encode", request, range(len(facts)))
+        return torch.cat([_part(reply) for reply in replies if reply.part is not None], -2)
     finally:
         _let_go(pool, spec, keep=keep)
 

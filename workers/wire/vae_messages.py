@@ -133,6 +133,7 @@ class EncodeRequest:
     spec: ModelSpec
     pixels: Block
     ranks: int
+    way: Way = "seamless"
     batch: int = 1
     budget: int = 0
     random: tuple[Any, Any] | None = None

@@ -95,7 +95,7 @@ class WorkerVAEs:
                 shape=(),
                 dtype=vae_strips.output_dtype(vae),
                 tiles=not getattr(vae, "handles_tiling", False),
-                own=() if request.encode else vae_own_tiles.shape_of(vae, request.shape),
+                own=vae_own_tiles.shape_of(vae, request),
             )
         ranks = min(mesh.parallel.world, shape[-2])
         # a group can only be made by all ranks together
@@ -140,6 +140,8 @@ class WorkerVAEs:
     def encode(self, request: EncodeRequest, mesh: Mesh, line: Line) -> PartReply:
         """Encode this rank's part."""
         vae = self._vae(request.spec)
+        if request.way == "own tiles":
+            return self._timed(mesh, lambda: vae_own_tiles.encode(vae, request, mesh, line))
         return self._timed(mesh, lambda: vae_strips.encode(vae, request, mesh, line))
 
     def release(self, spec: ModelSpec) -> None:
