@@ -152,9 +152,7 @@ def check(model: nn.Module, parallel: ParallelConfig) -> None:
     elif parallel.sequence == 1 or parallel.attention != "TORCH":
         refuse(name, "it has no plan of its own, and one is only looked for with XFuser_attention TORCH")
     elif parallel.residency != "resident":
-        refuse(
-            name, "it has no plan of its own, and one is only looked for where every worker has all weights (no FSDP)"
-        )
+        refuse(name, "it has no plan of its own, and one is only looked for without FSDP and FSDP_CPU_OFFLOAD")
 
 
 def refuse(name: str, why: str) -> NoReturn:

@@ -16,7 +16,8 @@ from torch import nn
 from ..sequence.slots import Slot
 from .values import OPTIONS, Inputs
 
-PER_CALL = ("sigmas", "sample_sigmas", "uuids", "cond_or_uncond")
+CONDITIONS = "cond_or_uncond"
+PER_CALL = ("sigmas", "sample_sigmas", "uuids", CONDITIONS)
 """Entries of transformer_options that ComfyUI's sampling puts into every call."""
 Form = tuple[Any, ...]
 """What a block is given, but for its sizes: by argument."""
@@ -29,39 +30,49 @@ def kind_of(inputs: Inputs) -> Hashable:
 
 
 def sizes_of(inputs: Inputs) -> Hashable:
-    """All sizes and whole numbers of a call, and for which conditions it is."""
+    """All sizes and whole numbers of a call, and for which conditions it is; not what counts steps."""
     found: list[Hashable] = []
 
-    def add(value: Any) -> None:
+    def add(value: Any, options: bool = False) -> None:
         if isinstance(value, torch.Tensor):
             found.append(tuple(value.shape))
         elif isinstance(value, (tuple, list)):
             for item in value:
-                add(item)
+                add(item, options)
         elif isinstance(value, dict):
+            inside = options or _is_options(value)
             for key, item in value.items():
-                if key not in PER_CALL or key == "cond_or_uncond":
-                    add(item)
-        elif isinstance(value, int):
+                if key == CONDITIONS:
+                    found.append(tuple(item))
+                elif key not in PER_CALL:
+                    add(item, inside or key == OPTIONS)
+        elif isinstance(value, int) and not options:
             found.append(value)
 
     add(inputs)
     return tuple(found)
 
 
-def _kind(value: Any) -> Hashable:
+def _is_options(value: dict[Any, Any]) -> bool:
+    return any(key in value for key in PER_CALL)
+
+
+def _kind(value: Any, options: bool = False) -> Hashable:
     if isinstance(value, torch.Tensor):
         return "tensor", str(value.dtype), tuple(size == 1 for size in value.shape)
     if isinstance(value, (tuple, list)):
-        return type(value).__name__, tuple(map(_kind, value))
+        return type(value).__name__, tuple(_kind(item, options) for item in value)
     if isinstance(value, dict):
-        items = ((str(key), _kind(item)) for key, item in value.items() if key not in PER_CALL)
+        inside = options or _is_options(value)
+        items = [
+            (str(key), _kind(item, inside or key == OPTIONS)) for key, item in value.items() if key not in PER_CALL
+        ]
         return "dict", tuple(sorted(items, key=lambda item: item[0]))
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
-        # code asks whether something is there at all, or counts for nothing
-        return type(value).__name__, value if value in (0, 1) else "other"
+        # code asks whether something is there at all, or counts for nothing; in options nodes count steps
+        return type(value).__name__, value if value in (0, 1) and not options else "other"
     return type(value).__module__, type(value).__qualname__
 
 

@@ -27,6 +27,14 @@ def test_sizes_and_values_are_no_kinds() -> None:
     assert sizes_of((args, kwargs)) != sizes_of(call()) == sizes_of(call())
 
 
+def test_steps_are_no_kinds() -> None:
+    """A node may count them in the options: neither is a plan looked for at each, nor every block compared."""
+    one, other = (call(transformer_options={"sigmas": None, "step": step, "cond_or_uncond": [0]}) for step in (1, 2))
+    assert kind_of(one) == kind_of(other) and sizes_of(one) == sizes_of(other)
+    both = call(transformer_options={"sigmas": None, "step": 1, "cond_or_uncond": [1]})
+    assert kind_of(one) == kind_of(both) and sizes_of(one) != sizes_of(both)
+
+
 OTHERS: dict[str, Any] = {
     "a batch": call(batch=2),
     "a mask": call(mask=torch.ones(1, 7, dtype=torch.bool)),

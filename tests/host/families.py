@@ -371,22 +371,6 @@ FAMILIES: Mapping[str, Family] = {
             extras={"reference_latents": [_latent(16, 1, 6, 10)]},
         ),
     ),
-    "boogu": Family(
-        model="BooguTransformer2DModel",
-        since=V33,
-        large=True,
-        weight_dtype=FP8,
-        inputs=Inputs(
-            channels=16, height=14, width=18, tokens=9, context=40, extras={"reference_latents": [_latent(16, 6, 10)]}
-        ),
-    ),
-    "mageflow": Family(
-        model="MageFlowTransformer2DModel",
-        since=V33,
-        large=True,
-        weight_dtype=FP8,
-        inputs=Inputs(channels=128, height=14, width=10, tokens=9, context=2560),
-    ),
     "ideogram4": Family(
         model="Ideogram4Transformer2DModel",
         since=V33,

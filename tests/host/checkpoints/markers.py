@@ -255,24 +255,6 @@ def joyimage(size: Sizes) -> Keys:
     }
 
 
-def boogu(size: Sizes) -> Keys:
-    return {
-        **_layers("single_stream_layers.{}.norm1.linear.weight", size["layers"]),
-        **_layers("double_stream_layers.{}.img_instruct_attn.processor.img_to_q.weight", size["double"]),
-        **_layers("noise_refiner.{}.norm1.linear.weight", 1),
-        "x_embedder.weight": (28 * 120, 64),
-        "time_caption_embed.caption_embedder.0.weight": (size["context"],),
-    }
-
-
-def mageflow(size: Sizes) -> Keys:
-    return {
-        **_layers("transformer_blocks.{}.attn.to_q.weight", size["layers"]),
-        "txt_norm.weight": (2560,),
-        "proj_out.weight": (128, 24 * 128),
-    }
-
-
 def ideogram4(size: Sizes) -> Keys:
     return {
         **_layers("layers.{}.attention_norm1.weight", size["layers"]),

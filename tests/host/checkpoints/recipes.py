@@ -194,8 +194,6 @@ RECIPES: Mapping[str, Recipe] = {
     "krea2": Recipe(keys=markers.krea2, detected="Krea2", size={"heads": 5, "layers": 2, "context": 40}),
     "lens": Recipe(keys=markers.lens, detected="Lens", size={"heads": 5, "layers": 3, "context": 40}),
     "joyimage": Recipe(keys=markers.joyimage, detected="JoyImage", size={"heads": 3, "layers": 2}),
-    "boogu": Recipe(keys=markers.boogu, detected="Boogu", dtype=FP8, size={"layers": 1, "double": 1, "context": 40}),
-    "mageflow": Recipe(keys=markers.mageflow, detected="MageFlow", dtype=FP8, size={"layers": 2}),
     "ideogram4": Recipe(keys=markers.ideogram4, detected="Ideogram4", dtype=FP8, size={"layers": 1}),
     "cosmos": Recipe(keys=markers.cosmos, detected="CosmosT2V", dtype=FP8, size={"dim": 480}),
     "cosmos2": Recipe(keys=markers.predict2, detected="CosmosT2IPredict2", dtype=FP8),
