@@ -130,17 +130,22 @@ def picture(loader: str, **inputs: Any) -> Prompt:
 
 
 def test_a_whole_checkpoint(client: ComfyClient, server: ComfyServer) -> None:
-    """Text encoder, model and VAE of one file give the picture of Load Checkpoint."""
-    found = []
+    """Text encoder and VAE of one file are those of Load Checkpoint, to the bit, and the latent is plain ComfyUI's."""
     core, ours = picture("CheckpointLoaderSimple", ckpt_name=WHOLE), picture("RayModel", model_name=WHOLE, gpus=CARDS)
-    for prompt in (core, ours):
+    mixed = picture("RayModel", model_name=WHOLE, gpus=CARDS)
+    mixed["core"] = core[LOADER]
+    mixed[SAMPLER]["inputs"]["model"] = ["core", 0]
+    pixels, latents = [], []
+    for prompt in (core, mixed, ours):
+        prompt["latents"] = {"class_type": "RLTestSaveLatent", "inputs": {"samples": [SAMPLER, 0], "name": "latents"}}
         client.run(prompt, timeout=400)
-        saved = server.output / "picture.safetensors"
-        found.append(next(iter(load_file(saved).values())))
-        saved.unlink()
-    expected, pixels = found
-    assert expected.shape == (1, 128, 128, 3) and expected.std() > 1e-3
-    assert (pixels - expected).abs().max() <= FP32
+        for name, found in (("picture", pixels), ("latents", latents)):
+            saved = server.output / f"{name}.safetensors"
+            found.append(next(iter(load_file(saved).values())))
+            saved.unlink()
+    assert pixels[0].shape == (1, 128, 128, 3) and pixels[0].std() > 1e-3
+    assert torch.equal(pixels[0], pixels[1])
+    assert (latents[2] - latents[0]).abs().max() <= FP32 * latents[0].abs().max()
 
 
 @pytest.mark.parametrize("part,node,remedy", ((1, "positive", "Load CLIP"), (2, "decoded", "Load VAE")))
