@@ -28,6 +28,7 @@ LARGE["sdxl"] = LARGE["unet"]
 TINY: dict[str, dict[str, Any]] = {"wan": dict(frames=1, height=4, width=4), "unet": dict(height=8, width=8)}
 TINY["sdxl"] = TINY["unet"]
 INPUTS = {**FAMILIES, "sdxl": Inputs(channels=4, tokens=77, context=2048, pooled=1280)}
+OTHER, CONTROL = "wan-other.safetensors", "choice-unet.safetensors"
 WHOLE, BARE = "whole.safetensors", "wan.safetensors"
 ALONE, GROUPS, TOKENS = "card [01] alone", "cfg 2 on cards 0, 1", "ulysses 2 on cards 0, 1"
 
@@ -52,7 +53,11 @@ def case(family: str, latent: Mapping[str, Any], cfg: float, **more: Any) -> Cas
 @pytest.fixture(scope="module", autouse=True)
 def files(server: ComfyServer, comfy_root: Path) -> None:
     """A UNet of SDXL's kind, and a checkpoint with all of its parts."""
-    jobs = [Job(family="sdxl", path=server.models / "sdxl.safetensors")]
+    jobs = [
+        Job(family="sdxl", path=server.models / "sdxl.safetensors"),
+        Job(family="wan", path=server.models / OTHER, seed=3),
+        Job(family="control_unet", path=server.models.parent / "controlnet" / CONTROL, seed=2),
+    ]
     write(jobs, comfy_root=comfy_root, python=Path(sys.executable))
     whole = server.models.parent / "checkpoints" / WHOLE
     if not whole.is_file():
@@ -77,6 +82,61 @@ def test_equals_plain(server: ComfyServer, result: Run, family: str) -> None:
         assert expected.isfinite().all() and expected.std() > 1e-3
         assert (found - expected).abs().max() <= FP32 * expected.abs().max()
         assert re.match(way, told(server)[-1]), (way, told(server)[-1])
+
+
+def test_three_lists_of_conditions(server: ComfyServer, result: Run) -> None:
+    each = case("wan", LARGE["wan"], 4.0, sampling="PerpNegGuider")
+    expected, found = result(plain(each)), result(chosen(each))
+    assert (found - expected).abs().max() <= FP32 * expected.abs().max()
+    assert "cards 0, 1" in told(server)[-1]
+
+
+@pytest.mark.parametrize("cfg", (1.0, 4.0))
+def test_merged_models(server: ComfyServer, result: Run, cfg: float) -> None:
+    """Two models are on one pool, whichever of them was sampled last."""
+    each = case("wan", LARGE["wan"], cfg, seed=11)
+    found = []
+    for prompt in (plain(each), chosen(each)):
+        loader = prompt[LOADER]
+        inputs = {name: OTHER if value == each.file else value for name, value in loader["inputs"].items()}
+        prompt["other"] = {"class_type": loader["class_type"], "inputs": inputs}
+        merge = {"model1": [LOADER, 0], "model2": ["other", 0], "ratio": 0.3}
+        prompt["merged"] = {"class_type": "ModelMergeSimple", "inputs": merge}
+        prompt[SAMPLER]["inputs"]["model"] = ["merged", 0]
+        found.append(result(prompt))
+    expected, ours = found
+    assert (ours - expected).abs().max() <= FP32 * expected.abs().max()
+    assert "cards 0, 1" in told(server)[-1]
+
+
+def test_controlnet(server: ComfyServer, result: Run) -> None:
+    """A ControlNet on the pool follows the model to the pool that is chosen."""
+    found = []
+    for cfg in (4.0, 1.0):
+        each = case("unet", TINY["unet"] if cfg == 1.0 else LARGE["unet"], cfg, seed=13)
+        for prompt in (plain(each), chosen(each)):
+            ours = prompt[LOADER]["class_type"] == "RayModel"
+            prompt["picture"] = {
+                "class_type": "RLTestPixels",
+                "inputs": {"frames": 1, "height": 200, "width": 248, "channels": 3, "smooth": True},
+            }
+            more = {"ray_actors": [LOADER, 3]} if ours else {}
+            prompt["control"] = {
+                "class_type": "RayControlNetLoader" if ours else "ControlNetLoader",
+                "inputs": {"control_net_name": CONTROL, **more},
+            }
+            given = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "image": ["picture", 0]}
+            sampler = prompt[SAMPLER]["inputs"]
+            both = {name: sampler[name] for name in ("positive", "negative")}
+            prompt["applied"] = {
+                "class_type": "ControlNetApplyAdvanced",
+                "inputs": {**both, **given, "control_net": ["control", 1 if ours else 0]},
+            }
+            sampler.update(positive=["applied", 0], negative=["applied", 1])
+            found.append(result(prompt))
+    for expected, ours in (found[:2], found[2:]):
+        assert (ours - expected).abs().max() <= FP32 * expected.abs().max()
+    assert any(re.match(GROUPS, line) for line in told(server)) and re.match(ALONE, told(server)[-1])
 
 
 def test_what_workers_refuse_to_share(server: ComfyServer, result: Run) -> None:
@@ -135,7 +195,8 @@ def test_a_whole_checkpoint(client: ComfyClient, server: ComfyServer) -> None:
     mixed = picture("RayModel", model_name=WHOLE, gpus=CARDS)
     mixed["core"] = core[LOADER]
     mixed[SAMPLER]["inputs"]["model"] = ["core", 0]
-    pixels, latents = [], []
+    pixels: list[torch.Tensor] = []
+    latents: list[torch.Tensor] = []
     for prompt in (core, mixed, ours):
         prompt["latents"] = {"class_type": "RLTestSaveLatent", "inputs": {"samples": [SAMPLER, 0], "name": "latents"}}
         client.run(prompt, timeout=400)
