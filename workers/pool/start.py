@@ -56,7 +56,8 @@ class Start:
         self.launch: Any = launch
         self.crew = Crew(environment)
         if old is not None:
-            self.crew.actors += old.actors
+            # nobody else may hold what is Ray's: it ends this process where a reference is dropped too late
+            self.crew.actors, old.actors = old.actors, []
             self.crew.processes += old.processes
             self.crew.machine = old.machine
         self.serving: list[Any] = []
