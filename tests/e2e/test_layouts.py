@@ -160,7 +160,7 @@ DIMS = [
         pytest.param(kind, dims, where, id=f"{kind} {dims} {name}", marks=SLOW)
         for kind in ("Q8_0", "Q4_K")
         for dims in ("other", "noted")
-        for name, where in EVERY.items()
+        for name, where in {**EVERY, "one": on(1)}.items()
     ),
 ]
 
