@@ -33,8 +33,6 @@ def marked(model: nn.Module, spec: ModelSpec, rpc: Any) -> nn.Module:
     for name, module in model.named_modules():
         module.raylight_place = (spec, name)  # type: ignore[assignment]
     for key, parameter in model.state_dict(keep_vars=True).items():
-        if type(parameter) is nn.Parameter:
-            parameter.__class__ = Weight
         parameter.raylight_source = (spec, PREFIX + key)
         parameter.raylight_rpc = rpc
         parameter.raylight_version = _version_of(parameter)
@@ -60,6 +58,8 @@ class Layers:
         for key, home in adopted.homes.items():
             weight = _Blocks(key, home, rpc.told, spec, dtype) if is_blocks(home) else _Weight(key, home, rpc.told)
             by_module.setdefault(home.module, {})[home.name] = weight
+            if type(weight.bare) is nn.Parameter:
+                weight.bare.__class__ = Weight
         for module, weights in by_module.items():
             module.__dict__["_parameters"] = _Parameters(module._parameters, weights, patches_of)
             if getattr(module, "quant", ""):
@@ -173,8 +173,10 @@ class _Weight:
         with normal_tensors(), self._told.here(loading=False):
             layer = copy.copy(self._module)
             layer.__dict__["_parameters"] = dict(self._module._parameters)
-            if self._dtype is not None:
-                layer._parameters[self._name] = nn.Parameter(self.bare.to(self._dtype), requires_grad=False)
+            bare = self.bare.data if isinstance(self.bare, Weight) else self.bare
+            if self._dtype is not None or bare is not self.bare:
+                dtype = self._dtype or bare.dtype
+                layer._parameters[self._name] = nn.Parameter(bare.to(dtype), requires_grad=False)
             # under its own key, which stochastic rounding begins with
             patcher = comfy.model_patcher.ModelPatcher(_alone(layer, self.key.split(".")[:-1]), CPU, CPU)
             patcher.patches = {self.key: patches}

@@ -21,9 +21,13 @@ T = TypeVar("T")
 class Weight(torch.nn.Parameter):
     """A parameter that counts what is written into it through `data`, which torch does not."""
 
+    def detach(self) -> torch.Tensor:
+        """Of this class, as torch wants it of what becomes a parameter."""
+        return super().detach().as_subclass(Weight)
+
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        return self.detach()
+        return super().detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
