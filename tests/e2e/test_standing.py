@@ -14,6 +14,8 @@ from comfy_raylight.tests.host.client import ComfyClient, PromptError
 from comfy_raylight.tests.host.prompts import FAMILIES, Case, PoolCase, plain, pool
 from comfy_raylight.tests.host.server import ComfyServer
 
+from .test_sampling import FP32, both
+
 WAN = Case(file="wan.safetensors", inputs=FAMILIES["wan"])
 TOME = (("TomePatchModel", {"ratio": 0.3}),)
 """A node that patches the attention of any model; Wan's blocks do not call its patches."""
@@ -34,6 +36,28 @@ def unknown(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def visitor(unknown: ComfyServer) -> Iterator[ComfyClient]:
     with unknown.client() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def hidden(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A newer ComfyUI, whose Wan the plan fits by all names, and would be wrong with."""
+    folder = tmp_path_factory.mktemp("hidden")
+    comfy = broken.tree(comfy_root, folder / "comfy", broken.HIDDEN_WAN)
+    server = ComfyServer(comfy, base=folder, threads=1)
+    write([Job(family="wan", path=server.models / WAN.file)], comfy_root=comfy_root, python=Path(sys.executable))
+    with server:
+        yield server
+
+
+def test_a_plan_that_does_not_fit_any_more_is_seen(hidden: ComfyServer) -> None:
+    """No picture is wrong: the first call is compared, and a plan that is found takes the place of the written one."""
+    with hidden.client() as client:
+        difference, _, _ = both(hidden, client, dataclasses.replace(WAN, steps=3), PoolCase())
+    assert difference <= FP32
+    said = hidden.log()
+    assert "The plan that Raylight has for WanModel does not fit: the model's output differs" in said
+    assert f"ComfyUI {broken.UNKNOWN} is newer than any" in said
+    assert "WanModel has no plan that fits: one was found and checked" in said
 
 
 def test_a_newer_comfyui_is_named_and_no_node(unknown: ComfyServer, visitor: ComfyClient) -> None:

@@ -23,6 +23,15 @@ HIDDEN_ATTENTION = {
     )
 }
 """OmniGen2 with attention that nothing can take the place of: right alone, wrong where tokens are divided."""
+HIDDEN_WAN = {
+    "comfy/ldm/wan/model.py": (
+        (
+            "            heads=self.num_heads,\n            transformer_options=transformer_options,\n        )",
+            "            heads=self.num_heads,\n        )",
+        ),
+    )
+}
+"""The same of Wan: its plan fits by all names."""
 
 Edits = Mapping[str, Sequence[tuple[str, str]]]
 

@@ -31,7 +31,7 @@ class WorkerControl(WorkerModel):
     def _planned(self) -> Plan | None:
         return control_plan_for(self.diffusion)
 
-    def _to_be_found(self) -> None:
+    def _to_be_found(self, lacks: str = "") -> None:
         return None
 
 

@@ -17,10 +17,10 @@ from ...patches.ffn import ChunkedFeedForward
 from ...patches.registry import check, has_plan, plan_for
 from ...raylight import cost
 from ...raylight.config import ModelSpec, WorkerSettings
-from ...raylight.errors import ConfigError, LoadError, UnsupportedError
+from ...raylight.errors import ConfigError, LoadError, PlanError, UnsupportedError
 from ...raylight.install import install
 from ...raylight.mesh import Mesh
-from ...raylight.names import name_of
+from ...raylight.names import functions, name_of
 from ...raylight.packing import Footprint, advice
 from ...raylight.plan import Plan, RowPlan
 from ...raylight.rows.row_hooks import RowInstallation
@@ -29,11 +29,11 @@ from ...raylight.sequence.kernels import LocalKernel
 from ...raylight.watch import Watch
 from ..mapping.adopt import Adopted, adopt, private_bytes
 from ..mapping.mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
-from ..wire import numerics
+from ..wire import numerics, standing
 from ..wire.comfy_host import device_uuid
 from ..wire.messages import PREFIX, ModelFacts, ModelReport, Wrapped
 from ..wire.said import Said
-from . import compiled
+from . import compiled, unplanned
 from .boundaries import Boundaries
 from .fsdp.block_patcher import BLOCKS, BlockPatcher, Divided
 from .fsdp.block_weights import BlockWeights, divide
@@ -95,6 +95,9 @@ class WorkerModel:
         self._plan = self._planned() if mesh.parallel.needs_plan else None
         self._installation: Installation | RowInstallation | None = None
         self._unplanned: Unplanned | None = None
+        # a written plan is tried once where nobody has tried this ComfyUI; one for rows tries itself
+        self._untried = isinstance(self._plan, Plan) and mesh.sequence.size > 1 and bool(standing.note())
+        self._lines: list[Said] = []
         if mesh.parallel.needs_plan and self._plan is None:
             self._unplanned = self._to_be_found()
         log.debug(
@@ -124,7 +127,7 @@ class WorkerModel:
         check(self.diffusion, self._mesh.parallel)
         return plan_for(self.diffusion) if has_plan(self.diffusion) else None
 
-    def _to_be_found(self) -> Unplanned | None:
+    def _to_be_found(self, lacks: str = "of its own") -> Unplanned | None:
         """What finds how the ranks share the model; None where each runs all of it."""
         pixels = getattr(self._base.model.latent_format, "spacial_downscale_ratio", 8) == 1
         return Unplanned(
@@ -133,6 +136,7 @@ class WorkerModel:
             self._kernel,
             grain=16 if pixels else 2,
             kept=lambda: KeptPlans([file.path for file in self.source.files], self.diffusion),
+            lacks=lacks,
         )
 
     def facts(self) -> ModelFacts:
@@ -362,6 +366,8 @@ class WorkerModel:
             return outer.forward(method, call, args, kwargs, names=", ".join(map(name_of, self._replaced.values())))
         function = getattr(self.diffusion, method)
         if self._installation is not None and forward:
+            if self._untried and not (self._settings.compile or self._objects or any(functions([list(args), kwargs]))):
+                return self._tried(call, function, args, kwargs)
             function = partial(self._installation.wrapper, function)
         if self._recordings is None or not forward:
             return call(function, *args, **kwargs)
@@ -402,6 +408,33 @@ class WorkerModel:
         finally:
             self._installation = unplanned.used
 
+    def _tried(self, call: Callable[..., Any], bare: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The first call on a ComfyUI that nobody has tried: whole on each rank, and with the plan, which must agree.
+
+        Where it does not, a plan is found in its place, for all calls but this one.
+
+        Raises:
+            PlanError: it does not agree, and no other can be looked for.
+        """
+        assert self._installation is not None
+        control, name = self._mesh.control_of(self._mesh.sequence), type(self.diffusion).__name__
+        shared = partial(self._installation.wrapper, bare)
+        whole, why = unplanned.tried(
+            lambda function, args, kwargs: call(function, *args, **kwargs), bare, shared, (args, kwargs), control
+        )
+        self._untried = False
+        if not why:
+            return whole
+        if not unplanned.possible(self._mesh.parallel):
+            raise PlanError(f"The plan that Raylight has for {name} does not fit", why)
+        self._installation.remove()
+        self._plan = self._installation = None
+        self._unplanned = self._to_be_found("that fits")
+        then = "one is looked for in its place, by running the model" if self._unplanned else "every worker computes it"
+        text = f"The plan that Raylight has for {name} does not fit: {why}. {standing.note()}. Now {then}"
+        self._lines.append((logging.WARNING, text))
+        return whole
+
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
         if self._blocks is None:
             return contextlib.nullcontext()
@@ -435,7 +468,8 @@ class WorkerModel:
 
     def found(self) -> tuple[Said, ...]:
         """What is to be said of plans that were found for it, since the last time."""
-        return self._unplanned.lines() if self._unplanned is not None else ()
+        told, self._lines = tuple(self._lines), []
+        return (*told, *self._unplanned.lines()) if self._unplanned is not None else told
 
     def predicted(self, machine: cost.Machine | None) -> float:
         """Predicted speed-up of the last call over one worker; 0 where nothing is known of it.

@@ -16,6 +16,7 @@ from torch import nn
 from ...patches.registry import refuse
 from ...raylight import draws
 from ...raylight.comm import Comm
+from ...raylight.config import ParallelConfig
 from ...raylight.errors import Cancelled, RaylightError, UnsupportedError
 from ...raylight.found import find as found
 from ...raylight.found import proof
@@ -43,6 +44,11 @@ OUTPUT = 30
 HALF = 0.5
 Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Calls a function with these arguments, as a model call of the worker."""
+
+
+def possible(parallel: ParallelConfig) -> bool:
+    """Whether plans are looked for on such a pool."""
+    return parallel.sequence > 1 and parallel.attention == "TORCH" and parallel.residency == "resident"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,7 @@ class Unplanned:
         model: what runs.
         grain: pixels of the picture along each axis that surely make one token.
         kept: gives the plans of earlier starts, None for none; called once, where the first is needed.
+        lacks: what plan it has none of.
 
     Attributes:
         used: of the last call; None where it was computed whole.
@@ -103,6 +110,7 @@ class Unplanned:
         *,
         grain: int,
         kept: Callable[[], KeptPlans | None] = lambda: None,
+        lacks: str = "of its own",
     ) -> None:
         self._model, self._mesh, self._kernel, self._grain = model, mesh, kernel, grain
         self._name = type(model).__name__
@@ -111,6 +119,7 @@ class Unplanned:
         self._lines: list[Said] = []
         self._told: set[str] = set()
         self._kept = cache(kept)
+        self._lacks = lacks
         self.used: Installation | None = None
         self.summary = ""
 
@@ -142,7 +151,7 @@ class Unplanned:
             named = ", ".join(filter(None, (changed, patches)))
             self._say(
                 f"Every worker computes calls of {self._name} whole where a node changes the model inside ({named}): "
-                "it has no plan of its own, and patches are not tried out"
+                f"it has no plan {self._lacks}, and patches are not tried out"
             )
             return run(bare, args, kwargs)
         key = method, kind_of(inputs)
@@ -151,7 +160,7 @@ class Unplanned:
         kind = self._kinds[key]
         if kind.doubt is None or kind.installation is None:
             if not any(other.verdict.plan for other in self._kinds.values()):
-                refuse(self._name, f"it has no plan of its own, and none was found: {kind.why}")
+                refuse(self._name, f"it has no plan {self._lacks}, and none was found: {kind.why}")
             if kind.verdict.plan is None:  # of one that was dropped, that is known
                 self._say(
                     f"Every worker computes some calls of {self._name} whole: they are of another kind than those that "
@@ -217,20 +226,12 @@ class Unplanned:
         if not thorough:
             return out
         _draw(device, drawn)
-        why = self._apart(whole, out)
+        why = differs(whole, out, self._control)
         if why:
             self._drop(kind, why)
         else:
             doubt.passed(sizes)
         return whole
-
-    def _apart(self, whole: Any, out: Any) -> str:
-        """How the model's output differs from what it gives alone, on any rank; "" for not at all. All ranks ask."""
-        pairs = list(zip(tensors([whole]), tensors([out]), strict=False))
-        same = len(tensors([whole])) == len(tensors([out]))
-        error = max((apart(b, a) / limit(a) for a, b in pairs), default=0.0) if same else float("inf")
-        most = float(self._control.all_reduce(torch.tensor(min(error, 1e30), dtype=torch.float64), op="max"))
-        return "" if most <= OUTPUT else f"the model's output differs by {most:.0e} times what rounding explains"
 
     def _drop(self, kind: _Kind, why: str) -> None:
         if kind.installation is not None:
@@ -265,7 +266,7 @@ class Unplanned:
         new, little = not any(kind.verdict.plan for kind in self._kinds.values()), verdict.share < HALF
         how = f"was found and checked in {verdict.seconds:.1f} s"
         self._say(
-            f"{self._name} has no plan of its own: one {'from an earlier start is used' if verdict.earlier else how}"
+            f"{self._name} has no plan {self._lacks}: one {'from an earlier start is used' if verdict.earlier else how}"
             f"{'' if new else ' for another kind of call'}, {verdict.blocks} blocks, tokens at dim "
             f"{', '.join(map(str, verdict.dims))}, {verdict.share:.0%} of a step divided"
             f"{': each worker computes the rest, so that more of them help little' if little else ''}",
@@ -342,6 +343,35 @@ class Unplanned:
         parts = [f"{each.blocks} blocks, {each.share:.0%} of a step divided" for each in live]
         parts += [f"{dropped} dropped"] if dropped else []
         self.summary = f"plan found: {'; '.join(dict.fromkeys(parts))}"
+
+
+def differs(whole: Any, out: Any, control: Comm) -> str:
+    """How a model's output differs from what it gives alone, on any rank; "" for not at all. All ranks ask.
+
+    Args:
+        control: the ranks, on CPU connections.
+    """
+    pairs = list(zip(tensors([whole]), tensors([out]), strict=False))
+    same = len(tensors([whole])) == len(tensors([out]))
+    error = max((apart(b, a) / limit(a) for a, b in pairs), default=0.0) if same else float("inf")
+    most = float(control.all_reduce(torch.tensor(min(error, 1e30), dtype=torch.float64), op="max"))
+    return "" if most <= OUTPUT else f"the model's output differs by {most:.0e} times what rounding explains"
+
+
+def tried(run: Run, bare: Callable[..., Any], shared: Callable[..., Any], inputs: Inputs, control: Comm) -> Any:
+    """A call that each rank computes whole, which is its answer, and that they share as well; how these differ.
+
+    Args:
+        bare, shared: what computes it in these ways.
+    """
+    device = _device(inputs)
+    before = draws.states(device)
+    whole = run(bare, *copied(inputs))
+    after = draws.states(device)
+    _draw(device, before)
+    out = run(shared, *inputs)
+    _draw(device, after)
+    return whole, differs(whole, out, control)
 
 
 def _from_first(control: Comm, verdict: Verdict) -> Verdict:
