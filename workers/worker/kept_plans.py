@@ -89,7 +89,12 @@ class KeptPlans:
 
     def drop(self, kind: Hashable) -> None:
         """Forget one: a real call was not as it says."""
-        self._path(kind).unlink(missing_ok=True)
+        path = self._path(kind)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            # it will be contradicted by the next call as well
+            log.debug("%s is not deleted: %s", path, error)
 
     def _path(self, kind: Hashable) -> Path:
         digest = hashlib.sha256("\n".join([*self._about, repr(kind)]).encode()).hexdigest()

@@ -37,6 +37,8 @@ from ..wire.said import Said
 from .kept_plans import KeptPlans
 from .wide import wide, widened
 
+log = logging.getLogger(__name__)
+
 FIND_S = 300.0
 """Seconds after which a plan that was not found yet is not looked for any more."""
 OUTPUT = 30
@@ -237,6 +239,7 @@ class Unplanned:
         if kind.installation is not None:
             kind.installation.remove()
         kind.doubt, kind.installation, kind.why, self.used = None, None, why, None
+        # made when the plan was found: the file is not read again
         kept = self._kept() if self._control.rank == 0 else None
         if kept is not None:
             kept.drop((kind.key, self._mesh.sequence.size))
@@ -252,9 +255,14 @@ class Unplanned:
         """Find out about a kind of call: the first rank does, the others wait for what it says."""
         verdict = Verdict()
         if self._control.rank == 0:
-            verdict = self._remembered(key) or self._examined(key[0], inputs, cancelled)
-            if verdict.plan is not None and not verdict.earlier:
-                self._keep(key, verdict)
+            try:
+                verdict = self._remembered(key) or self._examined(key[0], inputs, cancelled)
+                if verdict.plan is not None and not verdict.earlier:
+                    self._keep(key, verdict)
+            except Exception as error:
+                # the others wait for what is said here, whatever it is
+                log.exception("no plan is found for %s", self._name)
+                verdict = Verdict(why=f"{type(error).__name__}: {error}")
         verdict = _from_first(self._control, verdict)
         if verdict.cancelled:
             raise Cancelled("Cancelled")
