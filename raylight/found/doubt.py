@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..comm import Comm
 from ..errors import RaylightError, UnsupportedError
 from ..sequence.replaced import Comparison, Replaced, limit
+from ..sequence.slots import Slot
 from .kinds import Form, Forms
 from .trace import HARMLESS
 from .values import tensors
@@ -113,7 +114,7 @@ class Thorough(Comparison):
         return contextlib.nullcontext() if self._watch is None else self._watch
 
     def given(  # noqa: PLR0917, as blocks hand it on
-        self, block: str, module: nn.Module, streams: Mapping[str | int, Any], args: Any, kwargs: Any, enters: bool
+        self, block: str, module: nn.Module, streams: Mapping[str | int, Slot], args: Any, kwargs: Any, enters: bool
     ) -> None:
         """A block is about to run."""
         if self._watch is not None:
@@ -121,7 +122,8 @@ class Thorough(Comparison):
         self._doubt.check(block, module, list(streams), args, kwargs)
         if self._watch is None or enters:
             return
-        for value in streams.values():
+        for slot in streams.values():
+            value = slot.read(args, kwargs)
             if isinstance(value, torch.Tensor):
                 same = [(value == kept).all() for kept in self._last if kept.shape == value.shape]
                 changed = ~torch.stack(same).any() if same else torch.ones((), dtype=torch.bool, device=value.device)

@@ -278,8 +278,8 @@ class _BlockHook:
         self._opens = number == 0
         self._first = at == 0
         self._last = number == 0 and owner.regions[index].exit is None and at == count - 1
-        self._names = tuple(self._blocks.streams)
-        self._streams = [(Slot.need(module, name), stream) for name, stream in self._blocks.streams.items()]
+        self._slots = {name: Slot.need(module, name) for name in self._blocks.streams}
+        self._streams = [(self._slots[name], stream) for name, stream in self._blocks.streams.items()]
         self._shared = Shared(self._blocks.at, module, self._blocks.shared, self._blocks.optional)
         self._functions = Functions(module, self._blocks.called)
         self._options = Slot.need(module, "transformer_options") if self._blocks.patches else None
@@ -290,8 +290,7 @@ class _BlockHook:
             return None
         args, kwargs = list(args), dict(kwargs)
         enters = self._owner.per_block(self._index) or self._first
-        streams = {name: slot.read(args, kwargs) for name, (slot, _) in zip(self._names, self._streams, strict=True)}
-        forward.comparison.given(self._name, module, streams, args, kwargs, enters)
+        forward.comparison.given(self._name, module, self._slots, args, kwargs, enters)
         if enters:
             self._open(forward, args, kwargs)
         layout = self._owner.layout(self._index)

@@ -17,6 +17,7 @@ from torch import nn
 from ..comm import Comm
 from ..errors import UnsupportedError
 from ..names import name_of
+from .slots import Slot
 
 REMEDY = "Remove the node, or set ulysses_degree and ring_degree to 1: cfg_degree and data parallel work with it"
 EXACT = 1e-5
@@ -109,9 +110,9 @@ class Comparison:
         return contextlib.nullcontext()
 
     def given(  # noqa: PLR0917, as blocks hand it on
-        self, block: str, module: nn.Module, streams: Mapping[str | int, Any], args: Any, kwargs: Any, enters: bool
+        self, block: str, module: nn.Module, streams: Mapping[str | int, Slot], args: Any, kwargs: Any, enters: bool
     ) -> None:
-        """A block is about to run: its streams, and all that it is given. Its tokens are whole where it `enters`."""
+        """A block is about to run: where its streams are, and all that it is given. It `enters` with whole tokens."""
 
     def note(self, block: str, parts: tuple[torch.Tensor | None, ...], *, stays: bool = False) -> None:
         """A block's outputs for this rank's tokens; they stay its part where no block joins them."""
