@@ -24,7 +24,7 @@ def pool_of(text: str, device_type: str) -> PoolConfig:
     """
     known = _known(device_type)
     if text.strip().lower() in ALL:
-        chosen = known
+        chosen = known[: limits.with_memory(len(known))] if device_type == "cpu" else known
     else:
         parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
         if not all(part.isascii() and part.isdecimal() and len(part) < 5 for part in parts):

@@ -71,11 +71,15 @@ def check_cpu_workers(world: int, cores: int) -> None:
 
 
 def cpu_workers(cores: int) -> int:
-    """How many workers all of the cores are, for who names no number: one on each, as long as memory lasts."""
-    memory = int(psutil.virtual_memory().available) // WORKER_BYTES
+    """How many workers all of the cores are, for who names no number: one on each, as far as that makes sense."""
     override = os.environ.get(VARIABLE, "")
     most = int(override) if override.isdecimal() and len(override) <= 9 else MANY
-    return max(1, min(cores, memory, most, MANY))
+    return max(1, min(cores, most, MANY))
+
+
+def with_memory(workers: int) -> int:
+    """How many of so many CPU workers there is memory for; one there always is."""
+    return max(1, min(workers, int(psutil.virtual_memory().available) // WORKER_BYTES))
 
 
 def _check_store(size: float) -> None:
