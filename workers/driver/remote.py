@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import logging
@@ -74,7 +73,7 @@ def load_at(place: Place, spec: ModelSpec) -> RemotePatcher:
     # each rank holds one part of every activation; where that changes, it is chosen before each run
     base.memory_usage_factor /= 1 if place.chooses else config.parallel.sequence
     replicas = 1 if place.chooses else config.parallel.degrees["dp"]
-    twins = [_patcher(_twin(base), model.diffusion_model, rpc.at(i), dtype) for i in range(1, replicas)]
+    twins = [_patcher(meta_model.twin(base), model.diffusion_model, rpc.at(i), dtype) for i in range(1, replicas)]
     patcher = _patcher(base, model.diffusion_model, rpc, dtype)
     base.raylight_twins = tuple(twins)
     if place.chooses or config.parallel.degrees["cfg"] > 1:
@@ -94,14 +93,6 @@ def _patcher(base: Any, meta: torch.nn.Module, rpc: ModelRpc, dtype: torch.dtype
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, lending.__name__, lending.lend)
     patcher.add_wrapper_with_key(conds.KINDS.OUTER_SAMPLE, cores.__name__, cores.leave)
     return patcher
-
-
-def _twin(base: Any) -> Any:
-    """A BaseModel of its own for another replica: what patchers, hooks and samplers write there stays there."""
-    twin = copy.copy(base)
-    for name in ("_modules", "_buffers", "_parameters"):
-        setattr(twin, name, dict(getattr(base, name)))
-    return twin
 
 
 def with_settings(model: Any, **changes: Any) -> RemotePatcher:

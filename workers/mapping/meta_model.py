@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -252,3 +253,11 @@ def _real_or_meta(found: Header, fd: int, entry: Entry) -> torch.Tensor:
     if entry.nbytes <= REAL_BYTES or (len(entry.shape) == 1 and entry.nbytes <= REAL_VECTOR_BYTES):
         return read_tensor(found, fd, entry)
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def twin(base: Any) -> Any:
+    """A BaseModel of its own for another replica: what patchers, hooks and samplers write there stays there."""
+    twin = copy.copy(base)
+    for name in ("_modules", "_buffers", "_parameters"):
+        setattr(twin, name, dict(getattr(base, name)))
+    return twin

@@ -17,6 +17,8 @@ from .model import WorkerModel
 class WorkerControl(WorkerModel):
     """A ControlNet of a worker. The ranks of a sequence share it where its blocks have a plan, else each runs it."""
 
+    FINDS = False
+
     @property
     def diffusion(self) -> torch.nn.Module:
         return self._base.model
@@ -30,9 +32,6 @@ class WorkerControl(WorkerModel):
 
     def _planned(self) -> Plan | None:
         return control_plan_for(self.diffusion)
-
-    def _to_be_found(self, lacks: str = "") -> None:
-        return None
 
 
 def adopt_control(source: Source, dtype: torch.dtype) -> Adopted:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from comfy import model_management
@@ -17,30 +17,26 @@ from ...patches.ffn import ChunkedFeedForward
 from ...patches.registry import check, has_plan, plan_for
 from ...raylight import cost
 from ...raylight.config import ModelSpec, WorkerSettings
-from ...raylight.errors import ConfigError, LoadError, PlanError, UnsupportedError
-from ...raylight.install import install
+from ...raylight.errors import ConfigError
 from ...raylight.mesh import Mesh
-from ...raylight.names import functions, name_of
-from ...raylight.packing import Footprint, advice
+from ...raylight.packing import Footprint
 from ...raylight.plan import Plan, RowPlan
 from ...raylight.rows.row_hooks import RowInstallation
-from ...raylight.sequence.hooks import Installation
 from ...raylight.sequence.kernels import LocalKernel
 from ...raylight.watch import Watch
 from ..mapping.adopt import Adopted, adopt, private_bytes
 from ..mapping.mapped_patcher import ATTACHMENT, MappedPatcher, Weights, device_bytes, patch_dtype
-from ..wire import numerics, standing
+from ..wire import numerics
 from ..wire.comfy_host import device_uuid
 from ..wire.messages import PREFIX, ModelFacts, ModelReport, Wrapped
 from ..wire.said import Said
-from . import compiled, unplanned
+from . import compiled
 from .boundaries import Boundaries
+from .fsdp import fitting
 from .fsdp.block_patcher import BLOCKS, BlockPatcher, Divided
 from .fsdp.block_weights import BlockWeights, divide
-from .kept_plans import KeptPlans
 from .recorded import Recordings, Waits, by_itself, recordable
-from .unplanned import Unplanned
-from .wrapped import Outer
+from .sharing import Forward, Sharing
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +59,9 @@ class WorkerModel:
         LoadError: the file changed since the driver looked at it, or ComfyUI does not know the model.
         UnsupportedError: no plan for the family, and none can be looked for, while the mesh divides sequences.
     """
+
+    FINDS: ClassVar[bool] = True
+    """Whether a plan is looked for where none is written."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, mesh: Mesh, kernel: LocalKernel | None) -> None:
         self.source = Source.of(spec)
@@ -91,21 +90,22 @@ class WorkerModel:
         self._waits = Waits()
         self._recordable = False  # whether the last call could have been recorded, and was not
         self._chunked: ChunkedFeedForward | None = None
-        self._kernel = kernel
-        self._plan = self._planned() if mesh.parallel.needs_plan else None
-        self._installation: Installation | RowInstallation | None = None
-        self._unplanned: Unplanned | None = None
-        # a written plan is tried once where nobody has tried this ComfyUI; one for rows tries itself
-        self._untried = isinstance(self._plan, Plan) and mesh.sequence.size > 1 and bool(standing.note())
-        self._lines: list[Said] = []
-        if mesh.parallel.needs_plan and self._plan is None:
-            self._unplanned = self._to_be_found()
+        pixels = getattr(getattr(found.model, "latent_format", None), "spacial_downscale_ratio", 8) == 1
+        self._sharing = Sharing(
+            self.diffusion,
+            mesh,
+            kernel,
+            plan=self._planned() if mesh.parallel.needs_plan else None,
+            finds=self.FINDS and mesh.parallel.needs_plan,
+            paths=[file.path for file in self.source.files],
+            grain=16 if pixels else 2,
+        )
         log.debug(
             "%s: %d bytes of the weights are not the file's", spec.path, private_bytes(adopted.homes, self.source)
         )
         self._layers = dict(self.diffusion.named_modules())  # before patches replace some
         self._boundaries = Boundaries(self.diffusion)
-        self._install("")
+        self._sharing.install("", {})
 
     @property
     def diffusion(self) -> torch.nn.Module:
@@ -123,21 +123,9 @@ class WorkerModel:
         return divide(adopted.patcher.model.diffusion_model, adopted.homes, self.source, self._mesh, device=device)
 
     def _planned(self) -> Plan | RowPlan | None:
-        """How the ranks of a sequence share the model; None where that is to be found, or each runs all of it."""
+        """How the ranks of a sequence share the model, as it is written; None where it is not."""
         check(self.diffusion, self._mesh.parallel)
         return plan_for(self.diffusion) if has_plan(self.diffusion) else None
-
-    def _to_be_found(self, lacks: str = "of its own") -> Unplanned | None:
-        """What finds how the ranks share the model; None where each runs all of it."""
-        pixels = getattr(self._base.model.latent_format, "spacial_downscale_ratio", 8) == 1
-        return Unplanned(
-            self.diffusion,
-            self._mesh,
-            self._kernel,
-            grain=16 if pixels else 2,
-            kept=lambda: KeptPlans([file.path for file in self.source.files], self.diffusion),
-            lacks=lacks,
-        )
 
     def facts(self) -> ModelFacts:
         """What the driver must know of this copy."""
@@ -163,22 +151,11 @@ class WorkerModel:
         )
 
     def _fit(self, activations: int) -> str:
-        """What to switch on where weights and a call do not fit on the device; "" where they do."""
-        device = model_management.get_torch_device()
-        if self._blocks is not None or device.type == "cpu":
+        if self._blocks is not None:
             return ""
-        room = int(model_management.get_total_memory(device))
-        needs = {"resident": Footprint(outside=self.size)}
-        if self.size + activations > room:
-            comm = self._mesh.sequence
-            for kind in ("sharded", "streamed") if comm.size > 1 else ("streamed",):
-                blocks = BlockWeights(
-                    self.diffusion, self._homes, self.source, comm, residency=kind, prefetch="auto", device=device
-                )
-                inside = blocks.inside
-                outside = (device_bytes(home) for key, home in self._homes.items() if key not in inside)
-                needs[kind] = blocks.footprint(sum(outside))
-        return advice(needs, room=room, activations=activations)
+        return fitting.advised(
+            self.diffusion, self._homes, self.source, self._mesh.sequence, size=self.size, activations=activations
+        )
 
     def patch(self, state: str, patches: dict[str, Any], objects: dict[str, Any], *, force_cast: bool) -> None:
         """Take over the driver's weight and object patches; ComfyUI applies them when the model becomes resident."""
@@ -188,8 +165,8 @@ class WorkerModel:
             patcher.patches_uuid = uuid.uuid5(uuid.NAMESPACE_OID, state)
         patcher.force_cast_weights = force_cast
         replaced = _of_diffusion(objects)
-        if self._plan is not None and self._installation is not None and (replaced or self._replaced):
-            self._installation.changed(replaced)
+        if replaced or self._replaced:
+            self._sharing.changed(replaced)
         self._objects, self._replaced = objects, replaced
         self.patcher = patcher
         self.state = state
@@ -213,18 +190,14 @@ class WorkerModel:
                 f"they are {self._blocks.residency}",
                 "Choose another backend, or switch FSDP and FSDP_CPU_OFFLOAD off",
             )
-        if settings.compile and self._unplanned is not None:
-            raise UnsupportedError(
-                f"{type(self.diffusion).__name__} cannot be compiled while its tokens are divided over workers",
-                "it has no plan of its own, and one that was found is checked while it is used",
-                "Remove Torch Compile Model (Ray), or set ulysses_degree and ring_degree to 1",
-            )
+        if settings.compile:
+            self._sharing.check_compiler()
         records, compiler = settings.compile == "cudagraphs", self._settings.compile
         if settings.compile != compiler:
             # may refuse, so before anything is changed
             recordings = self._recorder() if records else None
             backend = "" if records else settings.compile
-            self._install(backend)
+            self._sharing.install(backend, self._replaced)
             self._compiled = compiled.compiled_blocks(self.diffusion, backend) if backend else {}
             self._recordings = recordings
             self.patcher = self.patcher.clone()
@@ -245,20 +218,6 @@ class WorkerModel:
         """Give back the memory of recorded calls: something else needs the device."""
         if self._recordings is not None:
             self._recordings.clear()
-
-    def _install(self, compiler: str) -> None:
-        if self._plan is not None:
-            made = install(
-                self.diffusion,
-                self._plan,
-                self._mesh,
-                kernel=self._kernel,
-                opaque=compiled.opaque if compiler else None,
-            )
-            if self._installation is not None:
-                self._installation.remove()
-            self._installation = made
-            made.changed(self._replaced)
 
     def _patch_objects(self) -> None:
         self.patcher.object_patches = {}
@@ -282,31 +241,9 @@ class WorkerModel:
         self._lacking = self._fit(room)
         model_management.load_models_gpu([self.patcher], memory_required=room)
 
-    @contextlib.contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Ranks that hold parts of each other's weights fail together, or some would gather what others do not have.
-
-        Whether there is anything to do inside is for each rank to know, so they ask one another at every call.
-
-        Raises:
-            LoadError: another rank failed.
-        """
-        if self._blocks is None:
-            yield
-            return
-        control = self._mesh.control_of(self._mesh.axis("weights"))
-        try:
-            yield
-        except Exception:
-            control.all_reduce(torch.tensor(self._mesh.rank), op="max")
-            raise
-        failed = int(control.all_reduce(torch.tensor(-1), op="max").item())
-        if failed >= 0:
-            raise LoadError(
-                f"Worker {failed} has no room for its part of the weights, or cannot read them",
-                "all workers have left the call",
-                "Free memory on its device, use more workers, or switch FSDP_CPU_OFFLOAD on",
-            )
+    def agreed(self) -> contextlib.AbstractContextManager[None]:
+        """See fitting.failing_together."""
+        return contextlib.nullcontext() if self._blocks is None else fitting.failing_together(self._mesh)
 
     def offload(self) -> None:
         """Take the weights off the device: from now on parameters are the map again."""
@@ -355,20 +292,23 @@ class WorkerModel:
             with self._gathering(method), self._boundaries.watched(watch):
                 return function(*args, **kwargs)
 
-        if self._unplanned is not None and forward:
-            return self._found_plan(self._unplanned, method, call, (args, kwargs), cancelled=cancelled, wrapped=wrapped)
-
-        outer = Outer(self.diffusion, self._mesh, self._installation)
-        # what code of nodes decides is not recorded
-        if wrapped is not None:
-            return outer.run(wrapped, method, call, args, kwargs)
-        if forward and self._replaced:
-            return outer.forward(method, call, args, kwargs, names=", ".join(map(name_of, self._replaced.values())))
         function = getattr(self.diffusion, method)
-        if self._installation is not None and forward:
-            if self._untried and not (self._settings.compile or self._objects or any(functions([list(args), kwargs]))):
-                return self._tried(call, function, args, kwargs)
-            function = partial(self._installation.wrapper, function)
+        if forward:
+            asked = Forward(
+                method=method,
+                call=call,
+                args=args,
+                kwargs=kwargs,
+                state=(self.state, self._settings),
+                replaced=self._replaced,
+                patched=bool(self._settings.compile or self._objects),
+                cancelled=cancelled,
+                wrapped=wrapped,
+            )
+            # what code of nodes decides is not recorded, nor what is in doubt
+            if self._sharing.watches(asked):
+                return self._sharing.run(asked)
+            function = self._sharing.function(method)
         if self._recordings is None or not forward:
             return call(function, *args, **kwargs)
         return self._recordings.run(
@@ -378,62 +318,6 @@ class WorkerModel:
             kwargs,
             state=(self._weights.moves, self._settings, numerics.take()),
         )
-
-    def _found_plan(
-        self,
-        unplanned: Unplanned,
-        method: str,
-        call: Callable[..., Any],
-        inputs: tuple[tuple[Any, ...], dict[str, Any]],
-        *,
-        cancelled: Callable[[], bool],
-        wrapped: Wrapped | None,
-    ) -> Any:
-        """The forward of a model whose plan is found by its calls.
-
-        Raises:
-            UnsupportedError: a node's function is to make the call, which no plan that was found is checked with.
-        """
-        if wrapped is not None:
-            unplanned.refuse_wrapped(name_of(wrapped.function))
-        try:
-            return unplanned.run(
-                method,
-                lambda function, args, kwargs: call(function, *args, **kwargs),
-                inputs,
-                state=(self.state, self._settings),
-                changed=", ".join(self._replaced),
-                cancelled=cancelled,
-            )
-        finally:
-            self._installation = unplanned.used
-
-    def _tried(self, call: Callable[..., Any], bare: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """The first call on a ComfyUI that nobody has tried: whole on each rank, and with the plan, which must agree.
-
-        Where it does not, a plan is found in its place, for all calls but this one.
-
-        Raises:
-            PlanError: it does not agree, and no other can be looked for.
-        """
-        assert self._installation is not None
-        control, name = self._mesh.control_of(self._mesh.sequence), type(self.diffusion).__name__
-        shared = partial(self._installation.wrapper, bare)
-        whole, why = unplanned.tried(
-            lambda function, args, kwargs: call(function, *args, **kwargs), bare, shared, (args, kwargs), control
-        )
-        self._untried = False
-        if not why:
-            return whole
-        if not unplanned.possible(self._mesh.parallel):
-            raise PlanError(f"The plan that Raylight has for {name} does not fit", why)
-        self._installation.remove()
-        self._plan = self._installation = None
-        self._unplanned = self._to_be_found("that fits")
-        then = "one is looked for in its place, by running the model" if self._unplanned else "every worker computes it"
-        text = f"The plan that Raylight has for {name} does not fit: {why}. {standing.note()}. Now {then}"
-        self._lines.append((logging.WARNING, text))
-        return whole
 
     def _gathering(self, method: str) -> contextlib.AbstractContextManager[None]:
         if self._blocks is None:
@@ -452,7 +336,7 @@ class WorkerModel:
             settings=self._settings,
             weights=self.described(),
             recorded=self._recordings.count if self._recordings is not None else 0,
-            plan=self._unplanned.summary if self._unplanned is not None else "",
+            plan=self._sharing.found.summary if self._sharing.found is not None else "",
             warnings=sum(map(len, self._said.values())),
         )
 
@@ -468,8 +352,7 @@ class WorkerModel:
 
     def found(self) -> tuple[Said, ...]:
         """What is to be said of plans that were found for it, since the last time."""
-        told, self._lines = tuple(self._lines), []
-        return (*told, *self._unplanned.lines()) if self._unplanned is not None else told
+        return self._sharing.lines()
 
     def predicted(self, machine: cost.Machine | None) -> float:
         """Predicted speed-up of the last call over one worker; 0 where nothing is known of it.
@@ -497,22 +380,24 @@ class WorkerModel:
             and self._blocks is None
             and not self._settings.compile
             and not self._replaced
-            and self._unplanned is None
+            and self._sharing.found is None
             and recordable(args, device)
         )
         if self._recordable:
             self._waits.note(queued, took)
 
     def _advice_on_cost(self, machine: cost.Machine | None) -> str:
-        if isinstance(self._installation, RowInstallation):
-            return self._installation.advice
+        installation = self._sharing.installation
+        if isinstance(installation, RowInstallation):
+            return installation.advice
         if self._recordings is not None or (self._recordable and self._waits.open):
             return ""  # a device that waits for Python is a faster one than the rates are of
         return self._by_cost(cost.advice, machine) or ""
 
     def _by_cost(self, ask: Callable[..., T], machine: cost.Machine | None) -> T | None:
         """What raylight.cost says of the last call; None where nothing is known of it or of the device."""
-        works = list(self._installation.works.values()) if self._installation is not None else []
+        installation = self._sharing.installation
+        works = list(installation.works.values()) if installation is not None else []
         if machine is None or not works:
             return None
         machine = machine.repeating() if self._recordings is not None or self._recordable else machine
@@ -542,10 +427,7 @@ class WorkerModel:
     def close(self) -> None:
         """Take the hooks out and the weights off the device."""
         self.settle(WorkerSettings())
-        if self._unplanned is not None:
-            self._unplanned.close()
-        elif self._installation is not None:
-            self._installation.remove()
+        self._sharing.remove()
         self._boundaries.remove()
         self.offload()
 

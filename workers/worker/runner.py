@@ -6,8 +6,8 @@ import datetime
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,22 +49,8 @@ from .control_loading import WorkerControl
 from .conversation import Line, Silence
 from .link_watch import LinkWatch
 from .model import WorkerModel
+from .room import Ready, least_recent
 from .vae.vaes import WorkerVAEs
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """How a model was brought onto the device.
-
-    Attributes:
-        state: of its patches.
-        weights: bytes of it there; where there are others by now, something else took its place.
-        room: bytes of activations that there was room for. A call that needs more has its place made anew.
-    """
-
-    state: str
-    weights: int
-    room: int
 
 
 class Runner:
@@ -83,7 +69,7 @@ class Runner:
         self._kernel: kernels.LocalKernel | None = None
         self._machine: cost.Machine | None = None  # rates that predictions go by
         self._models: OrderedDict[ModelSpec, WorkerModel] = OrderedDict()  # the least recently used first
-        self._ready: dict[ModelSpec, _Ready] = {}
+        self._ready: dict[ModelSpec, Ready] = {}
         self._functions: dict[int, Callable[..., Any]] = {}
         self._last: ModelSpec | None = None  # the model of the last forward
         self._patching: WorkerModel | None = None  # whose patches are applied in the request at hand
@@ -402,7 +388,7 @@ class Runner:
             self._make_room(spec, room)
             model.make_resident(room=room)
         self._models.move_to_end(spec)
-        self._ready[spec] = _Ready(model.state, model.resident_bytes, room)
+        self._ready[spec] = Ready(model.state, model.resident_bytes, room)
         self._ready = {
             known: ready for known, ready in self._ready.items() if self._models[known].resident_bytes == ready.weights
         }
@@ -446,19 +432,3 @@ class Runner:
             return computed.tensor(item) if isinstance(item, Result) else item
 
         return cfg.mapped(value, found)
-
-
-def least_recent(idle: Mapping[ModelSpec, int], missing: int) -> list[ModelSpec]:
-    """Which models to take off the device so that `missing` more bytes are free.
-
-    Args:
-        idle: bytes on the device by model, the least recently used first.
-    """
-    chosen = []
-    for spec, size in idle.items():
-        if missing <= 0:
-            break
-        if size:
-            chosen.append(spec)
-            missing -= size
-    return chosen
