@@ -60,6 +60,7 @@ class Call:
         given: what it was called with, as copies; `args` the same by name.
         live, out_live: ids of the tensors themselves.
         attention: all calls in it.
+        slim: what is inside of it is known by its sizes only.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Call:
     out: Any = None
     out_live: list[int] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
+    slim: bool = False
 
     @property
     def key(self) -> tuple[str, int]:
@@ -186,6 +188,7 @@ class Trace(TorchFunctionMode):
                 given=given,
                 args=by_name(module.forward, *given),
                 live=live,
+                slim=self._slim == name,
             )
             self.calls.append(call)
             self._open.append(call)
