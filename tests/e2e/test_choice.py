@@ -67,15 +67,19 @@ def files(server: ComfyServer, comfy_root: Path) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("family", ("wan", "sdxl"))
 def test_equals_plain(server: ComfyServer, result: Run, family: str) -> None:
-    """One after the other, so that the pool changes from run to run."""
+    """One after the other, so that the pool changes from run to run.
+
+    Which way is best depends on cores and links, which are as slow as the machine is busy when they are measured: the
+    tables of tests/engine/test_choose.py say what is chosen for which. Conditions share nothing, and tiny pictures
+    never pay.
+    """
+    shared = f"{TOKENS}|{ALONE}"
     wanted = [
         (case(family, LARGE[family], 4.0), GROUPS),
-        # whether rows pay depends on links and cores, which are as slow as the machine is busy
-        (case(family, TINY[family], 1.0), ALONE if family == "wan" else f"{TOKENS}|{ALONE}"),
-        (case(family, LARGE[family], 1.0), TOKENS if family == "wan" else f"{TOKENS}|{ALONE}"),
+        (case(family, TINY[family], 1.0), ALONE if family == "wan" else shared),
+        (case(family, LARGE[family], 1.0), shared),
+        (case(family, LARGE[family], 4.0, seed=9), f"{TOKENS}.*; kept|{GROUPS}"),
     ]
-    if family == "wan":
-        wanted.append((case(family, LARGE[family], 4.0, seed=9), f"{TOKENS}.*; kept|{GROUPS}"))
     for each, way in wanted:
         expected = result(plain(each))
         found = result(chosen(each))
@@ -106,7 +110,7 @@ def test_merged_models(server: ComfyServer, result: Run, cfg: float) -> None:
         found.append(result(prompt))
     expected, ours = found
     assert (ours - expected).abs().max() <= FP32 * expected.abs().max()
-    assert "cards 0, 1" in told(server)[-1]
+    assert cfg == 1.0 or "cards 0, 1" in told(server)[-1]
 
 
 def test_controlnet(server: ComfyServer, result: Run) -> None:
