@@ -150,7 +150,7 @@ def test_a_link_dies(stage: Stage, cluster: machines.Cluster, wanted: bytes, can
     if cancel:
         assert caught.value.kind == "interrupted"
     else:
-        assert re.search("The link between worker . on .* and worker. . on .* is dead", caught.value.text)
+        assert re.search("The link between worker . on .* and worker . on .* is dead", caught.value.text)
         assert cluster.second in caught.value.text
         assert took < 60
     assert near(stage.good(), wanted)
