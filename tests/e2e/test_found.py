@@ -25,7 +25,9 @@ FOLDER = "found"
 KNOWN = {**registry.FAMILIES, **registry.UNSPLIT}
 NAMES = [name for name, each in families.FAMILIES.items() if each.model not in KNOWN]
 FIRST = "lens"
-FOUND = r"(\w+) has no plan of its own: one was found and checked in [\d.]+ s.*, \d+ blocks, tokens at dim 1, (\d+)%"
+PLANNED = r"(\w+) has no plan of its own: one (?:{}).*, \d+ blocks, tokens at dim 1, (\d+)%"
+NEW, KEPT = r"was found and checked in [\d.]+ s", "from an earlier start is used"
+FOUND, USED = PLANNED.format(NEW), PLANNED.format(f"{NEW}|{KEPT}")
 WHERE = [pytest.param(workers, cfg, id=f"{workers} cfg {cfg:.0f}") for workers in (2, 3) for cfg in (1.0, 4.0)]
 
 pytestmark = pytest.mark.timeout(1200)
@@ -68,7 +70,8 @@ def test_equals_plain(server: ComfyServer, client: ComfyClient, name: str, worke
     assert difference <= FP32
     said = server.log()[before:]
     assert "whole" not in said and "is dropped" not in said
-    lines = re.findall(FOUND, said)
+    # the same weights may have been on a pool before, in another test
+    lines = re.findall(USED, said)
     # with cfg the two conditions are one batch, which is another kind of call; the model is on the pool still
     assert {model for model, _ in lines} == {families.FAMILIES[name].model}
     assert all(int(share) > 50 for _, share in lines)
@@ -79,11 +82,18 @@ def test_the_report_says_it(server: ComfyServer, client: ComfyClient, sampling: 
     prompt["report"] = {"class_type": "RayReport", "inputs": {"ray_actors": [LOADER, 0], "latent": [SAMPLER, 0]}}
     text = client.run(prompt).outputs["report"]["text"][0]
     lines = re.findall(r"lens\.safetensors \(\w+\): .*plan found: 3 blocks, (\d+)% of a step divided", text)
-    assert len(lines) == 2
+    assert len(lines) >= 2, "each worker, of each file with these weights that it has"
 
 
-def test_the_next_start_does_not_pay_again(server: ComfyServer, client: ComfyClient, sampling: families.Case) -> None:
-    prompt = pool(dataclasses.replace(sampling, name="kept", cfg=1.0), PoolCase(through_model=True))
+def test_the_next_start_does_not_pay_again(
+    server: ComfyServer, client: ComfyClient, sampling: families.Case, comfy_root: Path
+) -> None:
+    """With weights that no other test has: what was said of those before is not said again."""
+    job = dataclasses.replace(families.job(FIRST, server.models / FOLDER), seed=77)
+    job = dataclasses.replace(job, path=job.path.with_name("kept.safetensors"))
+    write([job], comfy_root=comfy_root, python=Path(sys.executable))
+    own = dataclasses.replace(sampling, file=f"{FOLDER}/kept.safetensors", name="kept", cfg=1.0)
+    prompt = pool(own, PoolCase(through_model=True))
     client.run(prompt)
     first = latent(server, "kept")
     loaded = {name: prompt[name] for name in (INIT, LOADER)}
