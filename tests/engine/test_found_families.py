@@ -20,6 +20,8 @@ FEW = ("joyimage_reference", "lens_masked", "mageflow", "boogu", "pixeldit", "tr
 NAMES = one_of_each() if LARGE else FEW
 HALF, CLOSE = 0.5, 4
 TOLERANCE = 1e-6
+LOOKED = "looks at tokens between two blocks (shape)"
+"""Flux of old versions reads the length of its text between its two lists of blocks, which the workers do not trust."""
 PARTS = {"pixeldit": "pixel_blocks", "triposplat": "repo_layers"}
 """What of a class is left whole, or asks for tokens to be whole between blocks."""
 
@@ -51,13 +53,17 @@ def test_it_is_found_and_right(examined: Any, root: str, name: str) -> None:
 @pytest.mark.parametrize("root", comfy_roots())
 @pytest.mark.parametrize("name", NAMES)
 def test_workers_share_it_and_are_right(examined: Any, root: str, name: str) -> None:
-    """Without being told of its plan: found by the first, proved, and never computed whole."""
+    """Without being told of its plan: found by the first, proved, and not computed whole."""
     report = examined(root)
     if name in report["absent"]:
         pytest.skip("this ComfyUI does not have it")
     for rank, results in report["ranks"][str(SIZES[0])].items():
         worker = results[name]["worker"]
         assert worker["error"] <= TOLERANCE, worker
+        if any(LOOKED in line for line in worker["said"]):
+            # then it is computed whole, which is right as well; this class has a written plan
+            assert name == "flux", worker
+            continue
         assert all(count > 0 for count in worker["shared"]), worker
         # each second call compares one block, which may cost no exchange
         assert all(second <= first for first, second in zip(*[iter(worker["shared"])] * 2, strict=True)), worker
