@@ -29,6 +29,8 @@ SIZES_KEPT = 64
 """Sizes that are known to be right; the one that was not used longest is compared again."""
 WORST = 16
 """How much more than the mean the token may differ that differs most."""
+UNTOUCHED = 0.5
+"""Allowed of what is said with 0 or 1: tokens between blocks are those of the last block, or they are not."""
 
 
 class Unproved(RaylightError):
@@ -127,7 +129,7 @@ class Thorough(Comparison):
             if isinstance(value, torch.Tensor):
                 same = [(value == kept).all() for kept in self._last if kept.shape == value.shape]
                 changed = ~torch.stack(same).any() if same else torch.ones((), dtype=torch.bool, device=value.device)
-                self._row(f"tokens are changed before {block}", changed.float(), 0.5)
+                self._row(f"tokens are changed before {block}", changed.float(), UNTOUCHED)
 
     def note(self, block: str, parts: tuple[torch.Tensor | None, ...], *, stays: bool = False) -> None:
         """A block has run.
@@ -177,7 +179,7 @@ class Thorough(Comparison):
         for number, (name, allowed) in enumerate(names):
             # a comparison that is not a number holds nowhere
             if not (apart[number] <= allowed and most[number] <= WORST * allowed):
-                if allowed == 0.5:
+                if allowed == UNTOUCHED:
                     return name
                 return (
                     f"{name} gives something else for a part of its tokens, by {max(apart[number], most[number]):.1e}"

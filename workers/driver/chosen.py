@@ -159,7 +159,9 @@ class Chosen(Place):
             rooms: list[Room] = lanes.call_groups("room", [(range(len(pool.members)), ())])[0]
         present = self._present(pool)
         works, most = self._works(run)
-        blocks, outside = self._sizes() if works else ((), sum(self._sizes()[0]) + self._sizes()[1])
+        blocks, outside = self._sizes()
+        if not works:
+            blocks, outside = (), sum(blocks) + outside
         return Situation(
             count=self.count,
             machine=machine,

@@ -78,7 +78,7 @@ def check_variables(function: Any) -> None:
 
 
 def _of_model(value: Any) -> bool:
-    return isinstance(value, torch.nn.Module) and ("_ghost" in vars(value) or place_of(value) is not None)
+    return isinstance(value, torch.nn.Module) and ("_meta" in vars(value) or place_of(value) is not None)
 
 
 def _held(value: Any, seen: set[int]) -> Iterator[Any]:
