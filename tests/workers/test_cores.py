@@ -26,7 +26,7 @@ def usual() -> Iterator[int]:
 def sampling(device: str, *, workers: int) -> int:
     """Threads while a MODEL on a pool samples."""
     config = SimpleNamespace(parallel=SimpleNamespace(world=workers))
-    patcher = SimpleNamespace(load_device=torch.device(device), link=SimpleNamespace(config=config))
+    patcher = SimpleNamespace(load_device=torch.device(device), rpc=SimpleNamespace(config=config))
 
     class Executor:
         class_obj = SimpleNamespace(model_patcher=patcher)

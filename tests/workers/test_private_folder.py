@@ -75,7 +75,8 @@ def test_unfit_places_are_passed_over_and_named(
 def test_what_dead_processes_left_is_swept(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else: no folder in use, of another user, or behind a link."""
     monkeypatch.setenv("TMPDIR", str(short))
-    make = "from comfy_raylight.workers import private_folder as p; f = p.make(); (f.path / 'x').touch(); print(f.path)"
+    door = "from comfy_raylight.workers.pool.private_folder import make"
+    make = f"{door}; f = make(); (f.path / 'x').touch(); print(f.path)"
     made = subprocess.run([sys.executable, "-c", make], env=child(), check=True, capture_output=True, text=True)
     dead = Path(made.stdout.strip())
     assert (dead / "x").exists()
@@ -97,5 +98,5 @@ def test_what_dead_processes_left_is_swept(short: Path, monkeypatch: pytest.Monk
 
 
 def child() -> dict[str, str]:
-    root = Path(private_folder.__file__).parent / "import_root"
+    root = Path(private_folder.__file__).parents[1] / "import_root"
     return {**os.environ, "PYTHONPATH": str(root)}

@@ -20,7 +20,7 @@ PRIVATE = ("ray._private", "ray._raylet")
 
 def looked_up() -> list[str]:
     """The names that are asked for by `private`."""
-    calls = [node for path in WORKERS.glob("*.py") for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+    calls = [node for path in WORKERS.rglob("*.py") for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
     asked = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "private"]
     assert all(isinstance(name, ast.Constant) for name in asked), "names are written out"
     return sorted({str(name.value) for name in asked if isinstance(name, ast.Constant)})
@@ -52,7 +52,7 @@ def test_a_name_that_is_gone_is_an_error() -> None:
             private(name, use="does a thing")
 
 
-@pytest.mark.parametrize("path", sorted(WORKERS.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(WORKERS.rglob("*.py")), ids=lambda path: str(path.relative_to(WORKERS)))
 def test_private_names_are_not_imported_with_a_module(path: Path) -> None:
     """A Ray without them would end the import of the pack, and not what needs them."""
     assert [name for name in at_module_level(parsed(path)) if name.startswith(PRIVATE)] == []
