@@ -93,6 +93,14 @@ def reshaped(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> Header:
     return dataclasses.replace(header, entries=entries)
 
 
+def prefixed(header: Header, prefix: str) -> Header:
+    """The header with a prefix before all names."""
+    if not prefix:
+        return header
+    entries = {prefix + name: dataclasses.replace(entry, name=prefix + name) for name, entry in header.entries.items()}
+    return dataclasses.replace(header, entries=entries)
+
+
 def read_header(path: str, fd: int) -> Header:
     """Read and check the header of a weight file; GGUF is told by its content, safetensors by the file's name.
 

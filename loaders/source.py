@@ -16,7 +16,7 @@ import torch
 from ..raylight.config import READERS, ModelSpec
 from ..raylight.errors import LoadError
 from .files import changed, fill, open_file, read_into
-from .header import Entry, Header, read_header, reshaped
+from .header import Entry, Header, prefixed, read_header, reshaped
 from .parts import joined
 
 PAGE = 4096
@@ -50,19 +50,24 @@ class OpenFile:
     Args:
         start: where its bytes begin among those of all the model's files.
         shapes: see Source.
+        prefix: of the names of its tensors among those of all files.
 
     Attributes:
         identity: path, size, mtime_ns and inode, as it was opened.
         header: its own, checked.
     """
 
-    def __init__(self, path: str, start: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.path, self.start = path, start
+    def __init__(self, path: str, start: int, shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> None:
+        self.path, self.start, self._prefix = path, start, prefix
         fd = self.fd = open_file(path)
         self._close = weakref.finalize(self, os.close, fd)
         stat = os.fstat(fd)
         self.identity = (path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        self.header: Header = reshaped(read_header(path, fd), shapes)
+        self.header: Header = prefixed(reshaped(read_header(path, fd), shapes), prefix)
+
+    def own(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those that are this file's, by their names in it."""
+        return {name.removeprefix(self._prefix): tensors[name] for name in self.header.entries}
 
     def check(self) -> None:
         """See Source.check."""
@@ -104,6 +109,8 @@ class Source:
         paths: a safetensors or GGUF file, or all parts of a model in order.
         reader: "map"; "private" reads it into this process's own memory, for filesystems that map badly.
         shapes: of tensors that are to have other ones than in the file.
+        apart: the files are no parts of one model, and may have tensors of the same name: all names begin with the
+            number of their file.
 
     Attributes:
         path: of the first file.
@@ -114,13 +121,19 @@ class Source:
         LoadError: the file is missing, damaged, of another kind, or changed while it was read.
     """
 
-    def __init__(self, *paths: str, reader: str = "map", shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        *paths: str,
+        reader: str = "map",
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        apart: bool = False,
+    ) -> None:
         assert reader in READERS and paths
         self.path = paths[0]
         self.files: list[OpenFile] = []
         start = 0
-        for path in paths:
-            self.files.append(OpenFile(path, start, shapes or {}))
+        for number, path in enumerate(paths):
+            self.files.append(OpenFile(path, start, shapes or {}, f"{number}:" if apart else ""))
             start += -(-self.files[-1].header.size // PAGE) * PAGE
         self.header: Header = joined([file.header for file in self.files], [file.start for file in self.files])
         self._ranges: list[tuple[int, int, int]] = []  # address, end, offset in the files; sorted
@@ -143,7 +156,7 @@ class Source:
         """
         if spec.now() != spec:
             raise changed(spec.path, "it is not the file that was chosen any more")
-        return cls(*spec.paths, reader=spec.reader, shapes=dict(spec.shapes))
+        return cls(*spec.paths, reader=spec.reader, shapes=dict(spec.shapes), apart=bool(spec.encoder))
 
     def fill(self, start: int, target: memoryview) -> None:
         """Fill a buffer with bytes of one tensor, by where they are as `offset` has it; for readers of their own.

@@ -11,6 +11,7 @@ from .data_parallel import (
     DPSamplerCustom,
     UnifiedParallelSampler,
 )
+from .encoders import RayCLIPLoader
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayGGUFLoader, RayUNETLoader
 from .loras import RayLoraLoader, RayLoraLoaderModelOnly
@@ -32,6 +33,7 @@ NODE_CLASS_MAPPINGS = {
     "DPKSamplerAdvanced": DPKSamplerAdvanced,
     "DPNoiseList": DPNoiseList,
     "DPSamplerCustom": DPSamplerCustom,
+    "RayCLIPLoader": RayCLIPLoader,
     "RayControlNetLoader": RayControlNetLoader,
     "RayGGUFLoader": RayGGUFLoader,
     "RayInitializer": RayInitializer,
@@ -58,6 +60,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "DPKSamplerAdvanced": "Data Parallel KSampler (Advanced)",
     "DPNoiseList": "Data Parallel Noise List",
     "DPSamplerCustom": "Data Parallel SamplerCustom",
+    "RayCLIPLoader": "Load CLIP (Ray)",
     "RayControlNetLoader": "Load ControlNet (Ray)",
     "RayGGUFLoader": "Load Diffusion GGUF Model (Ray)",
     "RayInitializer": "Ray Init Actor",

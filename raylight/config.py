@@ -177,6 +177,8 @@ class ModelSpec:
     dequantised, and that patches to them are computed in (float32 where ""). `others` are the other files of a model
     in parts, each with its path, size, mtime_ns and inode; what makes such a spec is `loaders.parts.spec_of`.
     `shapes` are those of tensors that a file has in other dims than the model, by name (see workers/mapping/shapes.py).
+    `encoder` is the type by which ComfyUI knows text encoders ("flux"), "" for another model: each file is then an
+    encoder, or a part that goes with one, and no tensor of one file is another's.
     """
 
     path: str
@@ -190,6 +192,7 @@ class ModelSpec:
     patch_dtype: str = ""
     others: tuple[tuple[str, int, int, int], ...] = ()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    encoder: str = ""
 
     @classmethod
     def of(

@@ -237,6 +237,13 @@ NODES: Mapping[str, Node] = {
         "LATENT:LATENT",
         {**ACTORS, **sockets(pixels="IMAGE"), **VAE_FILE, "release_vae": flag(True)},
     ),
+    "RayCLIPLoader": Node(
+        "Load CLIP (Ray)",
+        TOP,
+        "CLIP:clip",
+        {**ACTORS, "clip_name1": choice(), "type": choice(default="stable_diffusion")},
+        {f"clip_name{number}": choice(default="none") for number in (2, 3, 4)},
+    ),
     "RayControlNetLoader": Node(
         "Load ControlNet (Ray)",
         TOP,

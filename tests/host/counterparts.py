@@ -19,6 +19,7 @@ Link = list[Any]
 """Node id and number of an output."""
 CHECKPOINT, DEQUANTISED, GGUF = "wan.safetensors", "wan-counterpart-whole.safetensors", "wan-counterpart.gguf"
 LORA, VAE_FILE = "counterpart.safetensors", "wan.safetensors"
+ENCODER, ENCODER_KIND = "counterpart-clip.safetensors", "clip_l"
 CONTROLLED, CONTROL, CONTROL_VAE = "sd3-counterpart.safetensors", "control.safetensors", "taesd3.safetensors"
 STEPS = 2
 SEED = 3
@@ -197,6 +198,8 @@ class Both:
                 self.add("RLTestSaveLatent", samples=value, name=name)
             case "IMAGE":
                 self.add("RLTestSavePixels", images=value, name=name)
+            case "CONDITIONING":
+                self.add("RLTestSaveConditioning", conditioning=value, name=name)
             case "SIGMAS" | "FLOAT":
                 self.add("RLTestSaveValues", values=value, name=name)
             case _:
@@ -367,6 +370,13 @@ def _control(both: Both, node: str) -> None:
     both.pair(node, "LATENT", sampled(both.core, core_model, expected), sampled(both.pool, pool_model, found))
 
 
+def _prompted(both: Both, node: str) -> None:
+    core = both.add("CLIPLoader", clip_name=ENCODER, type="stable_diffusion")
+    pool = both.add(node, ray_actors=both.pool.model, clip_name1=ENCODER, type="stable_diffusion")
+    expected, found = (both.add("CLIPTextEncode", clip=clip, text="a red fox") for clip in (core, pool))
+    both.pair(node, "CONDITIONING", expected, found)
+
+
 def _chosen(both: Both, node: str) -> None:
     model = both.add(node, model_name=CHECKPOINT, gpus="0,1", goal="auto")
     both.pair(node, "LATENT", both.core.plain, both.core.sampled(model))
@@ -442,6 +452,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Both, str], None]]] = {
     **ON_REPLICAS,
     "DPConditioningList": (f"{NONE}: the conditionings of `KSamplerAdvanced`", _unified),
     "DPNoiseList": (f"{NONE}: the seeds of `KSamplerAdvanced`", _unified),
+    "RayCLIPLoader": ("`CLIPLoader`, and those for two, three and four files", _prompted),
     "RayControlNetApply": ("`ControlNetApplyAdvanced`", _control),
     "RayControlNetLoader": ("`ControlNetLoader`", _control),
     "RayGGUFLoader": ("`UNETLoader` of the dequantised weights", _gguf),
@@ -549,6 +560,7 @@ def write_files(server: ComfyServer) -> None:
     from ..weights.adapters import write_adapter
     from ..weights.files import write_gguf
     from .checkpoints import Job, write
+    from .checkpoints.encoders import write_encoders
 
     base = server.models / CHECKPOINT
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -559,6 +571,7 @@ def write_files(server: ComfyServer) -> None:
     _, whole = write_gguf(base, server.models / GGUF, "Q8_0")
     save_file(whole, server.models / DEQUANTISED)
     write_vaes(server.base / "models" / "vae", comfy_root=server.comfy, python=server.python)
+    write_encoders({server.base / "models" / "text_encoders" / ENCODER: ENCODER_KIND}, comfy_root=server.comfy)
     write_controls(server)
 
 
@@ -591,7 +604,8 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _saved(server: ComfyServer, name: str) -> torch.Tensor:
+    import torch
     from safetensors.torch import load_file
 
-    (value,) = load_file(server.output / f"{name}.safetensors").values()
-    return value
+    first, *more = load_file(server.output / f"{name}.safetensors").values()
+    return torch.cat([value.flatten() for value in (first, *more)]) if more else first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import comfy.controlnet
 import torch
@@ -16,6 +16,7 @@ from ...raylight.errors import LoadError, UnsupportedError
 from ..mapping import meta_model
 from ..wire import deferred, standing
 from ..wire.deferred import Evaluation
+from ..wire.messages import Kind
 from ..wire.said import Told
 from .lending import borrows
 from .model_rpc import ModelRpc, interruptible
@@ -49,7 +50,7 @@ def load_control(place: Place, spec: ModelSpec) -> Any:
 class ControlRpc(ModelRpc):
     """The way to a ControlNet on a pool. What its calls return is computed by the model call that uses it."""
 
-    KIND: ClassVar[Literal["diffusion", "control"]] = "control"
+    KIND: ClassVar[Kind] = "control"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -59,6 +59,7 @@ class Call:
         device: where its output is to be.
         told: what ComfyUI's log has of the model.
         wrapped: a function around it that runs on the workers, one of `functions`.
+        sampling: whether it is one of a sampling run, whose traffic is reported.
     """
 
     spec: ModelSpec
@@ -76,6 +77,7 @@ class Call:
     device: torch.device = CPU
     told: Told = field(default_factory=Told)
     wrapped: Wrapped | None = None
+    sampling: bool = True
 
 
 @dataclass
@@ -265,6 +267,8 @@ class Group:
         traffic.worker_seconds += max(reply.seconds for reply in replies)
         traffic.collective_seconds += max(reply.waiting for reply in replies)
         traffic.bytes_sent, traffic.bytes_held = self._encoder.bytes_sent, self._encoder.bytes_held
+        if not call.sampling and not self._levels:  # the next run begins after it
+            self._before = replace(traffic)
         call.told.say(first.said, loading=False)
         says = self._ranks[0] == 0  # every cfg group has the same tokens: one of them says it
         if first.advice and says and first.advice not in self._told:

@@ -26,14 +26,14 @@ PatchesOf = Callable[[str], list[Any]]
 """Says which patches a weight has at the moment, by its key."""
 
 
-def marked(model: nn.Module, spec: ModelSpec, rpc: Any) -> nn.Module:
-    """A diffusion model whose modules and weights say what they are on the workers: `raylight_place` of modules,
+def marked(model: nn.Module, spec: ModelSpec, rpc: Any, *, prefix: str = PREFIX) -> nn.Module:
+    """A model on the pool whose modules and weights say what they are on the workers: `raylight_place` of modules,
     `raylight_source` and `raylight_link` of weights, with `raylight_version`, by which one that was written into is
     told."""
     for name, module in model.named_modules():
         module.raylight_place = (spec, name)  # type: ignore[assignment]
     for key, parameter in model.state_dict(keep_vars=True).items():
-        parameter.raylight_source = (spec, PREFIX + key)
+        parameter.raylight_source = (spec, prefix + key)
         parameter.raylight_rpc = rpc
         parameter.raylight_version = _version_of(parameter)
     return model

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy
 import torch
@@ -21,7 +21,7 @@ from ..pool.lanes import Lanes
 from ..pool.pool import REGISTRY, Pool, acquire
 from ..wire import deferred, numerics, random_states, standing
 from ..wire.comfy_host import describe, device_uuid
-from ..wire.messages import PREFIX, LoadRequest, ModelFacts, Wrapped, seen
+from ..wire.messages import PREFIX, Kind, LoadRequest, ModelFacts, Wrapped, seen
 from ..wire.parcels import CPU, Reference
 from ..wire.said import Told
 from . import refusals
@@ -73,7 +73,7 @@ class ModelRpc:
         together: runs the evaluation of several conditions side by side (see conds.calc_cond_batch).
     """
 
-    KIND: ClassVar[Literal["diffusion", "control"]] = "diffusion"
+    KIND: ClassVar[Kind] = "diffusion"
 
     def __init__(
         self, place: Place, spec: ModelSpec, dtype: torch.dtype, refer: Reference, told: Told, *, replica: int = 0
@@ -305,7 +305,7 @@ class ModelRpc:
 
     def _prepare(self, patcher: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Everything about a call that depends on when it is made; nothing is sent yet."""
-        patches = _patches(patcher) if patcher is not None else Patches()
+        patches = patches_in(patcher) if patcher is not None else Patches()
         found: list[Callable[..., Any]] = []
         around: list[Callable[..., Any]] = []
 
@@ -371,14 +371,18 @@ def settings_of(patcher: Any) -> WorkerSettings:
     return found or WorkerSettings()
 
 
-def _patches(patcher: Any) -> Patches:
-    """The weight and object patches of a patcher with the hooks it has at the moment."""
+def patches_in(patcher: Any, prefix: str = PREFIX) -> Patches:
+    """The weight and object patches of a patcher with the hooks it has at the moment.
+
+    Args:
+        prefix: of the names of what the workers have of its model.
+    """
     objects = {
         name: value
         for name, value in patcher.object_patches.items()
-        if name.startswith(PREFIX) or name in CARRIED_OBJECTS
+        if name.startswith(prefix) or name in CARRIED_OBJECTS
     }
-    weights = {name: list(value) for name, value in patcher.patches.items() if name.startswith(PREFIX)}
+    weights = {name: list(value) for name, value in patcher.patches.items() if name.startswith(prefix)}
     for name, value in patcher.get_combined_hook_patches(patcher.current_hooks).items():
         weights[name] = weights.get(name, []) + list(value)
     hooks = patcher.current_hooks.hooks if patcher.current_hooks else []

@@ -243,11 +243,12 @@ def _header(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], Header]:
     for path in spec.paths:
         with opened(path) as fd:
             found.append(reshaped(read_header(path, fd), dict(spec.shapes)))
-            state |= {name: _real_or_meta(found[-1], fd, entry) for name, entry in found[-1].entries.items()}
+            state |= {name: real_or_meta(found[-1], fd, entry) for name, entry in found[-1].entries.items()}
     return state, joined(found, [0] * len(found))
 
 
-def _real_or_meta(found: Header, fd: int, entry: Entry) -> torch.Tensor:
+def real_or_meta(found: Header, fd: int, entry: Entry) -> torch.Tensor:
+    """A tensor of a file as detection is to see it: small ones are read, others are on meta."""
     if entry.quant:
         return torch.empty(entry.shape, dtype=torch.float16, device="meta")
     if entry.nbytes <= REAL_BYTES or (len(entry.shape) == 1 and entry.nbytes <= REAL_VECTOR_BYTES):

@@ -19,6 +19,8 @@ PREFIX = "diffusion_model."
 OPTIONS = "transformer_options"
 """Name of the argument of a model that has what nodes put into it."""
 PLAIN = (type(None), bool, int, float, str)
+Kind = Literal["diffusion", "control", "encoder"]
+"""What a model file holds: a diffusion model, a ControlNet, text encoders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class LoadRequest:
 
     spec: ModelSpec
     dtype: str
-    kind: Literal["diffusion", "control"] = "diffusion"
+    kind: Kind = "diffusion"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,7 +243,9 @@ class WorkerModel:
 
     def agreed(self) -> contextlib.AbstractContextManager[None]:
         """See fitting.failing_together."""
-        return contextlib.nullcontext() if self._blocks is None else fitting.failing_together(self._mesh)
+        if self._blocks is None:
+            return contextlib.nullcontext()
+        return fitting.failing_together(self._mesh, self._blocks.sharing)
 
     def offload(self) -> None:
         """Take the weights off the device: from now on parameters are the map again."""

@@ -47,6 +47,7 @@ from ..wire.vae_messages import DecodeRequest, EncodeRequest, PartReply, TileSiz
 from . import filled, memory
 from .control_loading import WorkerControl
 from .conversation import Line, Silence
+from .encoder import WorkerEncoder
 from .link_watch import LinkWatch
 from .model import WorkerModel
 from .room import Ready, least_recent
@@ -218,7 +219,7 @@ class Runner:
         if spec not in self._models:
             with normal_tensors():
                 found = self._on_this_machine(spec)
-                kind = WorkerControl if request.kind == "control" else WorkerModel
+                kind = {"diffusion": WorkerModel, "control": WorkerControl, "encoder": WorkerEncoder}[request.kind]
                 model = kind(found, getattr(torch, request.dtype), self.mesh, self._kernel)
             self._models[spec] = model
             said = model.new(self.heard.take(), loading=True)

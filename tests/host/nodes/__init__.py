@@ -203,6 +203,30 @@ class RLTestSaveValues:
         return {"ui": {"values": [{"path": str(path)}]}}
 
 
+class RLTestSaveConditioning:
+    """Writes every tensor of a conditioning to NAME.safetensors in the output folder, by entry and name."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"conditioning": ("CONDITIONING",), "name": ("STRING", {"default": "conditioning"})}}
+
+    def save(self, conditioning: list[Any], name: str) -> dict[str, Any]:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        found = {
+            f"{number}.{key}": value.detach().contiguous().clone()
+            for number, (cond, more) in enumerate(conditioning)
+            for key, value in {"cond": cond, **more}.items()
+            if isinstance(value, torch.Tensor)
+        }
+        save_file(found, path)
+        return {"ui": {"conditioning": [{"path": str(path)}]}}
+
+
 class RLTestSound:
     """A sound, and a VAE that makes a random latent of any."""
 
@@ -324,6 +348,25 @@ class RLTestSavePixels:
         return {"ui": {"pixels": [{"path": str(path), "shape": list(images.shape)}]}}
 
 
+class RLTestReachEncoder:
+    """Encodes with a part of the text encoders, as nodes that weigh words in their own way do."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "encode"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip": ("CLIP",)}}
+
+    def encode(self, clip: Any) -> dict[str, Any]:
+        clip.load_model()
+        tokens = clip.tokenize("a fox")
+        cond, _ = clip.cond_stage_model.clip_l.encode_token_weights(tokens["l"])
+        return {"ui": {"shape": [list(cond.shape)]}}
+
+
 class RLTestFailure:
     """A model with a patch in its attention that raises a ValueError on one rank of a pool (-1: everywhere)."""
 
@@ -403,6 +446,7 @@ class EasyCleanGpuUsed:
 
 
 NODES = (
+    RLTestReachEncoder,
     RLTestFailure,
     RLTestCapture,
     RLTestConditioning,
@@ -410,6 +454,7 @@ NODES = (
     RLTestSigmas,
     RLTestSaveLatent,
     RLTestSaveValues,
+    RLTestSaveConditioning,
     RLTestSound,
     RLTestMirrors,
     RLTestSaveLatents,

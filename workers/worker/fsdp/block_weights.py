@@ -106,6 +106,11 @@ class BlockWeights:
         self.prefetch = self._prefetches(prefetch)
 
     @property
+    def sharing(self) -> Comm:
+        """The ranks that have parts of them."""
+        return self._comm
+
+    @property
     def inside(self) -> set[str]:
         """Keys of all weights that are in parts."""
         return {key for keys in self.keys for key in keys}

@@ -42,15 +42,18 @@ def advised(
 
 
 @contextlib.contextmanager
-def failing_together(mesh: Mesh) -> Iterator[None]:
+def failing_together(mesh: Mesh, sharing: Comm) -> Iterator[None]:
     """Ranks that hold parts of each other's weights fail together, or some would gather what others do not have.
 
     Whether there is anything to do inside is for each rank to know, so they ask one another at every call.
 
+    Args:
+        sharing: those ranks.
+
     Raises:
         LoadError: another rank failed.
     """
-    control = mesh.control_of(mesh.axis("weights"))
+    control = mesh.control_of(sharing)
     try:
         yield
     except Exception:
