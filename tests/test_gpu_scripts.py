@@ -29,14 +29,26 @@ def test_every_part_runs(comfy_root: Path, tmp_path: Path) -> None:
     tables: dict[str, list[dict[str, Any]]] = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")
     }
-    names = {"families", "recorded", "sampling", "models", "pool", "faults", "vae", "weights", "loras", "gguf"}
+    names = {
+        "families",
+        "recorded",
+        "sampling",
+        "models",
+        "pool",
+        "faults",
+        "vae",
+        "encoders",
+        "weights",
+        "loras",
+        "gguf",
+    }
     assert tables.keys() == names
     assert all(row["failed"] == 0 and row["cases"] > 20 for row in tables["families"] + tables["recorded"])
     assert all(row["recorded"] > row["cases"] / 2 for row in tables["recorded"])
     assert {row["mode"] for row in tables["sampling"]} >= {"plain", "ulysses", "ring", "recorded", "streamed"}
-    for name in ("sampling", "models", "pool"):
+    for name in ("sampling", "models", "pool", "encoders"):
         assert all(row["difference"] <= TOLERANCE for row in tables[name]), tables[name]
     assert {row["fault"]: row["equal bits"] for row in tables["faults"]} == {"cancel": True, "kill a worker": True}
     assert all(row["equal bits"] for row in tables["loras"])
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert report.count("\n## ") == 7 and "(failed with" not in report
+    assert report.count("\n## ") == 8 and "(failed with" not in report

@@ -3,14 +3,15 @@
     python benchmarks/gpu/run.py --comfy ROOT --out FOLDER [--wheels FOLDER] [--gpus 2,4] [--layers 40] [--only ...]
         [--try]
 
-Nothing is fetched. What the machine's Python lacks (Ray, gguf, what ComfyUI needs) comes from a folder of wheels and is
-unpacked into FOLDER. Parts run one after another, each in a process of its own and within --limit seconds: families
+Nothing is fetched. What the machine's Python lacks (Ray, gguf, what ComfyUI needs) comes from a folder of wheels and
+is unpacked into FOLDER. Parts run one after another, each in a process of its own and within --limit seconds: families
 (parity of every family's cases), recorded (the same, of repeated calls), sampling (the engine, one process per GPU, no
 Ray), models (the same for other models and kinds of files), pool (Ray and the driver included, kill and cancel), vae,
-weights (load, reload, LoRA and GGUF on one GPU). Every speed is a ratio to plain ComfyUI on one GPU in the same run, a
-median after a first run. FOLDER gets report.md, a JSON file per table, the output of each part, and speedup.png where
-matplotlib is installed. Exit status 1 if a part failed; the others run all the same. With --try all of it is done with
-small models and once, on CPUs as well: whether the scripts work, before a machine with GPUs is paid for.
+encoders (of prompts), weights (load, reload, LoRA and GGUF on one GPU). Every speed is a ratio to plain ComfyUI on one
+GPU in the same run, a median after a first run. FOLDER gets report.md, a JSON file per table, the output of each part,
+and speedup.png where matplotlib is installed. Exit status 1 if a part failed; the others run all the same. With --try
+all of it is done with small models and once, on CPUs as well: whether the scripts work, before a machine with GPUs is
+paid for.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ TRIAL: Mapping[str, Sequence[str]] = {
     "sampling": (*ONCE, "--models", "small"),
     "models": (*ONCE, "--models", "small:4:fp8;small:4:Q8_0"),
     "pool": (*ONCE, *SMALL_VIDEO, "--model", "small"),
+    "encoders": (*ONCE, "--kinds", "clip_l:stable_diffusion"),
     "vae": (*ONCE, *SMALL_VIDEO),
     "weights": (*ONCE, "--model", "small", "--tokens", "1024"),
 }
@@ -82,6 +84,7 @@ def main() -> int:
         "sampling": [*gpus, *rounds, *folder, "--models", f"wan14b:{given.layers}"],
         "models": [*gpus, *rounds, *folder, "--models", MODELS, "--modes", "ulysses;recorded", "--table", "models"],
         "pool": [*gpus, *rounds, *folder, "--model", f"wan14b:{given.layers}"],
+        "encoders": ["--gpus", f"1,{given.gpus}", *rounds, *folder],
         "vae": ["--gpus", f"1,{given.gpus}", *rounds],
         "weights": [*rounds, *folder],
     }
