@@ -36,26 +36,27 @@ def readme_table() -> str:
     for name, family in FAMILIES.items():
         cases = [case for case in CASES if case.family == name and not (case.wrong or case.raises)]
         runs = sum(len(case.meshes or MESHES) for case in cases)
-        note = family.limit or (f"the workers divide its {family.divided}" if family.divided else "")
+        note = family.limit or (f"the workers divide the {family.divided} of the picture" if family.divided else "")
         if note and note not in notes:
             notes.append(note)
         mark = f" {MARKS[notes.index(note)]}" if note else ""
         lines.append(f"| {family.models}{mark} | `{name}` | {len(cases)}/{runs} |")
-    lines += ["", " ".join(f"{MARKS[number]} {_sentence(note)}" for number, note in enumerate(notes))]
+    lines += ["", *_wrapped(" ".join(f"{MARKS[number]} {_sentence(note)}" for number, note in enumerate(notes)))]
     found = [
         f"{models} (`{name}`, {share} %, {sum(case.family == name for case in unplanned.CASES)})"
         for name, (models, share) in unplanned.MODELS.items()
         if name not in unplanned.FIXED
     ]
-    lines += ["", "Plans are found for these (how much of a step they share, cases):", *_list(found)]
-    lines += ["", "Refused, each for [a reason](docs/families.md#refused):", *_list(_refused())]
+    lines += ["", *_sentences("Plans are found for these (how much of a step they share, cases):", found)]
+    lines += ["", *_sentences("Refused, each for [a reason](docs/families.md#refused):", _refused())]
     return "\n".join(lines) + "\n"
 
 
 def reasons() -> str:
-    """Why the workers do not share some classes, a line each."""
+    """Why the workers do not share some classes."""
     every = {**unplanned.FIXED, **UNSPLIT}
-    return "\n".join(f"- `{name}` ({_known_as(name)}): {reason}." for name, reason in every.items()) + "\n"
+    entries = (f"- `{name}` ({_known_as(name)}): {reason}." for name, reason in every.items())
+    return "\n".join(line for entry in entries for line in _wrapped(entry, indent="  ")) + "\n"
 
 
 def with_table(text: str, table: str) -> str:
@@ -119,9 +120,14 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _list(entries: Sequence[str]) -> list[str]:
-    """Entries as one sentence, in lines as long as those of the document."""
-    return textwrap.wrap(f"{', '.join(entries)}.", 120, break_long_words=False, break_on_hyphens=False)
+def _sentences(opening: str, entries: Sequence[str]) -> list[str]:
+    """A list as a sentence."""
+    return _wrapped(f"{opening} {', '.join(entries)}.")
+
+
+def _wrapped(text: str, *, indent: str = "") -> list[str]:
+    """Lines as long as those of the documents."""
+    return textwrap.wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _rounded_up(error: float) -> str:
