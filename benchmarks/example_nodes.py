@@ -94,18 +94,27 @@ class Prompt:
 
     def custom(self, model: Link, positive: Link, negative: Link, latent: Link, *, sigmas: Link, cfg: float) -> Link:
         """XFuser SamplerCustom."""
-        return self.add(
-            "XFuserSamplerCustom",
-            ray_actors=model,
-            add_noise=True,
-            noise_seed=1,
-            cfg=cfg,
-            positive=positive,
-            negative=negative,
-            sampler=self.add("KSamplerSelect", sampler_name="euler"),
-            sigmas=sigmas,
-            latent_image=latent,
-        )
+        given = self._custom(positive, negative, latent, sigmas=sigmas, cfg=cfg)
+        return self.add("XFuserSamplerCustom", ray_actors=model, **given)
+
+    def plainly_custom(
+        self, model: Link, positive: Link, negative: Link, latent: Link, *, sigmas: Link, cfg: float
+    ) -> Link:
+        """ComfyUI's SamplerCustom."""
+        given = self._custom(positive, negative, latent, sigmas=sigmas, cfg=cfg)
+        return self.add("SamplerCustom", model=model, **given)
+
+    def _custom(self, positive: Link, negative: Link, latent: Link, *, sigmas: Link, cfg: float) -> dict[str, Any]:
+        return {
+            "add_noise": True,
+            "noise_seed": 1,
+            "cfg": cfg,
+            "positive": positive,
+            "negative": negative,
+            "sampler": self.add("KSamplerSelect", sampler_name="euler"),
+            "sigmas": sigmas,
+            "latent_image": latent,
+        }
 
     def decoded(self, model: Link, latent: Link, file: str, **changes: Any) -> Link:
         """Distributed VAE (Ray)."""

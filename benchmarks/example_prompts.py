@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from example_all_gpus import OF_ALL_GPUS
 from example_h3 import OF_H3
 from example_nodes import SCENE, Link, Prompt
 
@@ -274,38 +275,6 @@ def hunyuan_video15(p: Prompt) -> None:
     p.video(p.decoded(model, sampled, "hunyuanvideo15_vae_fp16.safetensors"), 24.0)
 
 
-def all_gpus_sdxl(p: Prompt) -> None:
-    """SDXL on all GPUs, the smallest workflow: it is chosen by itself how they share.
-
-    - `models/checkpoints/sd_xl_base_1.0.safetensors`
-
-    ComfyUI's log says what was chosen, and why.
-    """
-    model, clip, vae = p.everything("sd_xl_base_1.0.safetensors")
-    positive, negative = p.texts(clip)
-    latent = p.add("EmptyLatentImage", width=1024, height=1024, batch_size=1)
-    p.picture(p.add("VAEDecode", samples=p.plainly(model, positive, negative, latent), vae=vae))
-
-
-def all_gpus_wan22(p: Prompt) -> None:
-    """Wan 2.2 5B on all GPUs, the smallest workflow: it is chosen by itself how they share.
-
-    - `models/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors`
-    - `models/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors`
-    - `models/vae/wan2.2_vae.safetensors`
-
-    ComfyUI's log says what was chosen, and why.
-    """
-    model, _, _ = p.everything("wan2.2_ti2v_5B_fp16.safetensors")
-    name = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
-    positive, negative = p.texts(p.add("CLIPLoader", clip_name=name, type="wan", device="default"))
-    shifted = p.add("ModelSamplingSD3", model=model, shift=8.0)
-    vae = p.add("VAELoader", vae_name="wan2.2_vae.safetensors")
-    latent = p.add("Wan22ImageToVideoLatent", vae=vae, width=1280, height=704, length=49, batch_size=1)
-    sampled = p.plainly(shifted, positive, negative, latent, cfg=5.0, sampler_name="uni_pc", scheduler="simple")
-    p.video(p.add("VAEDecode", samples=sampled, vae=vae), 24.0)
-
-
 def sdxl_cfg(p: Prompt) -> None:
     """SDXL on two GPUs: one computes the prompt, the other the negative one, and they send each other nothing.
 
@@ -407,8 +376,7 @@ EXAMPLES: Mapping[str, Callable[[Prompt], None]] = {
         *OF_H3,
         krea2_turbo,
         hunyuan_video15,
-        all_gpus_sdxl,
-        all_gpus_wan22,
+        *OF_ALL_GPUS,
         sdxl_cfg,
         data_parallel_seeds,
         gguf,
@@ -420,6 +388,8 @@ NEWER: Mapping[str, tuple[int, int]] = {
     "ltx2_chunked": (0, 8),
     "krea2_turbo": (0, 33),
     **{example.__name__: (0, 33) for example in OF_H3},
+    "all_gpus_h3": (0, 33),
+    "all_gpus_ltx2": (0, 8),
 }
 """Examples that the oldest ComfyUI cannot run: the first version that does, which their notes name."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_raylight.patches.registry import FAMILIES, UNSPLIT
@@ -14,27 +15,48 @@ from .families import CASES
 from .meshes import MESHES
 
 BEGIN, END = "<!-- families: written by the tests -->\n", "<!-- end of families -->\n"
+MARKS = "¹²³⁴"
+REFUSED: Mapping[str, str] = {
+    "StageB": "Stable Cascade",
+    "StageC": "Stable Cascade",
+    "ACEStepTransformer2DModel": "ACE-Step 1",
+    "CausalWanModel": "causal Wan",
+    "WanAnimate2Model": "Wan Animate 2",
+    "NaDiT": "SeedVR2",
+    "HiDreamO1Transformer": "HiDream O1",
+    "Trellis2": "Trellis 2",
+}
+"""What users know the classes by that no plan can share."""
 
 
 def readme_table() -> str:
-    """What is split, by a plan that is written or found, with how many comparisons; what is not, and why."""
-    lines = [
-        "| models | ComfyUI's class | plan | Ulysses, ring | CFG, data parallel | compared with plain |",
-        "|---|---|---|---|---|---|",
-    ]
+    """What is shared by a written plan, with how many comparisons; what by one that is found, and what not at all."""
+    lines = ["| models | ComfyUI's class | cases/runs |", "|---|---|---|"]
+    notes: list[str] = []
     for name, family in FAMILIES.items():
         cases = [case for case in CASES if case.family == name and not (case.wrong or case.raises)]
         runs = sum(len(case.meshes or MESHES) for case in cases)
-        shared = f"yes, but {family.limit}" if family.limit else "yes"
-        shared = f"{family.divided}: {shared}" if family.divided else shared
-        lines.append(f"| {family.models} | `{name}` | written | {shared} | yes | {len(cases)} cases, {runs} runs |")
-    for name, (models, share) in unplanned.MODELS.items():
-        cases = [case for case in unplanned.CASES if case.family == name]
-        shared = f"no: {unplanned.FIXED[name]}" if name in unplanned.FIXED else f"yes, {share} % of a step"
-        plan, told = ("", "") if name in unplanned.FIXED else ("found", f"{len(cases)} cases")
-        lines.append(f"| {models} | `{name}` | {plan} | {shared} | yes | {told} |")
-    lines += [f"| | `{name}` | | no: {reason} | yes | |" for name, reason in UNSPLIT.items()]
+        note = family.limit or (f"the workers divide the {family.divided} of the picture" if family.divided else "")
+        if note and note not in notes:
+            notes.append(note)
+        mark = f" {MARKS[notes.index(note)]}" if note else ""
+        lines.append(f"| {family.models}{mark} | `{name}` | {len(cases)}/{runs} |")
+    lines += ["", *_wrapped(" ".join(f"{MARKS[number]} {_sentence(note)}" for number, note in enumerate(notes)))]
+    found = [
+        f"{models} (`{name}`, {share} %, {sum(case.family == name for case in unplanned.CASES)})"
+        for name, (models, share) in unplanned.MODELS.items()
+        if name not in unplanned.FIXED
+    ]
+    lines += ["", *_sentences("Plans are found for these (how much of a step they share, cases):", found)]
+    lines += ["", *_sentences("Refused, each for [a reason](docs/families.md#refused):", _refused())]
     return "\n".join(lines) + "\n"
+
+
+def reasons() -> str:
+    """Why the workers do not share some classes."""
+    every = {**unplanned.FIXED, **UNSPLIT}
+    entries = (f"- `{name}` ({_known_as(name)}): {reason}." for name, reason in every.items())
+    return "\n".join(line for entry in entries for line in _wrapped(entry, indent="  ")) + "\n"
 
 
 def with_table(text: str, table: str) -> str:
@@ -80,6 +102,32 @@ def residency_table(results: Mapping[str, Any]) -> str:
             cells.append(" + ".join(map(str, calls)) if found else "")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _refused() -> list[str]:
+    """Models with their classes."""
+    classes: dict[str, list[str]] = {}
+    for name in (*unplanned.FIXED, *UNSPLIT):
+        classes.setdefault(_known_as(name), []).append(f"`{name}`")
+    return [f"{models} ({', '.join(names)})" for models, names in classes.items()]
+
+
+def _known_as(name: str) -> str:
+    return REFUSED[name] if name in REFUSED else unplanned.MODELS[name][0]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _sentences(opening: str, entries: Sequence[str]) -> list[str]:
+    """A list as a sentence."""
+    return _wrapped(f"{opening} {', '.join(entries)}.")
+
+
+def _wrapped(text: str, *, indent: str = "") -> list[str]:
+    """Lines as long as those of the documents."""
+    return textwrap.wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _rounded_up(error: float) -> str:

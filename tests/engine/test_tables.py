@@ -16,14 +16,9 @@ pytestmark = pytest.mark.timeout(2000)  # it may be the first to want the ranks'
 PACK = Path(__file__).resolve().parents[2]
 README = PACK / "README.md"
 ERRORS = PACK / "docs" / "families.md"
-INTRODUCTION = """# Parity of every model family
-
-Largest difference between ComfyUI's own forward in one process and the same on several ranks, relative to the largest
-value of the output, in fp32 on a CPU; the worst of all cases of `tests/engine/families`, cut once and cut around every
-block. `u2` is Ulysses on 2 ranks, `r3` a ring of 3, `u4r2` both on 8; UNets are divided by rows over as many, and only
-their attention is exchanged in these ways. An empty cell: this ComfyUI does not have the family. Written by
-`RAYLIGHT_TEST_LARGE=1 python tests/run.py tests/engine --write-tables`.
-"""
+REASONS, END = "<!-- reasons: written by the tests -->\n", "<!-- end of reasons -->\n"
+SECTION = "## ComfyUI "
+"""How each version's figures begin."""
 
 
 def test_readme_table_is_current(request: pytest.FixtureRequest) -> None:
@@ -37,12 +32,22 @@ def test_readme_table_is_current(request: pytest.FixtureRequest) -> None:
         )
 
 
+def test_reasons_are_current(request: pytest.FixtureRequest) -> None:
+    text = ERRORS.read_text(encoding="utf-8")
+    new = documents.with_table(text, REASONS, END, tables.reasons())
+    if request.config.getoption("--write-tables"):
+        ERRORS.write_text(new, encoding="utf-8", newline="\n")
+    else:
+        assert new == text, "run it with --write-tables, and commit docs/families.md"
+
+
 def test_errors_are_written(request: pytest.FixtureRequest, run_ranks: Any) -> None:
     if not request.config.getoption("--write-tables"):
         pytest.skip("only with --write-tables")
     assert LARGE, "the table has every mesh: set RAYLIGHT_TEST_LARGE=1"
     text = ERRORS.read_text(encoding="utf-8")
+    introduction = text[: text.index(SECTION)].rstrip("\n") + "\n"
     for root in comfy_roots():
         (path,) = root.values
-        text = documents.with_section(text, INTRODUCTION, str(root.id), tables.error_table(run_ranks(path)))
+        text = documents.with_section(text, introduction, str(root.id), tables.error_table(run_ranks(path)))
     ERRORS.write_text(text, encoding="utf-8", newline="\n")

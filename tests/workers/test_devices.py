@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from comfy_raylight.raylight.config import ParallelConfig, PoolConfig
 from comfy_raylight.raylight.errors import ConfigError
-from comfy_raylight.workers.pool import devices, launch
+from comfy_raylight.workers.pool import devices, launch, limits
 from comfy_raylight.workers.wire.messages import HostEnvironment
 
 
@@ -31,6 +31,14 @@ def test_first_ones_or_those_that_are_named(device_type: str) -> None:
     assert devices.chosen(config(2), device_type) == ["0", "1"]
     assert devices.chosen(config(2, 3, 1), device_type) == ["3", "1"]
     assert devices.chosen(config(2, 3, 1, 0), device_type) == ["3", "1"]
+
+
+def test_windows_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = HostEnvironment(comfy_root="", arguments=b"", folders=b"", device_type="cpu")
+    limits.check(config(1), there, local=True)
+    monkeypatch.setattr(limits.platform, "system", lambda: "Windows")
+    with pytest.raises(ConfigError, match=r"do not run on Windows.*WSL2"):
+        limits.check(config(1), there, local=True)
 
 
 @pytest.mark.usefixtures("machine")

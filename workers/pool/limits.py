@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def check(config: PoolConfig, environment: HostEnvironment, *, local: bool) -> N
     Raises:
         ConfigError: it has not.
     """
+    if platform.system() == "Windows":
+        raise ConfigError(
+            "Workers do not run on Windows",
+            "Ray is started with locks, signals and descriptors that Windows does not have",
+            "Run ComfyUI on Linux, or in WSL2, where nobody has tried it yet (docs/systems.md)",
+        )
     if environment.device_type != "cpu":
         if local or config.devices:
             devices.chosen(config, environment.device_type)
