@@ -41,6 +41,8 @@ class ParallelConfig:
         residency: where the weights of a model's blocks are between their uses, one of RESIDENCIES. The ranks
             that share one sequence have parts of each block, since only they are sure to make the same calls.
         prefetch: one of PREFETCHES.
+        speeds: relative speed of each worker, to which its part of tokens, heads and rows is in proportion; () where
+            all are alike. They are measured, and no part of what a user chooses.
 
     Raises:
         ConfigError: the numbers do not fit; the message lists the nearest valid choices.
@@ -55,8 +57,10 @@ class ParallelConfig:
     attention: str = "TORCH"
     residency: str = "resident"
     prefetch: str = "auto"
+    speeds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        assert len(self.speeds) in (0, self.world) and all(speed > 0 for speed in self.speeds), self.speeds
         assert self.residency in RESIDENCIES, self.residency
         assert self.prefetch in PREFETCHES, self.prefetch
         if self.world < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +22,27 @@ def share(total: int, *, rank: int, size: int) -> tuple[int, int]:
     each, more = divmod(total, size)
     start = rank * each + min(rank, more)
     return start, start + each + (rank < more)
+
+
+@functools.lru_cache(maxsize=4096)
+def dealt(total: int, speeds: tuple[float, ...], *, least: int = 0) -> tuple[int, ...]:
+    """How many of `total` things each of some ranks gets, in proportion to their speeds.
+
+    The fractions that are left go to the largest of them (the method of largest remainders), the first of equal ones.
+
+    Args:
+        least: what each gets at least; there are so many for all.
+    """
+    assert total >= least * len(speeds) and min(speeds) > 0, (total, speeds, least)
+    rest, scale = total - least * len(speeds), sum(speeds)
+    # what a rank has already counts as its own: the faster ones get the rest until all have what they should
+    wanted = [max(0.0, total * speed / scale - least) for speed in speeds]
+    wanted = [share * rest / sum(wanted) for share in wanted] if sum(wanted) else [0.0] * len(speeds)
+    given = [math.floor(share) for share in wanted]
+    behind = sorted(range(len(speeds)), key=lambda rank: given[rank] - wanted[rank])
+    for rank in behind[: rest - sum(given)]:
+        given[rank] += 1
+    return tuple(least + count for count in given)
 
 
 @dataclass(frozen=True)
@@ -50,16 +73,21 @@ class Layout:
     Each segment is cut by itself, unevenly where it must be. One that is shorter than `size`, or declared
     whole, is replicated: a rank without a single row of a segment would break models that infer sizes from it.
     In every method `over` names the segments that a tensor's token dim concatenates, in that order.
+
+    Attributes:
+        speeds: of the ranks, to which their parts are in proportion; () for even parts.
     """
 
     segments: tuple[Segment, ...]
     rank: int
     size: int
+    speeds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         names = [segment.name for segment in self.segments]
         assert len(set(names)) == len(names), names
         assert 0 <= self.rank < self.size, (self.rank, self.size)
+        assert len(self.speeds) in (0, self.size), (self.speeds, self.size)
 
     def length(self, name: str) -> int:
         """Tokens of a segment over all ranks."""
@@ -79,9 +107,12 @@ class Layout:
         segment, index = self.segment(name), self.rank if rank is None else rank
         if self.replicated(name):
             return 0, segment.length
-        if segment.shares:
-            assert len(segment.shares) == self.size, (segment, self.size)
-            return sum(segment.shares[:index]), sum(segment.shares[: index + 1])
+        shares = segment.shares
+        if not shares and self.speeds:
+            shares = dealt(segment.length, self.speeds, least=1)
+        if shares:
+            assert len(shares) == self.size, (segment, self.size)
+            return sum(shares[:index]), sum(shares[: index + 1])
         return share(segment.length, rank=index, size=self.size)
 
     def total(self, over: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from . import strangers
 from .comm import Comm, Meter
 from .config import AXES, ParallelConfig
+from .layout import Layout, Segment
 
 
 class Mesh:
@@ -175,6 +176,17 @@ class Mesh:
         alone = self._comm((self.rank,), rank=self.rank, group=None, meter=self._meter)
         part._comms = MappingProxyType({**self._comms, "sequence": comm, "ulysses": comm, "ring": alone})
         return part
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Relative speeds of the ranks that share this one's sequence, in their order; () where they are alike."""
+        found = tuple(self.parallel.speeds[rank] for rank in self.sequence.ranks) if self.parallel.speeds else ()
+        return found if len(set(found)) > 1 else ()
+
+    def laid(self, segments: Sequence[Segment]) -> Layout:
+        """How the ranks of a sequence hold some segments."""
+        comm = self.sequence
+        return Layout(segments=tuple(segments), rank=comm.rank, size=comm.size, speeds=self.speeds)
 
     @property
     def control(self) -> Comm:

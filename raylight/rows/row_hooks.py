@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..cost import Work
 from ..draws import same_draws
 from ..errors import PlanError, RaylightError, UnsupportedError
-from ..layout import Layout, Segment
+from ..layout import Segment
 from ..mesh import Mesh
 from ..names import functions, name_of
 from ..plan import RowPlan
@@ -178,7 +178,9 @@ class RowInstallation:
     ) -> torch.Tensor:
         x, comm = self._x.read(args, kwargs), mesh.sequence
         self.works.clear()
-        strips = Strips.of(x.shape[ROWS], ranks=comm.size, rank=comm.rank, halvings=self._plan.halvings)
+        strips = Strips.of(
+            x.shape[ROWS], ranks=comm.size, rank=comm.rank, halvings=self._plan.halvings, speeds=mesh.speeds
+        )
         rows = Rows(comm, strips, model=self._name, remedy=REMEDY)
         mode = RowParallel(rows)
         patches = WholePatches(
@@ -269,7 +271,7 @@ class _AttentionHook:
         assert self._owner.forward is not None
         mesh, lengths = self._owner.forward.mesh, tuple(patches.lengths(options))
         segment = Segment("x", sum(lengths), shares=lengths)
-        layout = Layout(segments=(segment,), rank=mesh.sequence.rank, size=mesh.sequence.size)
+        layout = mesh.laid([segment])
         x: torch.Tensor = self._x.read(args, kwargs)
         self._owner.works[len(self._owner.works)] = Work(
             tokens=segment.length,

@@ -9,6 +9,7 @@ import torch
 
 from ..comm import Beside, Comm
 from ..errors import UnsupportedError
+from ..layout import dealt
 
 ROWS = -2
 """The dim of rows: the last but one of every activation, in pictures and in videos."""
@@ -35,12 +36,13 @@ class Strips:
         assert self.sizes and min(self.sizes) > 0 and 0 <= self.rank < len(self.sizes), self
 
     @classmethod
-    def of(cls, rows: int, *, ranks: int, rank: int, halvings: int = 0) -> Strips:
-        """Divide `rows` over `ranks`, not more than `most` there are."""
+    def of(cls, rows: int, *, ranks: int, rank: int, halvings: int = 0, speeds: tuple[float, ...] = ()) -> Strips:
+        """Divide `rows` over `ranks`, not more than `most` there are, in proportion to their speeds where given."""
         assert ranks <= cls.most(rows, halvings=halvings), (ranks, rows)
         unit = 2**halvings
         units = cls.most(rows, halvings=halvings)
-        sizes = [unit * (units // ranks + (index < units % ranks)) for index in range(ranks)]
+        given = dealt(units, speeds or (1.0,) * ranks, least=1)
+        sizes = [unit * count for count in given]
         sizes[-1] += rows - unit * units
         return cls(sizes=tuple(sizes), rank=rank, halvings=halvings)
 

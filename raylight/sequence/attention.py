@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ..errors import MisfitError, PlanError, UnsupportedError
-from ..layout import Layout, gather, share
+from ..layout import Layout, gather
 from ..mesh import Mesh
 from . import ring
 from .kernels import LocalKernel, scale_of
 from .masks import Mask, QueryMask, QueryMasks, four_dims, of_heads
-from .ulysses import Span, Ulysses, turns
+from .ulysses import Span, Ulysses
 
 Kernel = Callable[..., torch.Tensor]
 """ComfyUI's attention signature: (q, k, v, heads, mask=None, skip_reshape=False, ...) -> [B, L, heads * D]."""
@@ -118,9 +118,10 @@ class SequenceAttention:
         count = 1 if around or user or self._whole_query else self._turns(flops, heads)
         if count > 1:
             form: dict[str, Any] = {"skip_reshape": skip_reshape, "kwargs": kwargs}
-            out = self._in_turns(local, (q, k, v), mask, turns(heads, self._comm.size, count), form=form)
+            out = self._in_turns(local, (q, k, v), mask, self._ulysses.turns(heads, count), form=form)
             return out.unflatten(-1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
-        start, stop = share(heads, rank=self._comm.rank, size=self._comm.size)
+        spans = self._ulysses.heads(heads)
+        start, stop = spans[self._comm.rank]
         mask = _heads_of(mask, start, stop)
         if self._whole_query:
             q = q[:, :, start:stop]
@@ -131,7 +132,7 @@ class SequenceAttention:
             out = self._around(q, k, v, mask, kwargs)
         else:
             # a user's override can fail where it is called, which a rank without heads would not see
-            agree = user and heads < self._comm.size
+            agree = user and any(first == last for first, last in spans)
             out = self._here(local, q, k, v, mask, agree=agree, skip_reshape=skip_reshape, kwargs=kwargs)
         if self._whole_query:
             out = self._ulysses.join_heads(out, heads=heads, width=width)
@@ -141,10 +142,10 @@ class SequenceAttention:
 
     def _turns(self, flops: float, heads: int) -> int:
         """In how many turns the heads are exchanged, for what each rank has to compute: the same on all ranks."""
-        size = self._comm.size
-        if size == 1:
+        if self._comm.size == 1:
             return 1
-        return max(1, min(self._overlap or min(TURNS, int(flops / LARGE_FLOPS)), heads // size))
+        fewest = min(stop - start for start, stop in self._ulysses.heads(heads))
+        return max(1, min(self._overlap or min(TURNS, int(flops / LARGE_FLOPS)), fewest))
 
     def _in_turns(
         self,

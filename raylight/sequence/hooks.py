@@ -353,8 +353,7 @@ class _BlockHook:
         # two streams may be cut alike
         found = list(dict.fromkeys(stream.segment(slot.read(args, kwargs)) for slot, stream in streams))
         if opened is None:
-            comm = self._owner.mesh.sequence
-            forward.layouts[self._index] = Layout(segments=tuple(found), rank=comm.rank, size=comm.size)
+            forward.layouts[self._index] = self._owner.mesh.laid(found)
             self._owner.works[self._index] = self._work(self._streams[0][0].read(args, kwargs), found)
         elif any(segment != opened.segment(segment.name) for segment in found):
             raise PlanError(f"The tokens of {self._blocks.at} are not those of its region", f"{found}")

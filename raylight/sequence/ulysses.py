@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 
 from ..comm import Comm
-from ..layout import Layout, share
+from ..layout import Layout, dealt, share
 
 Span = tuple[int, int]
 """Heads start:stop."""
@@ -31,8 +32,27 @@ class Ulysses:
         self._order = order
         self._sync = sync
         self._first = first
+        # all ring indices divide heads alike: keys and values of a rank's heads come from those of the same place
+        self._speeds = (
+            tuple(sum(layout.speeds[place :: comm.size]) for place in range(comm.size)) if layout.speeds else ()
+        )
         # by segment: what every one of these ranks holds of it
         self._spans = {name: [layout.span(name, rank=first + rank) for rank in range(comm.size)] for name in order}
+
+    def heads(self, count: int) -> list[Span]:
+        """Every rank's span of so many heads."""
+        return shares(count, self._comm.size, self._speeds)
+
+    def turns(self, heads: int, count: int) -> list[list[Span]]:
+        """Those spans in `count` parts: of all ranks in the first part, in the second, ..."""
+        return [
+            [
+                (start + first, start + last)
+                for start, stop in self.heads(heads)
+                for first, last in [share(stop - start, rank=turn, size=count)]
+            ]
+            for turn in range(count)
+        ]
 
     def stretch(self, name: str, *, index: int | None = None) -> tuple[int, int]:
         """(start, stop) within the segment of what these ranks, or those of ring index `index`, hold together."""
@@ -77,7 +97,7 @@ class Ulysses:
         """
         if self._comm.size == 1:
             return list(tensors)
-        spans = shares(heads, self._comm.size)
+        spans = self.heads(heads)
         if large:
             return self.start_heads(tensors, spans=spans)()
         alike = len({(t.shape, t.dtype) for t in tensors}) == 1
@@ -185,7 +205,7 @@ class Ulysses:
         """
         if self._comm.size == 1:
             return out
-        spans = shares(heads, self._comm.size)
+        spans = self.heads(heads)
         if not large:
             return self._tokens(out, spans, width)
         whole = self.room(out, heads=heads, width=width)
@@ -252,7 +272,7 @@ class Ulysses:
 
     def join_heads(self, out: torch.Tensor, *, heads: int, width: int) -> torch.Tensor:
         """[B, L, this rank's heads * D] -> [B, L, H * D], the same bytes on all ranks."""
-        sizes = [(b - a) * width for a, b in shares(heads, self._comm.size)]
+        sizes = [(b - a) * width for a, b in self.heads(heads)]
         got = self._comm.all_gather(out, dim=2, sizes=sizes)
         self._synchronise(out)
         return torch.cat(got, 2) if len(got) > 1 else got[0]
@@ -289,18 +309,9 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
-def shares(heads: int, size: int) -> list[Span]:
-    """Every rank's span of the heads."""
-    return [share(heads, rank=rank, size=size) for rank in range(size)]
-
-
-def turns(heads: int, size: int, count: int) -> list[list[Span]]:
-    """Every rank's span of the heads in `count` parts: the spans of all ranks in the first part, in the second, ..."""
-    return [
-        [
-            (start + first, start + last)
-            for start, stop in shares(heads, size)
-            for first, last in [share(stop - start, rank=turn, size=count)]
-        ]
-        for turn in range(count)
-    ]
+def shares(heads: int, size: int, speeds: tuple[float, ...] = ()) -> list[Span]:
+    """Every rank's span of the heads, in proportion to their speeds where there are some."""
+    if not speeds:
+        return [share(heads, rank=rank, size=size) for rank in range(size)]
+    ends = list(itertools.accumulate(dealt(heads, speeds)))
+    return list(zip([0, *ends], ends, strict=False))

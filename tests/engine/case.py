@@ -16,11 +16,14 @@ import torch
 from comfy_raylight.patches.control import control_plan_for
 from comfy_raylight.patches.registry import plan_for
 from comfy_raylight.raylight.plan import Plan, Region, RowPlan
+from comfy_raylight.tests.host.large import LARGE
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = 1e-6
 """Largest error of a family in fp32, relative to the largest value of the output."""
 EVERY = ("trunk", "block", "auto", "turns", "synced", "wrapped", "kernel")
+UNEQUAL = "unequal"
+"""A mode of every case: ranks that are not equally fast have unequal parts."""
 CHOOSES_BLOCK = ("auto", "block")
 TRUNK = ("trunk",)
 
@@ -96,6 +99,11 @@ class Case:
         """The modes to run on a mesh; what does not depend on the number of ranks is not repeated on many."""
         if mesh == "u2":
             return list(self.modes)
+        if LARGE or self.modes == EVERY:
+            return [*self._on_others(size), UNEQUAL]
+        return self._on_others(size)
+
+    def _on_others(self, size: int) -> list[str]:
         once = ("auto", "synced", "wrapped", "kernel") if size < 4 else ("auto", "synced", "wrapped", "kernel", "block")
         return [mode for mode in self.modes if mode not in once] or list(self.modes[-1:])
 

@@ -37,7 +37,7 @@ from comfy_raylight.raylight.sequence import kernels
 from comfy_raylight.tests.host.host_waits import HostWaits
 
 from . import collectives, row_bytes
-from .case import Case, cast
+from .case import UNEQUAL, Case, cast
 from .families import CASES
 from .in_step import Agreement, Parts
 from .meshes import ALONE, MESHES, meshes_of
@@ -53,6 +53,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "turns": {"overlap": 3},
     "kernel": {"attention": "TORCH_MATH"},
 }
+
+SPEEDS = (1.7, 1.0, 3.1, 0.6, 1.0, 1.0, 2.2, 0.9)
+"""Of ranks that are not alike."""
 
 
 def enter_comfy(root: str) -> None:
@@ -93,7 +96,8 @@ def same_on_all(output: Any, mesh: Mesh) -> bool:
 def run_case(mesh: Mesh, *, case: Case, model: Any, reference: Any, mode: str) -> dict[str, Any]:
     """One case in one mode against the single-process output; it may raise on any of the ranks."""
     used = copy.copy(mesh)
-    used.parallel = dataclasses.replace(mesh.parallel, **SWITCHES.get(mode, {}))
+    switches = {"speeds": SPEEDS[: mesh.parallel.world]} if mode == UNEQUAL else SWITCHES.get(mode, {})
+    used.parallel = dataclasses.replace(mesh.parallel, **switches)
     granularity: Any = mode if mode in ("trunk", "block") else None
     installation = install(model, case.plan(model), used, kernel=kernels.chosen(used.parallel), granularity=granularity)
     before, sent = mesh.collectives, mesh.bytes

@@ -71,6 +71,7 @@ def _pool(pool: Pool, workers: list[dict[str, Any]]) -> dict[str, Any]:
         "address": pool.config.address,
         "start_seconds": dict(pool.laps),
         "link_test": pool.links,
+        "speeds": list(pool.speeds),
         "workers": workers,
         "models": [
             {"path": spec.path, **dataclasses.asdict(facts[0])}

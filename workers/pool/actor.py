@@ -64,6 +64,7 @@ class Worker:
             node=node,
             host=ray.util.get_node_ip_address(),
             device=str(model_management.get_torch_device()),
+            device_name=str(model_management.get_torch_device_name(model_management.get_torch_device())),
             start_seconds=time.monotonic() - begun,
         )
 

@@ -12,7 +12,7 @@ import psutil
 from ...raylight.config import PoolConfig
 from ...raylight.errors import ConfigError
 from ..wire.messages import HostEnvironment
-from . import devices, processes
+from . import devices, processes, speeds
 
 VARIABLE = "RAYLIGHT_MAX_CPU_WORKERS"
 """Environment variable: how many CPU workers a pool may have, in place of what follows from the cores."""
@@ -46,6 +46,7 @@ def check(config: PoolConfig, environment: HostEnvironment, *, local: bool) -> N
             "Ray is started with locks, signals and descriptors that Windows does not have",
             "Run ComfyUI on Linux, or in WSL2, where nobody has tried it yet (docs/systems.md)",
         )
+    speeds.asked(config.parallel.world)
     if environment.device_type != "cpu":
         if local or config.devices:
             devices.chosen(config, environment.device_type)

@@ -169,6 +169,11 @@ class Pool:
         return self._start.crew.machine
 
     @property
+    def speeds(self) -> tuple[float, ...]:
+        """Of the workers beside each other; () where they are alike."""
+        return self._start.speeds
+
+    @property
     def laps(self) -> dict[str, float]:
         """Seconds that each part of the start took."""
         return self._start.laps

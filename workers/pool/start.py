@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import pickle
 import secrets
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...raylight.config import PoolConfig
 from ...raylight.errors import WorkerError
 from ..wire.messages import HostEnvironment, JoinRequest, Rendezvous, WorkerPlace
-from . import doorway, processes
+from . import doorway, processes, speeds
 from .crew import Crew, Member
 
 if TYPE_CHECKING:
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from .pool import Pool
     from .private_folder import PrivateFolder
 
+log = logging.getLogger(__name__)
+
 START_TIMEOUT_S = 180.0
+SPEED_TIMEOUT_S = 60.0
 CLOSE_GRACE_S = 0.5
 GROUP_TIMEOUT_S = 1800.0
 """How long a rank waits in a collective. Long, because compiling or a cold load may hold one rank up; a
@@ -41,6 +46,7 @@ class Start:
         serving: the call of each actor that ends when the actor serves no more.
         laps: seconds of each part.
         starved: how often memory had run out on this machine before.
+        speeds: of the workers beside each other, once they have met; () where they are alike.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Start:
             self.crew.machine = old.machine
         self.serving: list[Any] = []
         self.laps: dict[str, float] = {}
+        self.speeds: tuple[float, ...] = ()
         self.starved = processes.ended_for_memory()
         self._old = old
         self.config = config
@@ -114,7 +121,8 @@ class Start:
 
     def join(self, pool: Pool) -> None:
         """Have the connected workers meet each other."""
-        parallel = self.config.parallel
+        self.speeds = self._measured(pool)
+        parallel = dataclasses.replace(self.config.parallel, speeds=self.speeds)
         meet = self._rendezvous(lambda *asked: pool.call("open_store", *asked, ranks=[0])[0])
         joins = [
             JoinRequest(
@@ -130,6 +138,15 @@ class Start:
         ]
         pool.call_each("join", [(join,) for join in joins], limit=START_TIMEOUT_S)
         self.lap("groups")
+
+    def _measured(self, pool: Pool) -> tuple[float, ...]:
+        """How fast the workers are beside each other; () where they are alike, as those on CPUs of one machine are."""
+        found = speeds.asked(self.config.parallel.world)
+        if not found and speeds.differ(self.crew.places):
+            found = speeds.measured(pool.call("speed", limit=SPEED_TIMEOUT_S))
+        if found:
+            log.info("the workers' parts of a model call are as their speeds: %s", speeds.described(found))
+        return found
 
     def lap(self, name: str) -> None:
         """Note how long a part took that ends now."""

@@ -43,13 +43,14 @@ class HostEnvironment:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlace:
-    """Where a worker runs, as it says itself after `start`. `port` is rank 0's rendezvous store."""
+    """Where a worker runs, as it says itself after `start`. `device_name` is alike for devices of one kind."""
 
     rank: int
     pid: int
     node: str
     host: str
     device: str
+    device_name: str
     start_seconds: float
 
 

@@ -201,6 +201,11 @@ class Runner:
         with torch.inference_mode():
             return rates.measure(device, link_test.measure(self.mesh, device))
 
+    def speed(self) -> Rates:
+        """Time this device; before it has joined others."""
+        with torch.inference_mode():
+            return rates.measure(model_management.get_torch_device(), {})
+
     def room(self) -> Room:
         """What there is of the device's memory; 0 on a CPU, where weights take none."""
         device = model_management.get_torch_device()

@@ -34,6 +34,7 @@ VERBS = frozenset(
         "release",
         "report",
         "rates",
+        "speed",
         "room",
     }
     | {"plan_vae", "tiled_shape", "decode", "encode", "release_vae"}
