@@ -26,7 +26,8 @@ def spawn(size: int, job: Job, options: Any) -> list[Any]:
     """Run a job in as many processes; what each returned, by rank.
 
     Args:
-        options: picklable, with the root of a ComfyUI as its attribute `comfy`.
+        options: picklable, with the root of a ComfyUI as its attribute `comfy`; with a true `cpu` no process sees a
+            GPU.
 
     Raises:
         RuntimeError: one failed.
@@ -51,7 +52,7 @@ def spawn(size: int, job: Job, options: Any) -> list[Any]:
 
 
 def _work(rank: int, store: str, job: Job, options: Any, results: Any) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if getattr(options, "cpu", False) else str(rank)
     enter(options.comfy)
     try:
         results.put((rank, job(rank, store, options)))
