@@ -2,9 +2,9 @@
 
     python benchmarks/unequal.py --comfy ROOT [--threads 2,1] [--layers 8] [--rounds 5]
 
-Each worker is a process with its own number of threads, over gloo, without Ray; the machine needs as many cores as there
-are threads. Speeds are those of a call that each makes alone. `of the sum` is the part of all speeds together that is
-reached. A difference is the largest one over the largest value, beside the first worker alone.
+Each worker is a process with its own number of threads, over gloo, without Ray; the machine needs as many cores as
+there are threads. Speeds are those of a call that each makes alone. `of the sum` is the part of all speeds together
+that is reached. A difference is the largest one over the largest value, beside the first worker alone.
 """
 
 from __future__ import annotations
