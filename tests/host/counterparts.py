@@ -571,7 +571,8 @@ def write_files(server: ComfyServer) -> None:
     _, whole = write_gguf(base, server.models / GGUF, "Q8_0")
     save_file(whole, server.models / DEQUANTISED)
     write_vaes(server.base / "models" / "vae", comfy_root=server.comfy, python=server.python)
-    write_encoders({server.base / "models" / "text_encoders" / ENCODER: ENCODER_KIND}, comfy_root=server.comfy)
+    encoder = server.base / "models" / "text_encoders" / ENCODER
+    write_encoders({encoder: ENCODER_KIND}, comfy_root=server.comfy, python=server.python)
     write_controls(server)
 
 

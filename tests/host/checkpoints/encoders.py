@@ -21,16 +21,17 @@ CLASSES: Mapping[str, tuple[str, str]] = {
 """By kind; with 0.2, 1.4, 0.2, 1.2, 9.5 and 5.2 GB of float16."""
 
 
-def write_encoders(files: Mapping[Path, str], *, comfy_root: Path) -> None:
+def write_encoders(files: Mapping[Path, str], *, comfy_root: Path, python: Path | None = None) -> None:
     """Write those that do not exist yet, in a process of its own, since `comfy` can be imported once.
 
     Args:
         files: kinds by path.
+        python: interpreter with ComfyUI's packages, by default the running one.
     """
     missing = {path: kind for path, kind in files.items() if not path.is_file()}
     for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), str(comfy_root)]
+    command = [str(python or sys.executable), str(Path(__file__).resolve()), str(comfy_root)]
     command += [word for path, kind in missing.items() for word in (kind, str(path))]
     if missing:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
