@@ -47,7 +47,7 @@ def meta(spec: ModelSpec) -> Any:
         try:
             states = _states(files)
             clip = _load(spec, states, initial_device=torch.device("meta"))
-            if not spec.others:
+            if not spec.others and comfy.sd.detect_te_model(states[0]) is None:
                 _check_fits(spec, clip, states[0])
         except LoadError:
             raise
