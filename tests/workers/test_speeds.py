@@ -31,6 +31,7 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speeds.asked(2) == ()
     monkeypatch.setenv(speeds.VARIABLE, "1, 0.5")
     assert speeds.asked(2) == (1.0, 0.5)
+    assert speeds.asked(1) == ()
     monkeypatch.setenv(speeds.VARIABLE, "3,3")
     assert speeds.asked(2) == ()
 

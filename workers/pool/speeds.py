@@ -17,13 +17,13 @@ MOST = 100.0
 
 
 def asked(world: int) -> tuple[float, ...]:
-    """What the variable says of so many workers; () where it is not set, or says that they are alike.
+    """What the variable says of so many workers; () where it is not set, or says that they are alike, and for one.
 
     Raises:
         ConfigError: it is no list of that many speeds.
     """
     text = os.environ.get(VARIABLE, "")
-    if not text:
+    if not text or world == 1:  # Load Model (all GPUs) may take one of them
         return ()
     try:
         found = tuple(float(word) for word in text.split(","))
