@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "tests")]
 
 from host.checkpoints import Job, write  # noqa: E402
 from ranks import mesh_of, spawn, timed  # noqa: E402
+from sampling import compared  # noqa: E402
 from tables import Table  # noqa: E402
 
 SIZE = {"dim": 768, "ffn": 3072}
@@ -107,13 +108,10 @@ def on_rank(rank: int, store: str, options: Options) -> dict[str, Any]:
         return model.run("forward", args, {"transformer_options": {}})
 
     with torch.inference_mode():
-        output = call()
-        if not os.path.exists(options.reference):
-            torch.save(output, options.reference)
-        expected = torch.load(options.reference)
+        difference = compared(call(), options.reference, keep=not os.path.exists(options.reference))
         seconds, _ = timed(call, options.rounds, mesh)
     mesh.close()
-    return {"seconds": seconds, "difference": float((output - expected).abs().max() / expected.abs().max())}
+    return {"seconds": seconds, "difference": difference}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from comfy_raylight.tests.conftest import SLOW, version_of
 from comfy_raylight.tests.host.checkpoints import Job, write
 from comfy_raylight.tests.host.checkpoints.encoders import write_encoders
 from comfy_raylight.tests.host.client import ComfyClient, Prompt, PromptError
+from comfy_raylight.tests.host.large import LARGE
 from comfy_raylight.tests.host.prompts import FAMILIES, INIT, SAMPLER, Case, PoolCase, plain
 from comfy_raylight.tests.host.server import ComfyServer
 from comfy_raylight.tests.weights.files import scaled_fp8
@@ -76,7 +76,7 @@ def files(server: ComfyServer, comfy_root: Path) -> Iterator[None]:
     models = server.models.parent
     folder = models / "text_encoders"
     kinds = {folder / name: kind for kind, name in FILES.items()} | {folder / OTHER: "clip_l"}
-    if os.environ.get("RAYLIGHT_TEST_LARGE") and version_of(comfy_root) != "0.3.75":
+    if LARGE and version_of(comfy_root) != "0.3.75":
         kinds[folder / SLOW_FILES["qwen3_06b"]] = "qwen3_06b"
     write_encoders(kinds, comfy_root=comfy_root)
     scaled = folder / SLOW_FILES["scaled"]

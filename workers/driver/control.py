@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from typing import Any, ClassVar
 
 import comfy.controlnet
@@ -106,8 +105,7 @@ def _built(spec: ModelSpec) -> Any:
     # ComfyUI's own rule (comfy/controlnet.py, load_controlnet)
     if os.path.splitext(spec.path)[0].endswith(("_shuffle", "_shuffle_fp16")):
         options["global_average_pooling"] = True
-    with torch.device("meta"), meta_model.AllOnMeta(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading values into meta parameters is a no-op, and torch says so
+    with meta_model.all_on_meta():
         try:
             control = comfy.controlnet.load_controlnet_state_dict(dict(state), model_options=options)
         except Exception as error:  # detection trusts a file's shapes; which errors it meets is open

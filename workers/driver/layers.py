@@ -28,7 +28,7 @@ PatchesOf = Callable[[str], list[Any]]
 
 def marked(model: nn.Module, spec: ModelSpec, rpc: Any, *, prefix: str = PREFIX) -> nn.Module:
     """A model on the pool whose modules and weights say what they are on the workers: `raylight_place` of modules,
-    `raylight_source` and `raylight_link` of weights, with `raylight_version`, by which one that was written into is
+    `raylight_source` and `raylight_rpc` of weights, with `raylight_version`, by which one that was written into is
     told."""
     for name, module in model.named_modules():
         module.raylight_place = (spec, name)  # type: ignore[assignment]

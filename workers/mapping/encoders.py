@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +41,7 @@ def meta(spec: ModelSpec) -> Any:
         LoadError: a file is missing, damaged, or none that ComfyUI finds a text encoder in.
     """
     files = [_header(path) for path in spec.paths]
-    with torch.device("meta"), meta_model.AllOnMeta(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading values into meta parameters is a no-op, and torch says so
+    with meta_model.all_on_meta():
         try:
             states = _states(files)
             clip = _load(spec, states, initial_device=torch.device("meta"))

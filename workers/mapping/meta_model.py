@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_base
@@ -63,6 +65,14 @@ class AllOnMeta(_StayOnMeta):
         if func is torch.empty and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "meta"}
         return super().__torch_function__(func, types, args, kwargs)
+
+
+@contextlib.contextmanager
+def all_on_meta() -> Iterator[None]:
+    """What ComfyUI builds inside is on meta, wherever it would have it."""
+    with torch.device("meta"), AllOnMeta(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading values into meta parameters is a no-op, and torch says so
+        yield
 
 
 def build(spec: ModelSpec) -> tuple[Any, Any, ModelSpec]:

@@ -16,9 +16,8 @@ CLASSES: Mapping[str, tuple[str, str]] = {
     "t5_base": ("comfy.text_encoders.sa_t5", "T5BaseModel"),
     "qwen3_06b": ("comfy.text_encoders.anima", "Qwen3_06BModel"),
     "t5_xxl": ("comfy.text_encoders.sd3_clip", "T5XXLModel"),
-    "gemma2_2b": ("comfy.text_encoders.lumina2", "Gemma2_2BModel"),
 }
-"""By kind; with 0.2, 1.4, 0.2, 1.2, 9.5 and 5.2 GB of float16."""
+"""By kind; with 0.2, 1.4, 0.2, 1.2 and 9.5 GB of float16."""
 
 
 def write_encoders(files: Mapping[Path, str], *, comfy_root: Path, python: Path | None = None) -> None:
